@@ -1,0 +1,31 @@
+# The virtual environment is .venv. Another interpreter: make PYTHON=python3.12 run
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench clean
+
+help: ## say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: .venv/.ready ## set up, then compare LLM rankers with classic models on a small scale (under 15 minutes)
+	$(BIN)/recbole-llm compare --config_files=properties/compare/quick.yaml
+
+test: .venv/.ready-dev ## set up with the test tools, then run the tests
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.ready-dev ## look for mistakes without running anything
+	$(BIN)/ruff check .
+
+bench: .venv/.ready ## time the scoring of candidates against other ways to do it
+	$(BIN)/python benchmarks/score_candidates.py
+
+clean: ## remove builds and caches; results in saved/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.venv/.ready: setup.cfg scripts/setup_env.sh
+	@scripts/setup_env.sh run "$(PYTHON)"
+
+.venv/.ready-dev: setup.cfg scripts/setup_env.sh
+	@scripts/setup_env.sh dev "$(PYTHON)"

@@ -1,0 +1,164 @@
+"""What every model is asked: evaluation rows with frozen, hashed candidates, free of anything that tells the answer."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from recbole.config import Config
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.utils import ModelType
+
+from recbole_llm.data.dataset import POSITION, SPLITS, Events
+from recbole_llm.errors import UserError
+
+
+@dataclass
+class EvalRows:
+    """One row for each target of a split. With leave-one-out that is one row a user.
+
+    Attributes:
+        split: "valid" or "test".
+        mode: "full", "uniN" or "popN".
+        visible: what a model may see of each row: user and history, no target, label, rating or time of it ``[R]``.
+        users, targets: internal ids ``[R]``.
+        candidates: internal item ids in an order that says nothing ``[R, N + 1]``; None for "full".
+        hidden: items that are no answers in "full" mode, for each row.
+        digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
+    """
+
+    split: str
+    mode: str
+    visible: Interaction
+    users: np.ndarray
+    targets: np.ndarray
+    candidates: np.ndarray | None
+    hidden: list[np.ndarray]
+    user_tokens: np.ndarray
+    item_tokens: np.ndarray
+    digest: str = ""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Row numbers in chunks of ``size``."""
+        for first in range(0, len(self), size):
+            yield np.arange(first, min(first + size, len(self)))
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """One JSON-able record a row, by tokens, in file order."""
+        for row in range(len(self)):
+            candidates = None if self.candidates is None else self.item_tokens[self.candidates[row]].tolist()
+            yield {"user": str(self.user_tokens[self.users[row]]), "target": str(self.item_tokens[self.targets[row]]),
+                   "candidates": candidates}
+
+    def save(self, file: Path) -> None:
+        """Write the rows as gzipped JSON lines."""
+        with open(file, "wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
+            for record in self.records():
+                out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+def freeze_rows(config: Config, part: Dataset, split: str, events: Events, train_ends: np.ndarray) -> EvalRows:
+    """Evaluation rows of a split, with candidates drawn once.
+
+    Candidates are distinct, never in the user's whole history (before or after the row), and drawn by a generator
+    seeded with (candidate_seed, split, user token, row of the user): never with the target, on which neither the
+    draw nor the order depends.
+
+    Args:
+        part: the split of the sequential data set.
+        train_ends: training events of each user, for the popularity of popN ``[n_users]``.
+
+    Raises:
+        UserError: a user has fewer than N never-seen items, or no user has a row.
+    """
+    feat = _sampled_rows(config, part, split)
+    users, targets = feat[part.uid_field].numpy(), feat[part.iid_field].numpy()
+    positions = feat[POSITION].numpy()
+    mode = config["eval_args"]["mode"][split]
+    user_tokens, item_tokens = part.field2id_token[part.uid_field], part.field2id_token[part.iid_field]
+    rows = EvalRows(split, mode, _visible(part, feat), users, targets, None, [], user_tokens, item_tokens)
+    if mode == "full":
+        history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
+        rows.hidden = [h[h != t] if config["mask_history"] else h[:0] for h, t in zip(history, targets, strict=True)]
+    else:
+        rows.candidates = _draw(config, rows, positions, events, train_ends)
+    rows.digest = _digest(rows, config["mask_history"])
+    return rows
+
+
+def popularity(events: Events, train_ends: np.ndarray, n_items: int) -> np.ndarray:
+    """Training interactions of each item ``[n_items]``."""
+    position = np.arange(len(events.user)) - events.start[events.user]
+    return np.bincount(events.item[position < train_ends[events.user]], minlength=n_items)
+
+
+def _sampled_rows(config: Config, part: Dataset, split: str) -> Interaction:
+    feat = part.inter_feat
+    users = feat[part.uid_field].numpy()
+    if len(users) == 0:
+        raise UserError(
+            f"--eval_args: the split leaves no {split} interactions; leave-one-out needs users with at least 4 events."
+        )
+    if config["eval_users"] is not None:
+        tokens = part.field2id_token[part.uid_field]
+        pool = np.unique(users)
+        pool = pool[np.argsort(tokens[pool])]
+        # The same users in validation and test where both have them: one permutation by token, cut at eval_users.
+        order = np.random.default_rng(config["candidate_seed"]).random(len(tokens))
+        rank = order[np.searchsorted(np.sort(tokens), tokens[pool])]
+        kept = pool[np.argsort(rank)][: config["eval_users"]]
+        feat = feat[torch.as_tensor(np.isin(users, kept))]
+    order = np.lexsort((feat[POSITION].numpy(), feat[part.uid_field].numpy()))
+    return feat[torch.as_tensor(order)]
+
+
+def _visible(part: Dataset, feat: Interaction) -> Interaction:
+    """User and history columns alone, joined with the user's own features."""
+    suffix, length = part.config["LIST_SUFFIX"], part.config["ITEM_LIST_LENGTH_FIELD"]
+    seen = {f: feat[f] for f in feat.interaction if f in (part.uid_field, length) or f.endswith(suffix)}
+    return part.join(Interaction(seen))
+
+
+def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events, train_ends: np.ndarray) -> np.ndarray:
+    """Candidates of each row, the target among them ``[R, N + 1]``."""
+    wanted = int(rows.mode[3:])
+    universe = np.unique(events.item)
+    universe = universe[np.argsort(rows.item_tokens[universe])]  # by token: internal ids may differ between models
+    weight = popularity(events, train_ends, len(rows.item_tokens))[universe] if rows.mode.startswith("pop") else None
+    drawn = np.zeros((len(rows), wanted + 1), dtype=np.int64)
+    for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):
+        told = f"{config['candidate_seed']}|{rows.split}|{rows.user_tokens[user]}|{position}"
+        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
+        unseen = ~np.isin(universe, events.items_of(user))
+        if weight is not None:
+            unseen &= weight > 0
+        if unseen.sum() < wanted:
+            raise UserError(
+                f"--eval_args: mode {rows.mode} needs {wanted} items that user {rows.user_tokens[user]} never met, "
+                f"but there are {unseen.sum()}. Use mode uni{unseen.sum()} or less, or full."
+            )
+        odds = None if weight is None else weight[unseen] / weight[unseen].sum()
+        items = rng.choice(universe[unseen], wanted, replace=False, p=odds)
+        drawn[row] = rng.permutation(np.append(items, rows.targets[row]))
+    return drawn
+
+
+def _digest(rows: EvalRows, mask_history: bool) -> str:
+    told = hashlib.sha256(json.dumps([rows.split, rows.mode, mask_history if rows.mode == "full" else None]).encode())
+    for record in rows.records():
+        if record["candidates"] is not None:
+            record["candidates"] = sorted(record["candidates"])
+        told.update(json.dumps(record, sort_keys=True).encode())
+    return told.hexdigest()
+
+

@@ -1,0 +1,71 @@
+"""From a configuration to training data and frozen evaluation rows, the same for every model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from recbole.config import Config
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataset import Dataset
+from recbole.data.utils import data_preparation
+from recbole.utils import ModelType
+
+from recbole_llm.data.candidates import EvalRows, freeze_rows, popularity
+from recbole_llm.data.dataset import Events, create_dataset
+
+
+@dataclass
+class Protocol:
+    """Everything that all models share.
+
+    Attributes:
+        train_data: RecBole's training loader for this model.
+        valid, test: frozen rows.
+        events: all interactions, uncut; only the first ``train_ends[u]`` of a user may be learned from.
+        train_users: internal ids of the few-shot users, or None for all.
+        item_counter: training interactions of each item id, after few-shot.
+        dataset: the whole RecBole data set (fields, tokens).
+    """
+
+    dataset: Dataset
+    train_data: AbstractDataLoader
+    valid: EvalRows
+    test: EvalRows
+    events: Events
+    train_ends: np.ndarray
+    train_users: np.ndarray | None
+    item_counter: Counter[int]
+
+    @property
+    def candidate_hash(self) -> str:
+        """SHA-256 of the test rows; results with different ones are not comparable."""
+        return self.test.digest
+
+    def training_sequences(self) -> dict[int, np.ndarray]:
+        """Training items of each training user, in order of time."""
+        users = np.flatnonzero(self.train_ends > 1) if self.train_users is None else self.train_users
+        return {int(u): self.events.items_of(u)[: self.train_ends[u]] for u in users}
+
+
+def prepare_data(config: Config) -> Protocol:
+    """Load, split, sample and freeze.
+
+    The sequential data set makes the split; a model of another kind trains on exactly the interactions
+    that it leaves for training.
+    """
+    sequences = create_dataset(config, sequential=config["MODEL_TYPE"] != ModelType.SEQUENTIAL)
+    parts = sequences.build()
+    dataset = sequences
+    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+        dataset = create_dataset(config, follow=sequences.split_table)
+    train_data, _, _ = data_preparation(config, dataset)
+    events, ends = sequences.events, sequences.split_table.ends[:, 0]
+    kept = ends.copy()
+    if sequences.train_users is not None:
+        kept[np.setdiff1d(np.arange(len(kept)), sequences.train_users)] = 0
+    valid, test = (freeze_rows(config, part, split, events, ends) for part, split in zip(parts[1:], ("valid", "test"), strict=True))
+    counts = popularity(events, kept, dataset.item_num)
+    counter = Counter({int(i): int(n) for i, n in enumerate(counts) if n})
+    return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter)

@@ -1,0 +1,124 @@
+"""Config -> data -> model -> trainer -> evaluation -> run folder, for our models and RecBole's alike."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.utils import init_logger, init_seed
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.errors import UserError
+from recbole_llm.run_folder import data_hash, environment, make_run_folder, versions, write_json, write_table
+from recbole_llm.trainer import trainer_class
+
+
+def run_recbole_llm(model: str | None = None, dataset: str | None = None, config_file_list: list[str] | None = None,
+                    config_dict: dict[str, Any] | None = None, saved: bool = True) -> dict[str, Any]:
+    """Train and evaluate one model under the protocol; the counterpart of RecBole's ``run_recbole``.
+
+    Args:
+        model, dataset, config_file_list, config_dict: as in RecBole.
+        saved: keep the best epoch's checkpoint and evaluate that; otherwise the last epoch is evaluated.
+
+    Returns:
+        RecBole's ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result`` and ``test_result``, and
+        ``run_folder`` and ``candidate_hash``.
+
+    Raises:
+        UserError: bad input; the message says what to do.
+    """
+    config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+    folder = make_run_folder(config)
+    logger = start_log(config, folder)
+    clock = {"start": time.perf_counter()}
+    init_seed(config["seed"], config["reproducibility"])
+    protocol = prepare_data(config)
+    _tell(logger, config, protocol, folder)
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    recommender = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+    logger.info(recommender)
+    trainer = trainer_for(config, recommender)
+    trainer.start(protocol, folder)
+    clock["train"] = time.perf_counter()
+    best_score, best_valid = trainer.fit(protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"])
+    clock["test"] = time.perf_counter()
+    test_result = trainer.evaluate(protocol.test, load_best_model=saved, show_progress=config["show_progress"])
+    clock["end"] = time.perf_counter()
+    result = {
+        "best_valid_score": best_score, "valid_score_bigger": config["valid_metric_bigger"], "best_valid_result": best_valid,
+        "test_result": test_result, "run_folder": str(folder), "candidate_hash": protocol.candidate_hash,
+    }
+    logger.info(f"best valid : {best_valid}")
+    logger.info(f"test result: {test_result}")
+    save_run(folder, config, protocol, trainer, result, clock)
+    return result
+
+
+def trainer_for(config: LLMConfig, recommender: torch.nn.Module) -> Any:
+    """Our model's own trainer class where it names one, else RecBole's with our evaluation."""
+    own = getattr(recommender, "trainer_class", None)
+    return (own() if own else trainer_class(config["MODEL_TYPE"], config["model"]))(config, recommender)
+
+
+def start_log(config: LLMConfig, folder: Path) -> logging.Logger:
+    """RecBole's logger, with the run folder's ``train.log`` added.
+
+    RecBole calls ``basicConfig`` without force: a second run in one process would go on writing the first one's file.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) or type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+            handler.close()
+    init_logger(config)
+    ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
+    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root.addHandler(ours)
+    return logging.getLogger()
+
+
+def _tell(logger: logging.Logger, config: LLMConfig, protocol: Protocol, folder: Path) -> None:
+    logger.info(config)
+    logger.info(protocol.dataset)
+    users = "all" if protocol.train_users is None else f"{len(protocol.train_users)} (few-shot)"
+    logger.info(
+        f"Protocol: training users {users}, training interactions {sum(protocol.item_counter.values())}, "
+        f"valid {len(protocol.valid)} rows {protocol.valid.mode}, test {len(protocol.test)} rows {protocol.test.mode}, "
+        f"candidate hash {protocol.candidate_hash[:12]}, run folder {folder}"
+    )
+
+
+def save_run(folder: Path, config: LLMConfig, protocol: Protocol, trainer: Any, result: dict[str, Any],
+             clock: dict[str, float]) -> None:
+    """Write everything but the checkpoint; ``result.json`` last, because it says that the run is whole.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    record = {
+        "model": config["model"], "dataset": config["dataset"], "metrics": result["test_result"],
+        "valid_metrics": result["best_valid_result"], "candidate_hash": protocol.candidate_hash,
+        "valid_candidate_hash": protocol.valid.digest, "data_hash": data_hash(config),
+        "seed": config["seed"], "candidate_seed": config["candidate_seed"], "few_shot": config["few_shot"],
+        "few_shot_seed": config["few_shot_seed"], "mode": protocol.test.mode, "rows": len(protocol.test),
+        "training_users": None if protocol.train_users is None else len(protocol.train_users),
+        "training_interactions": sum(protocol.item_counter.values()), "trainable_parameters": trainable,
+        "device": str(config["device"]),
+        "timings": {"data_and_model_s": clock["train"] - clock["start"], "train_s": clock["test"] - clock["train"],
+                    "test_s": clock["end"] - clock["test"], "total_s": clock["end"] - clock["start"]},
+        "versions": versions(), **getattr(trainer, "facts", {}),
+    }
+    try:
+        write_json(folder / "env.json", environment())
+        write_table(folder / "per_user.csv.gz", trainer.per_user)
+        protocol.valid.save(folder / "candidates-valid.jsonl.gz")
+        protocol.test.save(folder / "candidates-test.jsonl.gz")
+        write_json(folder / "result.json", record)
+    except OSError as error:
+        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). Free some space and run again.") from error

@@ -1,0 +1,136 @@
+"""A run folder answers every question: configuration, environment, log, result, per-user rows, candidates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from recbole.config import Config
+
+from recbole_llm import __version__
+from recbole_llm.data.atomic import atomic_file
+from recbole_llm.errors import UserError
+
+PACKAGES = ("recbole", "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "scipy", "safetensors", "tokenizers")
+# What does not change a result, and so does not name a run.
+NOT_IN_HASH = {"checkpoint_dir", "show_progress", "state", "device", "data_path", "log_wandb", "wandb_project", "worker",
+               "save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path", "config_files"}
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of anything JSON-able, keys sorted; other objects by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def data_hash(config: Config) -> str:
+    """SHA-256 of the data set's atomic files."""
+    told = hashlib.sha256()
+    for suffix in ("inter", "item", "user"):
+        file = atomic_file(config.final_config_dict, config["dataset"], suffix)
+        if file.is_file():
+            told.update(suffix.encode() + file.read_bytes())
+    return told.hexdigest()
+
+
+def run_hash(config: Config) -> str:
+    """What determines a run's result: resolved configuration, data and our version."""
+    settings = {k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}
+    return content_hash([settings, data_hash(config), __version__])
+
+
+def make_run_folder(config: Config) -> Path:
+    """``<checkpoint_dir>/<Model>-<dataset>-<hash>``, made and tried for writing before any work.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder = Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{run_hash(config)[:10]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)  # a result stands only for a finished run
+        write_text(folder / "config.yaml", yaml.safe_dump(plain(config.final_config_dict), allow_unicode=True))
+    except OSError as error:
+        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: cannot write {folder} ({error}). Name a folder that can be written.") from error
+    return folder
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a whole file or none: beside, to disk, then renamed."""
+    beside = file.with_name(file.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(beside, file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """Write a gzipped CSV, whole or not at all; the same table gives the same bytes."""
+    beside = file.with_name(file.name + ".tmp")
+    table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
+    os.replace(beside, file)
+
+
+def plain(value: Any) -> Any:
+    """Numbers, texts, lists and dicts of them; everything else as text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"recbole_llm": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and git commit."""
+    return {
+        "versions": versions(), "platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree we run from, with ``-dirty`` where it was changed; None outside a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    try:
+        told = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor()

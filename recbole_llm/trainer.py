@@ -1,0 +1,153 @@
+"""RecBole's trainers with our evaluation: every model ranks the same frozen rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import torch
+from recbole.data.interaction import Interaction
+from recbole.trainer import Trainer
+from recbole.utils import get_trainer
+from tqdm import tqdm
+
+from recbole_llm.data.candidates import EvalRows
+from recbole_llm.data.protocol import Protocol
+from recbole_llm.errors import UserError
+from recbole_llm.evaluator import PerUserEvaluator, Ranking
+
+SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
+
+
+class ProtocolEvaluation:
+    """Mixed in before a RecBole trainer: ``evaluate`` takes frozen rows, checkpoints hold tensors and no pickled objects.
+
+    Set ``protocol`` and ``run_folder`` before ``fit``.
+    """
+
+    protocol: Protocol
+    per_user: pd.DataFrame | None = None
+
+    def start(self, protocol: Protocol, run_folder: Path) -> None:
+        """Where the data come from and where the checkpoint goes."""
+        self.protocol = protocol
+        self.saved_model_file = str(run_folder / f"{self.config['model']}.pth")
+        self.per_user_evaluator = PerUserEvaluator(self.config)
+
+    @torch.no_grad()
+    def evaluate(self, eval_data: EvalRows, load_best_model: bool = True, model_file: str | None = None,
+                 show_progress: bool = False) -> dict[str, float]:
+        """Rank every row.
+
+        Args:
+            eval_data: frozen rows.
+            load_best_model: load the checkpoint of the best epoch first (or ``model_file``).
+
+        Returns:
+            Metric name -> mean. ``self.per_user`` holds the rows.
+        """
+        if load_best_model:
+            self._load_checkpoint(model_file)
+        self.model.eval()
+        ranking, topk = Ranking(), max(self.config["topk"])
+        bar = tqdm(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", ncols=100, disable=not show_progress)
+        with torch.random.fork_rng(devices=[]), bar:  # evaluation must not move training
+            for rows in eval_data.batches(self._rows_at_once(eval_data)):
+                scores, items = self.score_rows(eval_data, rows)
+                targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
+                column = (items == targets[:, None]).int().argmax(1)
+                ranking.add(scores, column, items, topk)
+                bar.update(len(rows))
+        counter = self.protocol.item_counter
+        num_items = self.protocol.dataset.item_num
+        result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
+        return result
+
+    def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and item ids of some rows, both ``[B, C]``; -inf marks what is no answer."""
+        visible = data.visible[torch.as_tensor(rows)].to(self.device)
+        if data.candidates is not None:
+            items = torch.as_tensor(data.candidates[rows], device=self.device)
+            if getattr(self.model, "ranks_candidates", False):
+                return self._predict(visible, items), items
+            # One pass over all items costs id models less than a pass for each candidate, and gives the same scores.
+            everything = self._full_sort(visible)
+            scores = self._predict(visible, items) if everything is None else everything.gather(1, items)
+            return scores, items
+        items = torch.arange(self.protocol.dataset.item_num, device=self.device).expand(len(rows), -1)
+        scores = self._full_sort(visible)
+        scores = self._predict(visible, items) if scores is None else scores
+        scores = scores.clone()
+        scores[:, 0] = -torch.inf  # RecBole's padding item
+        for row, hidden in enumerate(data.hidden[r] for r in rows):
+            scores[row, torch.as_tensor(hidden, device=self.device)] = -torch.inf
+        # Columns in an order that says nothing: RecBole's ids go by first appearance, so by popularity.
+        order = torch.randperm(items.shape[1], generator=torch.Generator().manual_seed(self.config["candidate_seed"]))
+        return scores[:, order], items[:, order.to(self.device)]
+
+    def _full_sort(self, visible: Interaction) -> torch.Tensor | None:
+        """Scores of all items ``[B, n_items]``, or None where the model scores pairs alone."""
+        try:
+            scores = self.model.full_sort_predict(visible)
+        except NotImplementedError:
+            return None
+        return scores.view(len(visible), -1)
+
+    def _predict(self, visible: Interaction, items: torch.Tensor) -> torch.Tensor:
+        """Scores ``[B, C]`` through RecBole's ``predict``, all candidates of a user in consecutive rows."""
+        pairs = visible.repeat_interleave(items.shape[1])
+        pairs.update(Interaction({self.config["ITEM_ID_FIELD"]: items.reshape(-1)}))
+        pairs = self.protocol.dataset.join(pairs.to("cpu")).to(self.device)
+        if getattr(self.model, "ranks_candidates", False):
+            return self.model.predict(pairs).view(items.shape)
+        size = self.config["eval_batch_size"]
+        chunks = [self.model.predict(pairs[i:i + size]) for i in range(0, len(pairs), size)]
+        return torch.cat([c.reshape(-1) for c in chunks]).view(items.shape)
+
+    def _rows_at_once(self, data: EvalRows) -> int:
+        if getattr(self.model, "ranks_candidates", False):
+            return self.model.users_at_once
+        return max(1, min(self.config["eval_batch_size"], SCORES_AT_ONCE // self.protocol.dataset.item_num))
+
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: object) -> None:
+        """RecBole's checkpoint without the pickled Config; written beside and renamed, so that a kill leaves the old one."""
+        state = {
+            "model": self.config["model"], "epoch": epoch, "cur_step": self.cur_step,
+            "best_valid_score": self.best_valid_score, "state_dict": self.model.state_dict(),
+            "other_parameter": self.model.other_parameter(), "optimizer": self.optimizer.state_dict(),
+        }
+        beside = f"{self.saved_model_file}.tmp"
+        try:
+            torch.save(state, beside)
+            os.replace(beside, self.saved_model_file)
+        except (OSError, RuntimeError) as error:
+            Path(beside).unlink(missing_ok=True)
+            raise UserError(
+                f"--checkpoint_dir={self.config['checkpoint_dir']}: could not save {self.saved_model_file} ({error}). "
+                "Free some space, or name another folder; the last good checkpoint is untouched."
+            ) from error
+        if verbose:
+            self.logger.info(f"Saving current: {self.saved_model_file}")
+
+    def _load_checkpoint(self, model_file: str | None) -> None:
+        # Our own file of this very run may hold scipy matrices (ItemKNN, EASE); a file the user names is data only.
+        file = model_file or self.saved_model_file
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=model_file is not None)
+        except Exception as error:  # torch raises many kinds for a damaged or foreign file
+            raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
+        self.model.load_state_dict(state["state_dict"])
+        self.model.load_other_parameter(state["other_parameter"])
+
+
+def trainer_class(model_type: object, model: str) -> type[Trainer]:
+    """RecBole's trainer of a model, with our evaluation.
+
+    Raises:
+        UserError: RecBole's decision-tree trainer, which trains outside torch.
+    """
+    base = get_trainer(model_type, model)
+    if not issubclass(base, Trainer):
+        raise UserError(f"--model={model}: {base.__name__} is not a torch trainer, so it cannot rank under our protocol.")
+    return type(base.__name__, (ProtocolEvaluation, base), {})

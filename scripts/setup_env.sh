@@ -1,0 +1,91 @@
+#!/bin/sh
+# Make the virtual environment .venv ready; `make run` and `make test` call this.
+#
+#     scripts/setup_env.sh run|dev [PYTHON]
+#
+# run: the package with what it needs; dev: the test tools on top. An interrupted set-up is started afresh.
+# Without a GPU the CPU build of torch is taken (0.2 GB instead of several). Set TORCH to ask pip for another one,
+# for instance TORCH=torch==2.9.1.
+set -eu
+
+TORCH_CPU=2.13.0
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+goal=${1:-run}
+base=${2:-python3}
+cd "$(dirname "$0")/.."
+venv=.venv
+python=$venv/bin/python
+unfinished=$venv/.unfinished
+began=$(date +%s)
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { echo "set-up [$(($(date +%s) - began)) s] $*"; }
+
+at_least() { "$1" -c "import sys; sys.exit(sys.version_info < ($2))"; }
+
+# Compiling in one go afterwards uses all cores; pip uses one.
+install() { "$python" -m pip install -qq --no-compile "$@"; }
+
+has_gpu() { nvidia-smi >/dev/null 2>&1; }
+
+# True where pip's own sources offer the CPU build (they are listed, nothing is fetched).
+cpu_build_offered() { "$python" -m pip index versions torch 2>/dev/null | grep -q "[ (]$TORCH_CPU+cpu"; }
+
+make_venv() {
+    if [ -e "$unfinished" ]; then
+        say "the last set-up was interrupted: starting afresh"
+        rm -rf "$venv"
+    fi
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        say "creating $venv with $("$base" --version)"
+        "$base" -m venv --clear "$venv"
+    fi
+    touch "$unfinished"
+}
+
+# Set `torch` to what pip is asked for; empty where the range in setup.cfg says enough.
+choose_torch() {
+    torch=${TORCH:-}
+    if [ -n "$torch" ] || "$python" -m pip show -qq torch 2>/dev/null; then
+        return
+    elif has_gpu; then
+        say "GPU found: torch with CUDA, a download of several GB"
+    elif [ "$(uname)" != Linux ]; then
+        say "torch as pip offers it"
+    elif cpu_build_offered; then
+        say "no GPU found: torch $TORCH_CPU for the CPU"
+        torch=torch==$TORCH_CPU+cpu
+    else
+        say "no GPU found: torch $TORCH_CPU for the CPU, from $TORCH_CPU_INDEX"
+        install "torch==$TORCH_CPU" --index-url "$TORCH_CPU_INDEX"
+    fi
+}
+
+install_packages() {
+    if at_least "$python" "3, 12"; then
+        say "RecBole without its dependencies: its ray has no build for $("$python" --version)"
+        install --no-deps recbole==1.2.1
+    fi
+    package=.
+    [ "$goal" = run ] || package=".[$goal]"
+    say "installing $package and what it needs"
+    install ${torch:+"$torch"} --editable "$package"
+    say "compiling"
+    # ray is never imported; some packages ship files that are not meant to compile.
+    site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    "$python" -W ignore -m compileall -qq -j 0 -x '/(ray|tests)/' "$site" || true
+}
+
+if ! at_least "$base" "3, 11"; then
+    echo "set-up: Python 3.11 or newer is needed, but $base is $("$base" --version 2>&1)." \
+        "Name another: make PYTHON=/path/to/python3.11 ..." >&2
+    exit 2
+fi
+make_venv
+choose_torch
+install_packages
+touch "$venv/.ready"
+[ "$goal" = run ] || touch "$venv/.ready-$goal"
+rm "$unfinished"
+say "ready: $venv, $(du -sh "$venv" | cut -f1)"
