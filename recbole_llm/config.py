@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,46 @@ from recbole_llm.model import model_class
 HERE = Path(__file__).resolve().parent
 PROPERTIES = next(p for p in (HERE / "properties", HERE.parent / "properties") if p.is_dir())
 METRIC = re.compile(r"\w+@\d+|GAUC", re.IGNORECASE)
+
+
+def parse_value(text: str) -> Any:
+    """A value as typed on the command line: a Python literal, true/false/none in any case, else text. Never run as code.
+
+    >>> parse_value("1e-3"), parse_value("[1, 5]"), parse_value("True"), parse_value("none"), parse_value("{title}")
+    (0.001, [1, 5], True, None, '{title}')
+    """
+    named = {"true": True, "false": False, "none": None, "null": None, "~": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return text if isinstance(value, (set, bytes, complex)) or value is ... else value
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """Settings of a YAML file; only plain values, no object tags.
+
+    Raises:
+        ConfigError: no such file, or not plain ``key: value`` YAML.
+    """
+    try:
+        loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=SettingsLoader) or {}
+    except OSError as error:
+        raise ConfigError([f"--config_files: cannot read `{file}` ({error.strerror})."]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config_files: `{file}` is not plain YAML: {error}"]) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not {type(loaded).__name__}."])
+    return {str(key): value for key, value in loaded.items()}
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; RecBole's users write it as a number."""
+
+
+SettingsLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 class LLMConfig(Config):
@@ -39,32 +80,19 @@ class LLMConfig(Config):
 
     def __init__(self, model: str | None = None, dataset: str | None = None,
                  config_file_list: list[str] | None = None, config_dict: dict[str, Any] | None = None) -> None:
-        missing = [f"--config_files: no file `{f}`." for f in config_file_list or [] if not Path(f).is_file()]
-        if missing:
-            raise ConfigError(missing)
         super().__init__(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+
+    properties = PROPERTIES
 
     def compatibility_settings(self) -> None:
         """RecBole's version fails on numpy 2."""
         compat.add_numpy_aliases()
 
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
-        loader = type("RecBoleSafeLoader", (yaml.SafeLoader,), {})
-        # YAML 1.1 reads `1e-4` as text; RecBole's users write it as a number.
-        loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-        return loader
+        return SettingsLoader
 
     def _load_config_files(self, file_list: list[str] | None) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for file in file_list or []:
-            try:
-                loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=self.yaml_loader) or {}
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError([f"--config_files: `{file}` is not plain YAML: {error}"]) from None
-            if not isinstance(loaded, dict):
-                raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not {type(loaded).__name__}."])
-            settings.update(loaded)
-        return settings
+        return {key: value for file in file_list or [] for key, value in read_yaml(file).items()}
 
     def _load_variable_config_dict(self, config_dict: dict[str, Any] | None) -> dict[str, Any]:
         return dict(config_dict or {})

@@ -94,6 +94,7 @@ LLM_KEYS: dict[str, Check] = {
     "preference_epochs": integer(0),
     "preference_learning_rate": number(above=True),
     "preference_positions": integer(0),
+    "sft_positions": integer(0),
     "lr_scheduler": one_of("cosine", "linear", "constant"),
     "warmup_ratio": number(0, 1),
     "token_budget": integer(64),

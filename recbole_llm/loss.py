@@ -106,7 +106,8 @@ def dmpo_loss(
     In the gradient every rejected completion weighs 1/N, however hard it is.
 
     Source: arXiv 2405.16127 (CIKM 2024), Eq. 3, as two independent restatements give it. The code released
-    with the paper differs in two ways. Each has a switch, so that its results can be reproduced.
+    with the paper differs in two ways that have a switch here. It also adds the mean token NLL of the chosen
+    completion, which is not part of this loss.
 
     Args:
         policy_chosen_logps: [B], nats.

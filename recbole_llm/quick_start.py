@@ -62,7 +62,7 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
 def trainer_for(config: LLMConfig, recommender: torch.nn.Module) -> Any:
     """Our model's own trainer class where it names one, else RecBole's with our evaluation."""
     own = getattr(recommender, "trainer_class", None)
-    return (own() if own else trainer_class(config["MODEL_TYPE"], config["model"]))(config, recommender)
+    return (own or trainer_class(config["MODEL_TYPE"], config["model"]))(config, recommender)
 
 
 def start_log(config: LLMConfig, folder: Path) -> logging.Logger:

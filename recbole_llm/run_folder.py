@@ -48,13 +48,18 @@ def run_hash(config: Config) -> str:
     return content_hash([settings, data_hash(config), __version__])
 
 
+def run_folder_of(config: Config) -> Path:
+    """``<checkpoint_dir>/<Model>-<dataset>-<hash>``."""
+    return Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{run_hash(config)[:10]}"
+
+
 def make_run_folder(config: Config) -> Path:
-    """``<checkpoint_dir>/<Model>-<dataset>-<hash>``, made and tried for writing before any work.
+    """The run's folder, made and tried for writing before any work.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
-    folder = Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{run_hash(config)[:10]}"
+    folder = run_folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)  # a result stands only for a finished run

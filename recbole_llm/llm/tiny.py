@@ -1,4 +1,4 @@
-"""``--llm=tiny``: a random two-layer LLM over bytes, for tests and teaching. Nothing is fetched or written."""
+"""``--llm=tiny``: a random two-layer LLM over bytes, for tests and teaching. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CHAT_TEMPLATE = (
 
 
 def tiny_llm(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A random LLM of about 44,000 weights and its tokenizer.
+    """A random LLM of 37,000 weights and its tokenizer.
 
-    The weights depend on ``seed`` alone, and torch's global generator is left as it was. Outside of the special
-    tokens a token is a byte, so ``tok(a + b) == tok(a) + tok(b)`` for all texts.
+    The weights depend on ``seed`` alone, and torch's global generator is left as it was. Outside of the
+    special tokens a token is a byte, so ``tok(a + b) == tok(a) + tok(b)`` for all texts.
 
     Args:
         seed: of the weights.

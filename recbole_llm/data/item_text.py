@@ -1,0 +1,129 @@
+"""Item id -> the text that the LLM reads and ranks: cleaned, complete, and no two the same."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from string import Formatter
+
+from recbole.config import Config
+from recbole.data.dataset import Dataset
+
+from recbole_llm.data.atomic import read_items
+from recbole_llm.errors import UserError
+
+TITLE_COLUMNS = ("title", "movie_title", "item_title", "name", "item_name", "product_title", "book_title")
+YEAR_COLUMNS = ("release_year", "year", "publication_year")
+TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+
+logger = logging.getLogger()
+
+
+def item_texts(config: Config, dataset: Dataset, count_tokens: Callable[[Sequence[str]], list[int]]) -> list[str]:
+    """The text of every internal item id; entry 0 (padding) is empty.
+
+    HTML entities and tags are resolved, control characters and runs of blanks become one blank. A text over
+    ``item_text_max_tokens`` loses whole words at its end. An item without text becomes ``untitled <item token>``.
+    Of items with equal text the first (by item token) keeps it and the others get `` (2)``, `` (3)`` and so on,
+    because a ranker must be able to tell items apart. Each of these is counted in the log, with examples.
+
+    Args:
+        config: needs ``item_text`` (``auto`` or a template such as ``{title} ({year})``) and ``item_text_max_tokens``.
+        count_tokens: texts -> their lengths in tokens.
+
+    Raises:
+        UserError: no ``.item`` file, a column that it does not have, or more than half of the items without text.
+    """
+    columns, rows = read_items(config.final_config_dict, config["dataset"])
+    template = _template(config["item_text"], columns, config["dataset"])
+    tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
+    texts = [clean(_fill(template, rows[t])) if t in rows else "" for t in tokens]
+    texts = _name_the_untitled(texts, tokens, config["dataset"])
+    texts = _cut_the_long(texts, config["item_text_max_tokens"], count_tokens)
+    return ["", *_tell_apart(texts, tokens)]
+
+
+def clean(text: str) -> str:
+    """One line of plain text: entities and tags resolved, control characters and runs of blanks one blank."""
+    for _ in range(2):  # shops escape twice: "&amp;quot;"
+        text = html.unescape(text)
+    text = TAG.sub(" ", text)
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text)
+    return " ".join(text.split())
+
+
+def _template(wanted: str, columns: list[str], dataset: str) -> str:
+    found = f"{dataset}.item has the columns {', '.join(columns) or '(none)'}"
+    if wanted != "auto":
+        try:
+            used = [name for _, name, _, _ in Formatter().parse(wanted) if name is not None]
+        except ValueError as error:
+            raise UserError(f"--item_text={wanted!r}: {error}; write columns in braces, for example {{title}}.") from None
+        unknown = [name for name in used if name not in columns]
+        if unknown or not used:
+            what = f"no column {', '.join(unknown)}" if unknown else "no column in braces"
+            raise UserError(f"--item_text={wanted!r}: {what}; {found}.")
+        return wanted
+    title = next((c for c in TITLE_COLUMNS if c in columns), None)
+    if title is None:
+        raise UserError(f"--item_text=auto: no title column ({', '.join(TITLE_COLUMNS)}); {found}. Name yours, for example --item_text='{{{(columns or ['title'])[0]}}}'.")
+    year = next((c for c in YEAR_COLUMNS if c in columns), None)
+    return f"{{{title}}}" + (f" ({{{year}}})" if year else "")
+
+
+def _fill(template: str, row: dict[str, str]) -> str:
+    """The template with an item's columns; no format language, so a column cannot reach into objects."""
+    parts = [before + (row[name] if name is not None else "") for before, name, _, _ in Formatter().parse(template)]
+    text = "".join(parts)
+    used = [row[name] for _, name, _, _ in Formatter().parse(template) if name is not None]
+    return re.sub(r"\s*\(\s*\)", "", text) if any(used) else ""
+
+
+def _name_the_untitled(texts: list[str], tokens: list[str], dataset: str) -> list[str]:
+    missing = [token for text, token in zip(texts, tokens, strict=True) if not text]
+    if len(missing) * 2 > len(texts):
+        raise UserError(
+            f"--dataset={dataset}: {len(missing)} of {len(texts)} items have no text (for example item {missing[0]}). "
+            "Check that the .item file belongs to this .inter file, or name other columns with --item_text."
+        )
+    if missing:
+        logger.warning(f"Item text: {len(missing)} items have none and are called `untitled <id>` (for example {missing[:3]}).")
+    return [text or f"untitled {token}" for text, token in zip(texts, tokens, strict=True)]
+
+
+def _cut_the_long(texts: list[str], most: int, count_tokens: Callable[[Sequence[str]], list[int]]) -> list[str]:
+    long = [i for i, n in enumerate(count_tokens(texts)) if n > most]
+    if long:
+        logger.warning(f"Item text: {len(long)} texts are over item_text_max_tokens={most} and lose their last words (for example {texts[long[0]][:60]!r}...).")
+    texts = list(texts)
+    for i in long:
+        text = texts[i]
+        while count_tokens([text])[0] > most:  # whole words first; a single huge word by characters
+            text = text.rsplit(" ", 1)[0] if " " in text else text[: max(1, len(text) * 3 // 4)]
+            if len(text) == 1:
+                break
+        texts[i] = text
+    return texts
+
+
+def _tell_apart(texts: list[str], tokens: list[str]) -> list[str]:
+    count = Counter(texts)
+    twins = [text for text, n in count.items() if n > 1]
+    if twins:
+        total = sum(count[t] - 1 for t in twins)
+        logger.warning(f"Item text: {len(twins)} texts belong to several items; {total} items get ` (2)`, ` (3)`... (for example {twins[:3]}).")
+    taken, texts = set(count), list(texts)
+    first: set[str] = set()
+    for i in sorted(range(len(texts)), key=lambda i: tokens[i]):
+        if texts[i] in first:
+            number = 2
+            while (numbered := f"{texts[i]} ({number})") in taken:
+                number += 1
+            taken.add(numbered)
+            texts[i] = numbered
+        first.add(texts[i])
+    return texts

@@ -1,0 +1,48 @@
+"""Training sequences -> windows: which stretch of a history is one tree, and which items in it are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from recbole_llm.data.prompt import Prompt, Window
+
+
+def training_windows(sequences: Mapping[int, np.ndarray], prompt: Prompt, *, history: int, last: int, most_tokens: int) -> list[Window]:
+    """Windows that train each position of each user once, the first item of a user excepted (it has no history).
+
+    With a stream prompt a window is a stretch of ``history + 1`` items, all but its first trained; the next stretch
+    begins with the last item of the one before. With an instruct prompt each trained position is a window of its own.
+
+    Args:
+        sequences: user -> training items in order of time.
+        history: items of history at most (RecBole's MAX_ITEM_LIST_LENGTH).
+        last: train only the last so many positions of a user; 0 = all.
+        most_tokens: tokens of a prompt with its answer at most; oldest items go first.
+    """
+    windows = []
+    for user, items in sequences.items():
+        items = tuple(int(i) for i in items)
+        first = max(1, len(items) - last) if last else 1
+        if prompt.every_position:
+            windows += _stretches(user, items, first, history, prompt, most_tokens)
+        else:
+            for target in range(first, len(items)):
+                kept = prompt.fit(items[max(0, target - history):target], most_tokens)
+                windows.append(Window(user, (*kept, items[target]), (len(kept),)))
+    return windows
+
+
+def _stretches(user: int, items: Sequence[int], first: int, history: int, prompt: Prompt, most_tokens: int) -> list[Window]:
+    windows, start = [], max(0, first - history) if first > 1 else 0
+    while start < len(items) - 1:
+        stretch = items[start:start + history + 1]
+        # The last title of a stretch is its last answer: the trunk must hold all of them.
+        while len(stretch) > 2 and len(prompt.trunk(stretch)) > most_tokens:
+            stretch = stretch[:-1]
+        targets = tuple(t for t in range(1, len(stretch)) if start + t >= first)
+        if targets:
+            windows.append(Window(user, stretch, targets))
+        start += len(stretch) - 1
+    return windows

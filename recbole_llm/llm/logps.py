@@ -1,0 +1,102 @@
+"""The only log-softmax of the project: log-probabilities of completions in token trees, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
+
+HEAD_ROWS_AT_ONCE = 512  # rows x vocabulary float32 logits held at a time (96 MiB for 49,152 tokens)
+
+
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The transformer body and the LM head of a transformers causal LM, LoRA-wrapped or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, base.base_model_prefix), base.get_output_embeddings()
+
+
+def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budget: int) -> list[torch.Tensor]:
+    """Log-probability of each completion of each tree.
+
+    Args:
+        model: a causal LM.
+        trees: what to score.
+        token_budget: tokens of one forward pass, padding included; a longer tree goes alone.
+
+    Returns:
+        For each tree ``[n_completions]``, nats, float32, differentiable.
+    """
+    inner = [int(torch.unique(tree.parent[1:]).numel()) for tree in trees]
+    found: list[torch.Tensor | None] = [None] * len(trees)
+    for group in batches_by_budget(inner, token_budget):
+        logps = batch_logps(model, [trees[i] for i in group])
+        for index, part in zip(group, logps.split([trees[i].n_completions for i in group]), strict=True):
+            found[index] = part
+    return found
+
+
+def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
+    """Log-probability of all completions of trees that fit one forward pass ``[sum of n_completions]``, nats."""
+    decoder, head = decoder_and_head(model)
+    batch = batch_trees(trees).to(next(model.parameters()).device)
+    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids,
+                     use_cache=False).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.head_rows]
+    token_logps = _token_logps(hidden, batch.row, batch.target, head, model.config)
+    return token_logps.new_zeros(batch.n_completions).index_add(0, batch.completion, token_logps)
+
+
+def _token_logps(hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any) -> torch.Tensor:
+    """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad and cap is None
+    if plain:
+        normaliser = _LogSumExp.apply(hidden, head.weight)
+        logit = (hidden[row].float() * head.weight[target].float()).sum(-1)
+        return logit - normaliser[row]
+    parts = []
+    for first in range(0, len(hidden), HEAD_ROWS_AT_ONCE):
+        mine = (row >= first) & (row < first + HEAD_ROWS_AT_ONCE)
+        chunk = hidden[first:first + HEAD_ROWS_AT_ONCE]
+        parts.append((mine, checkpoint(_chunk_logps, chunk, row[mine] - first, target[mine], head, cap, use_reentrant=False)))
+    logps = hidden.new_zeros(len(row), dtype=torch.float32)
+    for mine, part in parts:
+        logps = logps.masked_scatter(mine, part)
+    return logps
+
+
+def _chunk_logps(hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, cap: float | None) -> torch.Tensor:
+    logits = head(hidden).float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return logits[row, target] - logits.logsumexp(-1)[row]
+
+
+class _LogSumExp(torch.autograd.Function):
+    """logsumexp over the vocabulary of ``hidden @ weight.T`` ``[H]`` for a frozen head.
+
+    The gradient of a row is the expected embedding under its softmax; it is computed beside the value, so that
+    neither logits ``[H, V]`` are kept nor the head run again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        values, expected = [], []
+        for chunk in hidden.split(HEAD_ROWS_AT_ONCE):
+            logits = (chunk @ weight.T).float()
+            value = logits.logsumexp(-1)
+            values.append(value)
+            if ctx.needs_input_grad[0]:
+                expected.append((logits.sub_(value[:, None]).exp_().to(weight.dtype)) @ weight)
+        if expected:
+            ctx.save_for_backward(torch.cat(expected))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (expected,) = ctx.saved_tensors
+        return (grad[:, None] * expected.float()).to(expected.dtype), None

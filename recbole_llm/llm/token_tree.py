@@ -1,0 +1,178 @@
+"""Everything that shares a prefix, packed into one tree of tokens, so that each token is computed once.
+
+Nodes stand in depth-first preorder. Node q may attend to node k iff ``k <= q < subtree_end[k]``: its ancestors and
+itself. A node's log-probability comes from its parent's hidden state, so leaves are never fed to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A tree of tokens and the completions to score in it.
+
+    Attributes:
+        token, parent, depth, subtree_end: of each node in preorder ``[S]``; the root's parent is -1, depth is the
+            position id, ``subtree_end`` the index after the last descendant.
+        scored: nodes that belong to a completion, and ``completion`` which one ``[M]``.
+        n_completions: completions are numbered ``0 .. n_completions - 1``.
+    """
+
+    token: torch.Tensor
+    parent: torch.Tensor
+    depth: torch.Tensor
+    subtree_end: torch.Tensor
+    scored: torch.Tensor
+    completion: torch.Tensor
+    n_completions: int
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children, so that plain causal attention is right."""
+        return bool((self.parent[1:] == torch.arange(len(self) - 1)).all())
+
+    def mask(self) -> torch.Tensor:
+        """``[S, S]``, True where query (row) may attend to key (column)."""
+        node = torch.arange(len(self))
+        return (node[None, :] <= node[:, None]) & (node[:, None] < self.subtree_end[None, :])
+
+    def without_leaves(self) -> TokenTree:
+        """The nodes that must go through the model; ``scored`` keeps the numbering of the full tree."""
+        inner = torch.zeros(len(self), dtype=torch.bool)
+        inner[self.parent[1:]] = True
+        before = torch.cat([torch.zeros(1, dtype=torch.long), inner.long().cumsum(0)])  # inner nodes before each node
+        parent = self.parent[inner]
+        parent = torch.where(parent < 0, -1, before[parent.clamp(min=0)])
+        return TokenTree(self.token[inner], parent, self.depth[inner], before[self.subtree_end[inner]],
+                         self.scored, self.completion, self.n_completions)
+
+
+class TreeBuilder:
+    """Grows a token tree in preorder: each chain hangs off the node added last or one of its ancestors."""
+
+    def __init__(self) -> None:
+        self._token: list[int] = []
+        self._parent: list[int] = []
+        self._depth: list[int] = []
+        self._scored: list[int] = []
+        self._completion: list[int] = []
+        self._n_completions = 0
+
+    def chain(self, parent: int, tokens: Sequence[int]) -> list[int]:
+        """Hang a chain of tokens off ``parent`` (-1 starts the root) and return its nodes.
+
+        Raises:
+            ValueError: the parent lies off the path to the node added last, or there is a second root.
+        """
+        last = len(self._token) - 1
+        ancestor = last
+        while ancestor > parent:
+            ancestor = self._parent[ancestor]
+        if ancestor != parent or (parent == -1 and last >= 0):
+            raise ValueError(f"node {parent} is not on the path to node {last}: the tree would not be in preorder")
+        nodes = []
+        for token in tokens:
+            self._parent.append(parent)
+            self._depth.append(self._depth[parent] + 1 if parent >= 0 else 0)
+            self._token.append(token)
+            parent = len(self._token) - 1
+            nodes.append(parent)
+        return nodes
+
+    def completion(self, nodes: Sequence[int]) -> int:
+        """Score these nodes together (a title, its end included); returns the completion's number."""
+        self._scored += nodes
+        self._completion += [self._n_completions] * len(nodes)
+        self._n_completions += 1
+        return self._n_completions - 1
+
+    def build(self) -> TokenTree:
+        """The finished tree.
+
+        Raises:
+            ValueError: a completion holds the root, which has no parent to predict it.
+        """
+        if 0 in self._scored:
+            raise ValueError("the root cannot be scored: nothing comes before it")
+        end = list(range(1, len(self._token) + 1))
+        for node in range(len(end) - 1, 0, -1):
+            end[self._parent[node]] = max(end[self._parent[node]], end[node])
+        as_tensor = [torch.tensor(x, dtype=torch.long) for x in
+                     (self._token, self._parent, self._depth, end, self._scored, self._completion)]
+        return TokenTree(*as_tensor, self._n_completions)
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Trees as the rows of one forward pass.
+
+    Attributes:
+        input_ids, position_ids: ``[R, S]``, right-padded.
+        mask: ``[R, 1, S, S]`` bool, True = attend; None where plain causal attention is right.
+        head_rows: positions in the flattened ``[R * S]`` whose next-token distribution is needed ``[H]``.
+        row, target, completion: for each scored token its entry in ``head_rows``, its token, and its completion's
+            number over the whole batch ``[M]``.
+        n_completions: over the whole batch, tree after tree.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor | None
+    head_rows: torch.Tensor
+    row: torch.Tensor
+    target: torch.Tensor
+    completion: torch.Tensor
+    n_completions: int
+
+    def to(self, device: torch.device) -> TreeBatch:
+        """The same on another device."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        return TreeBatch(**moved)
+
+
+def batch_trees(trees: Sequence[TokenTree]) -> TreeBatch:
+    """Stack trees, one a row; leaves are dropped and log-probs are read off their parents."""
+    inner = [tree.without_leaves() for tree in trees]
+    width = max(map(len, inner))
+    input_ids = torch.zeros(len(trees), width, dtype=torch.long)
+    position_ids = torch.arange(width).repeat(len(trees), 1)
+    chains = all(tree.is_chain for tree in inner)
+    mask = None if chains else torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself
+    head, target, completion, first = [], [], [], 0
+    for row, (tree, fed) in enumerate(zip(trees, inner, strict=True)):
+        input_ids[row, : len(fed)] = fed.token
+        position_ids[row, : len(fed)] = fed.depth
+        if mask is not None:
+            mask[row, : len(fed), : len(fed)] = fed.mask()
+        has_child = torch.zeros(len(tree), dtype=torch.bool)
+        has_child[tree.parent[1:]] = True
+        place = has_child.long().cumsum(0) - 1
+        head.append(row * width + place[tree.parent[tree.scored]])
+        target.append(tree.token[tree.scored])
+        completion.append(tree.completion + first)
+        first += tree.n_completions
+    head_rows, entry = torch.cat(head).unique(return_inverse=True)
+    return TreeBatch(input_ids, position_ids, None if mask is None else mask[:, None], head_rows, entry,
+                     torch.cat(target), torch.cat(completion), first)
+
+
+def batches_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped so that each padded group (rows x longest) keeps to ``budget`` tokens; long ones stand alone.
+
+    Longest first: the largest memory need comes at once, not at the end.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,239 @@
+"""Trains an LLM recommender in stages: SFT, then a preference loss whose reference is the SFT policy, frozen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.trainer import Trainer
+from transformers import get_scheduler
+
+from recbole_llm.data.candidates import EvalRows, popularity
+from recbole_llm.data.prompt import Window
+from recbole_llm.data.protocol import Protocol
+from recbole_llm.data.rejected import RejectedItems
+from recbole_llm.data.windows import training_windows
+from recbole_llm.errors import UserError
+from recbole_llm.llm.adapter import load_adapter, save_adapter
+from recbole_llm.llm.token_tree import batches_by_budget
+from recbole_llm.progress import bar
+from recbole_llm.run_folder import content_hash, data_hash, versions, write_json
+from recbole_llm.trainer import ProtocolEvaluation
+
+# What determines the SFT adapter, besides data, model and protocol. A preference loss shares the stage of all others.
+SFT_KEYS = (
+    "llm", "dtype", "quantization", "finetune", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "item_text",
+    "item_text_max_tokens", "prompt", "score_norm", "epochs", "learning_rate", "sft_positions", "train_batch_size", "learner",
+    "weight_decay", "lr_scheduler", "warmup_ratio", "clip_grad_norm", "stopping_step", "eval_step", "seed", "few_shot",
+    "few_shot_seed", "eval_args", "valid_metric", "MAX_ITEM_LIST_LENGTH", "rerank_model", "rerank_topk",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``."""
+
+    loss: str
+    epochs: int
+    learning_rate: float
+    windows: list[Window]
+    folder: Path
+
+
+class LLMTrainer(ProtocolEvaluation, Trainer):
+    """RecBole's trainer (epochs, early stopping on validation, TensorBoard) over stages of token-tree windows.
+
+    An optimizer step covers ``train_batch_size`` supervised positions, split into passes of ``token_budget`` tokens;
+    the loss does not depend on the split.
+    """
+
+    def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        return super()._build_optimizer(params=trainable or [torch.nn.Parameter(torch.zeros(1))], **kwargs)
+
+    def start(self, protocol: Protocol, run_folder: Path) -> None:
+        """Where the data come from and where adapters and step metrics go."""
+        super().start(protocol, run_folder)
+        self.run_folder = run_folder
+        self.stage: Stage | None = None
+        self.metrics_file = run_folder / "metrics.jsonl"
+        self.metrics_file.unlink(missing_ok=True)
+        llm = self.model.llm
+        self.facts = {"llm": llm.name, "llm_revision": llm.revision, "dtype": llm.dtype, "loss": self.config["loss"],
+                      "prompt": self.config["prompt"], "score_norm": self.config["score_norm"],
+                      "effective_batch": self.config["train_batch_size"], "stages": []}
+
+    # ---- stages
+
+    def fit(self, train_data: Any, valid_data: EvalRows | None = None, verbose: bool = True, saved: bool = True,
+            show_progress: bool = False, callback_fn: Any = None) -> tuple[float, dict[str, float] | None]:
+        """Run the stages; an SFT stage that was finished before, with the same everything, is loaded instead.
+
+        Returns:
+            Best validation score and result of the last stage.
+        """
+        best: tuple[float, dict[str, float] | None] = (-np.inf, None)
+        for stage in self._stages():
+            done = stage.folder / "stage.json"
+            if stage.loss == "SFT" and done.is_file():
+                record = json.loads(done.read_text())
+                self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
+                load_adapter(self.model.llm, stage.folder)
+                best = (record["best_valid_score"], record["best_valid_result"])
+            else:
+                best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
+            self.facts["stages"].append(record)
+        if best[1] is None and valid_data:  # nothing was trained: zero-shot
+            best = self._valid_epoch(valid_data, show_progress)
+        if self.config["finetune"] != "none":
+            save_adapter(self.model.llm, self.run_folder)
+        return best
+
+    def _stages(self) -> Iterator[Stage]:
+        config, sequences = self.config, self.protocol.training_sequences()
+        if config["finetune"] == "none":
+            return
+        cut = {"history": config["MAX_ITEM_LIST_LENGTH"], "most_tokens": min(self.model.llm.context, config["token_budget"])}
+        if config["epochs"] > 0:
+            windows = training_windows(sequences, self.model.prompt, last=config["sft_positions"], **cut)
+            yield Stage("SFT", config["epochs"], config["learning_rate"], windows, self._sft_folder())
+        if config["loss"] != "SFT" and config["preference_epochs"] > 0:
+            windows = training_windows(sequences, self.model.prompt, last=config["preference_positions"], **cut)
+            windows = self._rejected().fill(windows)
+            yield Stage(config["loss"], config["preference_epochs"], config["preference_learning_rate"], windows, self.run_folder)
+
+    def _rejected(self) -> RejectedItems:
+        config, protocol = self.config, self.protocol
+        tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
+        counts = popularity(protocol.events, protocol.train_ends, protocol.dataset.item_num)
+        return RejectedItems(config["rejected"], config["rejected_num"], protocol.events, protocol.train_ends, counts, tokens,
+                             threshold=config["rating_threshold"], seed=config["seed"])
+
+    def _sft_folder(self) -> Path:
+        llm = self.model.llm
+        what = [{k: self.config[k] for k in SFT_KEYS}, llm.revision, data_hash(self.config), self.protocol.valid.digest,
+                self.model.prompt.prefix, self.model.prompt.suffix, content_hash(self.model.texts), versions()]
+        return Path(self.config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
+
+    def _run_stage(self, stage: Stage, train_data: Any, valid_data: EvalRows | None, verbose: bool, show_progress: bool,
+                   callback_fn: Any) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
+        self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
+        self.eval_step = min(self.config["eval_step"], stage.epochs)
+        self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
+        self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
+        steps = stage.epochs * sum(1 for _ in self._steps(stage.windows, 0))
+        warmup = int(steps * self.config["warmup_ratio"])
+        self.scheduler = get_scheduler(self.config["lr_scheduler"], self.optimizer, warmup, steps)
+        positions, clock = sum(len(w.targets) for w in stage.windows), time.perf_counter()
+        self.logger.info(f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, {steps} steps.")
+        if stage.loss != "SFT":
+            self._fill_reference(stage, show_progress)
+        self.tokens = 0
+        with bar(total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress) as self.bar:
+            best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
+        load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
+        record = {"loss": stage.loss, "positions": positions, "steps": steps, "tokens": self.tokens, "best_valid_score": best[0],
+                  "best_valid_result": best[1], "train_loss": self.train_loss_dict, "seconds": time.perf_counter() - clock}
+        write_json(stage.folder / "stage.json", record)
+        return best, record
+
+    def _fill_reference(self, stage: Stage, show_progress: bool) -> None:
+        """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
+        self.model.eval()
+        chunk = 64
+        for first in bar(iterable=range(0, len(stage.windows), chunk), desc="Reference log-probs", disable=not show_progress):
+            windows = stage.windows[first:first + chunk]
+            stage.windows[first:first + chunk] = [
+                replace(w, reference=r) for w, r in zip(windows, self.model.reference_logps(windows), strict=True)
+            ]
+
+    # ---- steps
+
+    def _steps(self, windows: Sequence[Window], epoch: int) -> Iterator[list[Window]]:
+        """Windows in a seeded order, grouped into optimizer steps of at least ``train_batch_size`` positions."""
+        order = np.random.default_rng([self.config["seed"], epoch]).permutation(len(windows))
+        step, positions = [], 0
+        for index in order:
+            step.append(windows[index])
+            positions += len(windows[index].targets)
+            if positions >= self.config["train_batch_size"]:
+                yield step
+                step, positions = [], 0
+        if step:
+            yield step
+
+    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> float:
+        """One pass over the stage's windows; returns the mean loss (nats a token for SFT, a pair for the others)."""
+        self.model.train()
+        total = count = 0.0
+        for number, windows in enumerate(self._steps(self.stage.windows, epoch_idx)):
+            loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
+            total, count = total + loss_sum, count + step_count
+            self._log_step(epoch_idx, loss_sum / step_count, {k: v / step_count for k, v in logged.items()})
+            self.bar.update(sum(len(w.targets) for w in windows))
+            self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
+        return total / count
+
+    def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
+        """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
+        loss_name, budget = self.stage.loss, self.config["token_budget"]
+        self.optimizer.zero_grad(set_to_none=True)
+        sizes = [self._size(w) for w in windows]
+        self.tokens += sum(sizes)
+        whole = self._count(windows)
+        total, logged = 0.0, {}
+        for group in batches_by_budget(sizes, budget):
+            part = self.model.window_loss([windows[i] for i in group], loss_name)
+            if not torch.isfinite(part.total):
+                users = sorted({str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, windows[i].user)) for i in group})
+                raise UserError(f"--learning_rate: the {loss_name} loss became {float(part.total)} in epoch {epoch}, step {number} (users "
+                                f"{', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in {self.stage.folder}.")
+            (part.total / whole).backward()
+            total += float(part.total)
+            logged = {k: logged.get(k, 0.0) + v for k, v in part.logged.items()}
+        if self.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        return total, whole, logged
+
+    def _count(self, windows: Sequence[Window]) -> int:
+        """What a step's loss is averaged over: title tokens (SFT) or pairs."""
+        if self.stage.loss != "SFT":
+            return sum(len(w.targets) for w in windows)
+        return sum(len(self.model.prompt.answers[w.items[t]]) for w in windows for t in w.targets)
+
+    def _size(self, window: Window) -> int:
+        prompt = self.model.prompt
+        trunk = len(prompt.trunk(window.items[: max(window.targets) + prompt.every_position]))
+        branches = sum(len(prompt.answers[i]) - 1 for items in window.rejected for i in items)
+        return trunk + branches + (0 if prompt.every_position else len(prompt.answers[window.items[-1]]))
+
+    def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
+        self.global_step = getattr(self, "global_step", -1) + 1
+        values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
+        with open(self.metrics_file, "a", encoding="utf-8") as out:
+            out.write(json.dumps({"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
+
+    # ---- checkpoints: adapters alone
+
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        try:
+            save_adapter(self.model.llm, self.stage.folder)
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir={self.config['checkpoint_dir']}: could not save the adapter ({error}). Free some space; "
+                            "the last good one is untouched.") from error
+        if verbose:
+            self.logger.info(f"Saving current: {self.stage.folder}")
+
+    def _load_checkpoint(self, model_file: str | None) -> None:
+        if self.config["finetune"] != "none":
+            load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)

@@ -1,0 +1,183 @@
+"""LLMRanker: ranks items by the log-probability that an LLM gives to their titles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from recbole.config import Config
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import AbstractRecommender, SequentialRecommender
+from recbole.utils import InputType
+
+from recbole_llm.data.item_text import item_texts
+from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
+from recbole_llm.errors import UserError
+from recbole_llm.llm.logps import batch_logps, completion_logps
+from recbole_llm.llm.pretrained import load_llm
+from recbole_llm.llm_trainer import LLMTrainer
+from recbole_llm.loss import PREFERENCE_LOSSES, sft_loss
+from recbole_llm.scoring import candidate_logps, normalise, rerank
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss summed over what it is averaged over, so that steps may be split at will.
+
+    Attributes:
+        total: scalar, differentiable, nats.
+        count: title tokens (SFT) or pairs (preference).
+        logged: name -> sum over pairs.
+    """
+
+    total: torch.Tensor
+    count: int
+    logged: dict[str, float]
+
+
+class LLMRanker(SequentialRecommender):
+    """An LLM as a RecBole sequential model.
+
+    ``predict`` scores all candidates of a user over one pass of the prompt; ``full_sort_predict`` reorders the top
+    items of another recommender (``rerank_with``). ``calculate_loss`` takes RecBole's training rows; the trainer
+    feeds windows instead, which train every position of a stretch in one pass.
+
+    Raises:
+        UserError: no item text, an LLM that cannot be loaded, or prompts that do not fit its context.
+    """
+
+    input_type = InputType.POINTWISE
+    trainer_class = LLMTrainer
+    ranks_candidates = True  # evaluation hands `predict` all candidates of a user together
+    users_at_once = 8
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.config = config
+        template = load_template(config["prompt"], config.properties)
+        self.llm = load_llm(
+            llm=config["llm"], device=config["device"], dtype=config["dtype"], quantization=config["quantization"],
+            finetune=config["finetune"], lora_r=config["lora_r"], lora_alpha=config["lora_alpha"],
+            lora_dropout=config["lora_dropout"], lora_target_modules=config["lora_target_modules"],
+            attention=config["attention"], seed=config["seed"],
+        )
+        self.policy = self.llm.model
+        tokenizer = self.llm.tokenizer
+        self.texts = item_texts(config, dataset, lambda texts: [len(ids) for ids in plain_tokens(tokenizer, texts)])
+        self.prompt = Prompt(template, self.texts, tokenizer)
+        self._check_context()
+        self.prior: torch.Tensor | None = None
+        self.base: AbstractRecommender | None = None
+
+    def _check_context(self) -> None:
+        items = self.max_seq_length
+        if (needed := self.prompt.longest(1)) > self.llm.context:
+            raise UserError(f"--llm={self.config['llm']}: its context is {self.llm.context} tokens, and one item of history with one answer takes {needed}. "
+                            "Lower --item_text_max_tokens, or use another LLM or a shorter --prompt.")
+        if (needed := self.prompt.longest(items)) > self.llm.context:
+            self.logger.warning(f"{items} items of history (MAX_ITEM_LIST_LENGTH) can take {needed} tokens, over the LLM's context "
+                                f"of {self.llm.context}: the oldest items of such histories are left out.")
+
+    # ---- training
+
+    def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
+        """SFT loss of RecBole's training rows (history -> item), mean nats a title token."""
+        lengths, targets = interaction[self.ITEM_SEQ_LEN].tolist(), interaction[self.ITEM_ID].tolist()
+        windows = []
+        for history, length, target in zip(interaction[self.ITEM_SEQ].tolist(), lengths, targets, strict=True):
+            kept = self.prompt.fit(history[:length], self.llm.context)
+            windows.append(Window(0, (*kept, target), (len(kept),)))
+        loss = self.window_loss(windows, "SFT")
+        return loss.total / loss.count
+
+    def window_logps(self, windows: Sequence[Window]) -> torch.Tensor:
+        """Log-probs of windows that fit one pass: ``[T, 1 + k]`` nats over all their targets, chosen first."""
+        wide = 1 + (len(windows[0].rejected[0]) if windows[0].rejected else 0)
+        return batch_logps(self.policy, [self.prompt.window_tree(w) for w in windows]).view(-1, wide)
+
+    def window_loss(self, windows: Sequence[Window], loss: str) -> LossSum:
+        """SFT or a preference loss over windows that fit one pass."""
+        logps = self.window_logps(windows)
+        if loss == "SFT":
+            tokens = sum(len(self.prompt.answers[w.items[t]]) for w in windows for t in w.targets)
+            return LossSum(sft_loss(chosen_logps=logps[:, 0]).sum(), tokens, {})
+        reference = torch.tensor([r for w in windows for r in w.reference], device=logps.device)
+        result = PREFERENCE_LOSSES[loss](
+            policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, 1:], ref_chosen_logps=reference[:, 0],
+            ref_rejected_logps=reference[:, 1:], beta=self.config["beta"],
+        )
+        margin = result.chosen_rewards[:, None] - result.rejected_rewards
+        logged = {
+            "rewards/chosen": result.chosen_rewards, "rewards/rejected": result.rejected_rewards.mean(1),
+            "rewards/margins": margin.mean(1), "rewards/accuracies": (margin > 0).float().mean(1),
+            "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1:].mean(1),
+        }
+        return LossSum(result.loss.sum(), len(logps), {k: float(v.detach().sum()) for k, v in logged.items()})
+
+    @torch.no_grad()
+    def reference_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:
+        """Log-probs of the policy as it is now, for each window and target: chosen first, then rejected, nats."""
+        trees = [self.prompt.window_tree(w) for w in windows]
+        logps = completion_logps(self.policy, trees, token_budget=self.config["token_budget"])
+        return [p.view(len(w.targets), -1).tolist() for p, w in zip(logps, windows, strict=True)]
+
+    # ---- ranking
+
+    def predict(self, interaction: Interaction) -> torch.Tensor:
+        """Scores of (history, item) rows ``[B]``; consecutive rows of one history share one pass of the prompt."""
+        histories, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        change = (histories[1:] != histories[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+        starts = [0, *(torch.nonzero(change)[:, 0] + 1).tolist(), len(histories)]
+        firsts = starts[:-1]
+        told = [h[:n] for h, n in zip(histories[firsts].tolist(), lengths[firsts].tolist(), strict=True)]
+        items = interaction[self.ITEM_ID].tolist()
+        asked = [items[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return torch.cat(self._scores(told, asked)).to(histories.device)
+
+    def full_sort_predict(self, interaction: Interaction, hidden: Sequence[np.ndarray] = ()) -> torch.Tensor:
+        """Scores of all items ``[B * n_items]``: the base recommender's top-K in the LLM's order, the rest behind.
+
+        Args:
+            hidden: for each row, items that are no answers and take no place in the top-K.
+
+        Raises:
+            UserError: no base recommender was given.
+        """
+        if self.base is None:
+            raise UserError("--rerank_model: full ranking needs a trained base recommender (`rerank_with`).")
+        base = self.base.full_sort_predict(interaction).view(len(interaction), -1).float().clone()
+        base[:, 0] = -torch.inf
+        for row, items in enumerate(hidden):
+            base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
+        top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
+        histories = [h[:n] for h, n in zip(interaction[self.ITEM_SEQ].tolist(), interaction[self.ITEM_SEQ_LEN].tolist(), strict=True)]
+        llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
+        return rerank(base, llm, top).view(-1)
+
+    def rerank_with(self, base: AbstractRecommender) -> None:
+        """Reorder this trained recommender's top items in full ranking."""
+        object.__setattr__(self, "base", base.eval())  # not a submodule: it is neither trained nor saved with us
+
+    def _scores(self, histories: Sequence[Sequence[int]], items: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        fitted = [self.prompt.fit(h, self.llm.context) for h in histories]
+        logps = candidate_logps(self.policy, self.prompt, fitted, items, token_budget=self.config["token_budget"])
+        norm = self.config["score_norm"]
+        prior = self._title_prior() if norm == "pmi" else None
+        return [normalise(p, i, self.prompt, norm, prior) for p, i in zip(logps, items, strict=True)]
+
+    def _title_prior(self) -> torch.Tensor:
+        """Log-prob of every title after an empty history ``[n_items]``; kept until the policy trains again."""
+        if self.prior is None:
+            everything = list(range(1, self.n_items))
+            (logps,) = candidate_logps(self.policy, self.prompt, [[]], [everything], token_budget=self.config["token_budget"])
+            self.prior = torch.cat([logps.new_zeros(1), logps])
+        return self.prior
+
+    def train(self, mode: bool = True) -> LLMRanker:
+        """As torch's; training makes the title prior of ``score_norm=pmi`` stale."""
+        if mode:
+            self.prior = None
+        return super().train(mode)

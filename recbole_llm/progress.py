@@ -1,0 +1,124 @@
+"""How long a comparison will still take: a guess before the first run, corrected by every run that ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from recbole.config import Config
+from recbole.utils import ModelType
+from tqdm import tqdm as plain_tqdm
+
+from recbole_llm.data.atomic import atomic_file, read_items
+from recbole_llm.run_folder import run_folder_of
+
+FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
+_current: WholeRun | None = None
+
+
+class WholeRun:
+    """The runs of a comparison and the time they are expected to take.
+
+    Args:
+        runs: label and configuration of each, in order.
+    """
+
+    def __init__(self, runs: Sequence[tuple[str, Config]]) -> None:
+        self.labels = [label for label, _ in runs]
+        self.kinds = [_kind(config) for _, config in runs]
+        self.seconds = [_guess(config) for _, config in runs]
+        self.scale = dict.fromkeys(self.kinds, 1.0)
+        self.at, self.began = 0, time.monotonic()
+        done = sum(s == 0 for s in self.seconds)
+        print(f"{len(runs)} runs, {done} finished before, about {_told(sum(self.seconds))} in all (a guess until the first runs end).", flush=True)
+
+    def left(self) -> float:
+        """Seconds to the end of the last run."""
+        expected = [s * self.scale[k] for s, k in zip(self.seconds, self.kinds, strict=True)]
+        return max(0.0, expected[self.at] - (time.monotonic() - self.began)) + sum(expected[self.at + 1:])
+
+    @contextmanager
+    def running(self, label: str) -> Iterator[None]:
+        """Around one run: says which, and learns from how long it took."""
+        global _current
+        self.at, self.began, _current = self.labels.index(label), time.monotonic(), self
+        print(f"\n[{self.at + 1}/{len(self.labels)}] {label}: whole comparison about {_told(self.left())} left", flush=True)
+        try:
+            yield
+        finally:
+            _current = None
+        if self.seconds[self.at]:
+            took = time.monotonic() - self.began
+            self.scale[self.kinds[self.at]] = took / self.seconds[self.at]
+
+
+class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
+    """tqdm whose postfix also says when the whole comparison will end."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """As tqdm's, with the time left of all runs."""
+        whole = f"all runs: {_told(_current.left())} left" if _current else ""
+        super().set_postfix_str(", ".join(x for x in (s, whole) if x), refresh)
+
+
+def _told(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))} min" if seconds > 50 else f"{seconds:.0f} s"
+
+
+def _kind(config: Config) -> str:
+    return "llm" if "llm" in config else "trained" if config["MODEL_TYPE"] != ModelType.TRADITIONAL else "counted"
+
+
+def _guess(config: Config) -> float:
+    """Seconds a run may take; 0 if it is finished. Rough on purpose: shapes times the speed of this machine."""
+    if (run_folder_of(config) / "result.json").is_file():
+        return 0.0
+    sizes = _sizes(config)
+    if _kind(config) == "counted":
+        return 5.0
+    if _kind(config) == "trained":  # early stopping ends most runs within some forty epochs
+        length = config["MAX_ITEM_LIST_LENGTH"] if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else 1
+        return 10 + sizes["rows"] * min(config["epochs"], 40) * (2e-5 * length + 3e-6)
+    return 10 + _llm_tokens(config, sizes) * FLOPS_PER_TOKEN / _machine_flops()
+
+
+def _sizes(config: Config) -> dict[str, float]:
+    file = atomic_file(config.final_config_dict, config["dataset"], "inter")
+    with open(file, "rb") as lines:
+        users = [line.split(b"\t", 1)[0] for line in lines][1:]
+    n_users = len(set(users))
+    share = min(1.0, (config["few_shot"] or n_users) / n_users)
+    return {"rows": len(users) * share, "tested": min(config["eval_users"] or n_users, n_users)}
+
+
+def _llm_tokens(config: Config, sizes: dict[str, float]) -> float:
+    """Tokens of all passes, a training step counted as three passes."""
+    _, items = read_items(config.final_config_dict, config["dataset"])
+    title = 2 + sum(len(next(iter(row.values()))) for row in items.values()) / max(1, len(items)) / 3
+    modes = config["eval_args"]["mode"]
+    answers = {s: int(m[3:]) + 1 if m != "full" else config["rerank_topk"] for s, m in modes.items()}
+    rounds = (config["epochs"] + (config["preference_epochs"] if config["loss"] != "SFT" else 0)) / max(1, config["eval_step"])
+    asked = sum(sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + n) * (rounds if s == "valid" else 1) for s, n in answers.items())
+    trained = sizes["rows"] * config["epochs"]
+    if config["loss"] != "SFT":
+        trained += sizes["rows"] * (1 + config["rejected_num"]) * (config["preference_epochs"] + 1 / 3)
+    return title * (3 * trained + asked)
+
+
+def _machine_flops() -> float:
+    """Float32 operations a second of this machine on a layer-sized product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(512, 576, device=device), torch.randn(576, 1536, device=device)
+    clock, count = time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - clock < 0.2:
+        (a @ b).sum().item()
+        count += 1
+    return 0.7 * count * 2 * 512 * 576 * 1536 / (time.perf_counter() - clock)  # norms and attention take the rest
+
+
+def bar(**kwargs: Any) -> tqdm:
+    """A progress bar of this project's width."""
+    return tqdm(ncols=120, **kwargs)
