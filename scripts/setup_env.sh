@@ -24,7 +24,7 @@ say() { echo "set-up [$(($(date +%s) - began)) s] $*"; }
 
 at_least() { "$1" -c "import sys; sys.exit(sys.version_info < ($2))"; }
 
-# Compiling in one go afterwards uses all cores; pip uses one.
+# pip would compile every file of every package; the first import compiles those that are used.
 install() { "$python" -m pip install -qq --no-compile "$@"; }
 
 has_gpu() { nvidia-smi >/dev/null 2>&1; }
@@ -58,7 +58,10 @@ choose_torch() {
         torch=torch==$TORCH_CPU+cpu
     else
         say "no GPU found: torch $TORCH_CPU for the CPU, from $TORCH_CPU_INDEX"
-        install "torch==$TORCH_CPU" --index-url "$TORCH_CPU_INDEX"
+        install "torch==$TORCH_CPU" --index-url "$TORCH_CPU_INDEX" || {
+            say "not to be had there; TORCH=torch takes what pip's own index offers, which may be several GB"
+            exit 1
+        }
     fi
 }
 
@@ -73,10 +76,8 @@ install_packages() {
     fi
     say "installing $package and what it needs"
     install $quiet ${torch:+"$torch"} --editable "$package"
-    say "compiling"
-    # ray is never imported; some packages ship files that are not meant to compile.
-    site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-    "$python" -W ignore -m compileall -qq -j 0 -x '/(ray|tests)/' "$site" || true
+    say "first import"
+    PYTHONDONTWRITEBYTECODE='' "$python" -c "import recbole_llm.quick_start, recbole_llm.llm.pretrained"
 }
 
 if ! at_least "$base" "3, 11"; then

