@@ -78,7 +78,6 @@ LLM_KEYS: dict[str, Check] = {
     "quantization": one_of(None, "4bit"),
     "finetune": one_of("lora", "full", "none"),
     "attention": one_of("auto", "sdpa", "eager"),
-    "fast_linear": one_of("auto", True, False),
     "lora_r": integer(1),
     "lora_alpha": number(above=True),
     "lora_dropout": number(0, 0.99),

@@ -192,10 +192,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             part = self.model.window_loss([windows[i] for i in group], loss_name)
             if not torch.isfinite(part.total):
                 users = sorted({str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, windows[i].user)) for i in group})
-                raise UserError(f"--learning_rate: the {loss_name} loss became {float(part.total)} in epoch {epoch}, step {number} (users "
+                raise UserError(f"--learning_rate: the {loss_name} loss became {part.total.item()} in epoch {epoch}, step {number} (users "
                                 f"{', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in {self.stage.folder}.")
             (part.total / whole).backward()
-            total += float(part.total)
+            total += part.total.item()
             logged = {k: logged.get(k, 0.0) + v for k, v in part.logged.items()}
         if self.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         """As tqdm's, with the time left of all runs."""
         whole = f"all runs: {_told(_current.left())} left" if _current else ""
-        super().set_postfix_str(", ".join(x for x in (s, whole) if x), refresh)
+        super().set_postfix_str(", ".join(x for x in (s, whole) if x), refresh=False)  # drawn with the next update
 
 
 def _told(seconds: float) -> str:
@@ -120,5 +121,5 @@ def _machine_flops() -> float:
 
 
 def bar(**kwargs: Any) -> tqdm:
-    """A progress bar of this project's width."""
-    return tqdm(ncols=120, **kwargs)
+    """A progress bar of this project's width; in a log file one line every 30 seconds."""
+    return tqdm(ncols=120, mininterval=0.5 if sys.stderr.isatty() else 30, **kwargs)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
@@ -50,38 +49,6 @@ def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
     hidden = hidden.flatten(0, 1)[batch.head_rows]
     token_logps = _token_logps(hidden, batch.row, batch.target, head, model.config)
     return token_logps.new_zeros(batch.n_completions).index_add(0, batch.completion, token_logps)
-
-
-@torch.no_grad()
-def branch_logps(model: nn.Module, trees: Sequence[TokenTree], trunk: int) -> torch.Tensor:
-    """Log-probabilities of the completions of trees that all begin with one trunk, which is computed once.
-
-    Attention over one big tree grows with the square of all branches; over trees it grows with each one's alone.
-
-    Args:
-        trees: each a chain of ``trunk`` nodes with branches at its end.
-
-    Returns:
-        ``[sum of n_completions]``, nats, tree after tree.
-    """
-    decoder, head = decoder_and_head(model)
-    device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
-    start = trees[0].token[:trunk][None].to(device)
-    trunk_hidden = decoder(input_ids=start, past_key_values=cache, use_cache=True).last_hidden_state[0]
-    found = []
-    for tree in trees:
-        batch = batch_trees([tree]).to(device)
-        hidden = trunk_hidden
-        if batch.input_ids.shape[1] > trunk:
-            mask = None if batch.mask is None else batch.mask[:, :, trunk:]
-            grown = decoder(input_ids=batch.input_ids[:, trunk:], attention_mask=_additive(mask, model),
-                            position_ids=batch.position_ids[:, trunk:], past_key_values=cache, use_cache=True)
-            cache.crop(trunk - batch.input_ids.shape[1])  # negative: how many to forget
-            hidden = torch.cat([trunk_hidden, grown.last_hidden_state[0]])
-        token_logps = _token_logps(hidden[batch.head_rows], batch.row, batch.target, head, model.config)
-        found.append(token_logps.new_zeros(batch.n_completions).index_add(0, batch.completion, token_logps))
-    return torch.cat(found)
 
 
 def _additive(mask: torch.Tensor | None, model: nn.Module) -> torch.Tensor | None:
