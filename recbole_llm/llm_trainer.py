@@ -99,7 +99,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         config, sequences = self.config, self.protocol.training_sequences()
         if config["finetune"] == "none":
             return
-        cut = {"history": config["MAX_ITEM_LIST_LENGTH"], "most_tokens": min(self.model.llm.context, config["token_budget"])}
+        cut = {"history": config["MAX_ITEM_LIST_LENGTH"], "most_tokens": self.model.llm.context}
         if config["epochs"] > 0:
             windows = training_windows(sequences, self.model.prompt, last=config["sft_positions"], **cut)
             yield Stage("SFT", config["epochs"], config["learning_rate"], windows, self._sft_folder())

@@ -30,7 +30,8 @@ class WholeRun:
     def __init__(self, runs: Sequence[tuple[str, Config]]) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
-        self.seconds = [_guess(config) for _, config in runs]
+        llms = [config for _, config in runs if _kind(config) == "llm"]  # later ones may share the first one's SFT stage
+        self.seconds = [_guess(config, config is llms[0] if llms else False) for _, config in runs]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.at, self.began = 0, time.monotonic()
         done = sum(s == 0 for s in self.seconds)
@@ -73,7 +74,7 @@ def _kind(config: Config) -> str:
     return "llm" if "llm" in config else "trained" if config["MODEL_TYPE"] != ModelType.TRADITIONAL else "counted"
 
 
-def _guess(config: Config) -> float:
+def _guess(config: Config, with_sft: bool) -> float:
     """Seconds a run may take; 0 if it is finished. Rough on purpose: shapes times the speed of this machine."""
     if (run_folder_of(config) / "result.json").is_file():
         return 0.0
@@ -83,7 +84,7 @@ def _guess(config: Config) -> float:
     if _kind(config) == "trained":  # early stopping ends most runs within some forty epochs
         length = config["MAX_ITEM_LIST_LENGTH"] if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else 1
         return 10 + sizes["rows"] * min(config["epochs"], 40) * (2e-5 * length + 3e-6)
-    return 10 + _llm_tokens(config, sizes) * FLOPS_PER_TOKEN / _machine_flops()
+    return 10 + _llm_tokens(config, sizes, with_sft) * FLOPS_PER_TOKEN / _machine_flops()
 
 
 def _sizes(config: Config) -> dict[str, float]:
@@ -92,21 +93,30 @@ def _sizes(config: Config) -> dict[str, float]:
         users = [line.split(b"\t", 1)[0] for line in lines][1:]
     n_users = len(set(users))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
-    return {"rows": len(users) * share, "tested": min(config["eval_users"] or n_users, n_users)}
+    return {"rows": len(users) * share, "users": n_users * share, "tested": min(config["eval_users"] or n_users, n_users)}
 
 
-def _llm_tokens(config: Config, sizes: dict[str, float]) -> float:
-    """Tokens of all passes, a training step counted as three passes."""
+def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> float:
+    """Tokens of all passes; a training step costs as much as 2.3 passes (the base's weights get no gradient)."""
     _, items = read_items(config.final_config_dict, config["dataset"])
     title = 2 + sum(len(next(iter(row.values()))) for row in items.values()) / max(1, len(items)) / 3
-    modes = config["eval_args"]["mode"]
-    answers = {s: int(m[3:]) + 1 if m != "full" else config["rerank_topk"] for s, m in modes.items()}
-    rounds = (config["epochs"] + (config["preference_epochs"] if config["loss"] != "SFT" else 0)) / max(1, config["eval_step"])
-    asked = sum(sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + n) * (rounds if s == "valid" else 1) for s, n in answers.items())
-    trained = sizes["rows"] * config["epochs"]
+    rounds = (config["epochs"] if with_sft else 0) + (config["preference_epochs"] if config["loss"] != "SFT" else 0)
+    asked = 0.0
+    for split, mode in config["eval_args"]["mode"].items():
+        answers = int(mode[3:]) + 1 if mode != "full" else config["rerank_topk"]
+        asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
+    trained = 0.0
+    if with_sft:
+        trained += _positions(config["sft_positions"], sizes) * config["epochs"]
     if config["loss"] != "SFT":
-        trained += sizes["rows"] * (1 + config["rejected_num"]) * (config["preference_epochs"] + 1 / 3)
-    return title * (3 * trained + asked)
+        trunk = sizes["users"] * config["MAX_ITEM_LIST_LENGTH"]
+        pairs = trunk + _positions(config["preference_positions"], sizes) * (1 + config["rejected_num"])
+        trained += pairs * (config["preference_epochs"] + 1 / 2.3)
+    return title * (2.3 * trained + asked)
+
+
+def _positions(last: int, sizes: dict[str, float]) -> float:
+    return min(sizes["rows"], last * sizes["users"]) if last else sizes["rows"]
 
 
 def _machine_flops() -> float:

@@ -13,8 +13,17 @@ from recbole.utils import init_logger, init_seed
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
+from recbole_llm.model import model_class
 from recbole_llm.run_folder import data_hash, environment, make_run_folder, versions, write_json, write_table
 from recbole_llm.trainer import trainer_class
+
+
+# Settings that a re-ranked base model takes over: data, protocol and place; its own training keeps its defaults.
+SHARED_WITH_BASE = (
+    "data_path", "checkpoint_dir", "gpu_id", "seed", "show_progress", "state", "eval_args", "few_shot", "few_shot_seed", "candidate_seed",
+    "eval_users", "mask_history", "MAX_ITEM_LIST_LENGTH", "metrics", "topk", "valid_metric", "load_col", "user_inter_num_interval",
+    "item_inter_num_interval", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "field_separator",
+)
 
 
 def run_recbole_llm(model: str | None = None, dataset: str | None = None, config_file_list: list[str] | None = None,
@@ -44,6 +53,8 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
     logger.info(recommender)
     trainer = trainer_for(config, recommender)
     trainer.start(protocol, folder)
+    if hasattr(recommender, "rerank_with") and "full" in (protocol.valid.mode, protocol.test.mode):
+        recommender.rerank_with(_train_base(config, protocol, folder))
     clock["train"] = time.perf_counter()
     best_score, best_valid = trainer.fit(protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"])
     clock["test"] = time.perf_counter()
@@ -57,6 +68,29 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
     logger.info(f"test result: {test_result}")
     save_run(folder, config, protocol, trainer, result, clock)
     return result
+
+
+def _train_base(config: LLMConfig, protocol: Protocol, folder: Path) -> torch.nn.Module:
+    """The recommender whose top items our model reorders: trained on the same data, under the same protocol.
+
+    Raises:
+        UserError: `rerank_model` is our own model, or scores single pairs only.
+    """
+    name = config["rerank_model"]
+    if hasattr(model_class(name), "rerank_with"):
+        raise UserError(f"--rerank_model={name}: name a RecBole model that ranks all items, for example Pop or SASRec.")
+    shared = {k: v for k, v in config.external_config_dict.items() if k in SHARED_WITH_BASE}
+    base_config = LLMConfig(name, config["dataset"], None, shared)
+    base_protocol = prepare_data(base_config)
+    init_seed(base_config["seed"], base_config["reproducibility"])
+    base = base_config.model_class(base_config, base_protocol.train_data._dataset).to(base_config["device"])
+    trainer = trainer_for(base_config, base)
+    trainer.start(base_protocol, folder)
+    trainer.fit(base_protocol.train_data, base_protocol.valid, show_progress=base_config["show_progress"])
+    result = trainer.evaluate(base_protocol.test)
+    logging.getLogger().info(f"base of the re-ranking: {name}, test {result}")
+    init_seed(config["seed"], config["reproducibility"])
+    return base
 
 
 def trainer_for(config: LLMConfig, recommender: torch.nn.Module) -> Any:
@@ -78,7 +112,10 @@ def start_log(config: LLMConfig, folder: Path) -> logging.Logger:
     init_logger(config)
     ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
     ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours.setLevel(logging.INFO)
     root.addHandler(ours)
+    # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
+    root.setLevel(min(root.level, logging.INFO))
     return logging.getLogger()
 
 

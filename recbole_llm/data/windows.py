@@ -12,8 +12,8 @@ from recbole_llm.data.prompt import Prompt, Window
 def training_windows(sequences: Mapping[int, np.ndarray], prompt: Prompt, *, history: int, last: int, most_tokens: int) -> list[Window]:
     """Windows that train each position of each user once, the first item of a user excepted (it has no history).
 
-    With a stream prompt a window is a stretch of ``history + 1`` items, all but its first trained; the next stretch
-    begins with the last item of the one before. With an instruct prompt each trained position is a window of its own.
+    With a stream prompt a window is a stretch of ``history + 1`` items, all but its first trained; each stretch begins
+    with the last item of the one before, and the first of a user is the short one. With an instruct prompt each trained position is a window of its own.
 
     Args:
         sequences: user -> training items in order of time.
@@ -35,14 +35,14 @@ def training_windows(sequences: Mapping[int, np.ndarray], prompt: Prompt, *, his
 
 
 def _stretches(user: int, items: Sequence[int], first: int, history: int, prompt: Prompt, most_tokens: int) -> list[Window]:
-    windows, start = [], max(0, first - history) if first > 1 else 0
-    while start < len(items) - 1:
-        stretch = items[start:start + history + 1]
-        # The last title of a stretch is its last answer: the trunk must hold all of them.
-        while len(stretch) > 2 and len(prompt.trunk(stretch)) > most_tokens:
-            stretch = stretch[:-1]
-        targets = tuple(t for t in range(1, len(stretch)) if start + t >= first)
-        if targets:
-            windows.append(Window(user, stretch, targets))
-        start += len(stretch) - 1
-    return windows
+    windows, end = [], len(items) - 1
+    # From the end backwards: the latest titles, closest to what is asked later, get the longest histories.
+    while end >= first:
+        start = max(0, end - history)
+        # The last title of a stretch is its last answer, so the trunk must hold all of them.
+        while start < end - 1 and len(prompt.trunk(items[start:end + 1])) > most_tokens:
+            start += 1
+        targets = tuple(t for t in range(1, end - start + 1) if start + t >= first)
+        windows.append(Window(user, items[start:end + 1], targets))
+        end = start
+    return windows[::-1]

@@ -1,0 +1,222 @@
+"""LLMRanker end to end on made-up data: it learns what can be learned, and its reference stays where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.errors import UserError
+from recbole_llm.llm.adapter import adapter_state, load_adapter
+from recbole_llm.llm_trainer import LLMTrainer
+from recbole_llm.loss import PREFERENCE_LOSSES
+from recbole_llm.model.llmranker import LLMRanker
+from recbole_llm.quick_start import run_recbole_llm
+from tests.conftest import write_dataset
+
+
+def built(settings: dict[str, Any], folder: Path) -> tuple[LLMRanker, Protocol, LLMTrainer]:
+    config = LLMConfig(config_dict=settings)
+    protocol = prepare_data(config)
+    model = LLMRanker(config, protocol.train_data._dataset)
+    trainer = LLMTrainer(config, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.start(protocol, folder)
+    return model, protocol, trainer
+
+
+def asked(model: LLMRanker, histories: list[list[int]], items: list[list[int]]) -> Interaction:
+    """RecBole rows of (history, candidate), as evaluation makes them."""
+    rows = [(h, i) for h, candidates in zip(histories, items, strict=True) for i in candidates]
+    return Interaction({
+        "item_id_list": torch.tensor([h + [0] * (model.max_seq_length - len(h)) for h, _ in rows]),
+        "item_length": torch.tensor([len(h) for h, _ in rows]), "item_id": torch.tensor([i for _, i in rows]),
+    })
+
+
+def test_predict_scores_whole_titles(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Against one sequence at a time; neighbours with other histories or of other length do not mix."""
+    model, _, _ = built(tiny, tmp_path / "run")
+    model.eval()
+    histories, items = [[3, 4], [3, 4, 5], [7]], [[10, 11, 12], [10], [11, 12]]
+    with torch.no_grad():
+        scores = model.predict(asked(model, histories, items))
+        expected = []
+        for history, candidates in zip(histories, items, strict=True):
+            before = model.prompt.trunk(history)
+            for item in candidates:
+                answer = model.prompt.answers[item]
+                logps = model.policy(input_ids=torch.tensor([before + answer])).logits[0].log_softmax(-1)
+                expected.append(sum(logps[len(before) - 1 + i, t] for i, t in enumerate(answer)))
+    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+@pytest.mark.parametrize("norm", ["sum", "mean", "pmi"])
+def test_permuting_candidates_permutes_scores(tiny: dict[str, Any], tmp_path: Path, norm: str, budget: int) -> None:
+    model, _, _ = built({**tiny, "score_norm": norm, "token_budget": budget}, tmp_path / "run")
+    model.eval()
+    items = list(range(1, 31))
+    order = np.random.default_rng(0).permutation(30)
+    with torch.no_grad():
+        one = model.predict(asked(model, [[3, 4, 5]], [items]))
+        other = model.predict(asked(model, [[3, 4, 5]], [[items[i] for i in order]]))
+    torch.testing.assert_close(one[torch.as_tensor(order)], other, atol=1e-4, rtol=0)
+
+
+def test_score_norms(tiny: dict[str, Any], tmp_path: Path) -> None:
+    model, _, _ = built(tiny, tmp_path / "run")
+    model.eval()
+    items, scores = [5, 6, 7], {}
+    with torch.no_grad():
+        for norm in ("sum", "mean", "pmi"):
+            model.config["score_norm"] = norm
+            scores[norm] = model.predict(asked(model, [[1, 2]], [items]))
+        lengths = torch.tensor([len(model.prompt.answers[i]) for i in items])
+        torch.testing.assert_close(scores["mean"], scores["sum"] / lengths)
+        model.config["score_norm"] = "sum"
+        prior = model.predict(asked(model, [[]], [items]))
+    torch.testing.assert_close(scores["pmi"], scores["sum"] - prior, atol=1e-4, rtol=0)
+
+
+def test_it_learns_structure_and_not_noise(toy: dict[str, Any], tmp_path: Path) -> None:
+    """A fixed cycle of items is ranked near the top, pure noise at chance (.1 of 10 candidates)."""
+    hits = {}
+    for name, structure in (("cycle", 1.0), ("noise", 0.0)):
+        write_dataset(tmp_path / name, users=150, structure=structure)
+        settings = {**toy, "data_path": str(tmp_path / name), "llm": "tiny", "finetune": "full", "epochs": 12, "learning_rate": 5e-3,
+                    "train_batch_size": 64, "stopping_step": 20}
+        hits[name] = run_recbole_llm("LLMRanker", config_dict=settings)["test_result"]["hit@1"]
+    assert hits["cycle"] > 0.8
+    assert hits["noise"] < 0.22  # chance .1, three standard errors of 150 users above it
+
+
+@pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
+def test_reference_is_the_sft_adapter_and_stays(tiny: dict[str, Any], tmp_path: Path, loss: str) -> None:
+    """The first preference step starts at ln 2 (ln(1 + k) for S-DPO): policy and reference are one."""
+    number = 1 if loss == "DPO" else 3
+    settings = {**tiny, "loss": loss, "rejected_num": number, "beta": 0.5, "preference_learning_rate": 1e-2, "preference_epochs": 10,
+                "stopping_step": 20, "lr_scheduler": "constant"}
+    result = run_recbole_llm(config_dict=settings)
+    folder = Path(result["run_folder"])
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = next(step for step in steps if step["stage"] == loss)
+    expected = np.log(1 + number) if loss == "SDPO" else np.log(2)
+    assert first["loss"] == pytest.approx(expected, abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    last = [step for step in steps if step["stage"] == loss][-1]
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
+
+    # The stored reference log-probs are those of the SFT adapter, loaded anew.
+    model, protocol, trainer = built(settings, tmp_path / "again")
+    record = json.loads((folder / "result.json").read_text())
+    assert [stage["loss"] for stage in record["stages"]] == ["SFT", loss]
+    load_adapter(model.llm, trainer._sft_folder())
+    before = adapter_state(model.llm)
+    stage = list(trainer._stages())[1]
+    trainer.stage = stage
+    trainer._fill_reference(stage, False)
+    model.eval()
+    with torch.no_grad():
+        for window in stage.windows[:5]:
+            torch.testing.assert_close(model.window_logps([window]), torch.tensor(window.reference), atol=1e-4, rtol=0)
+    load_adapter(model.llm, folder)
+    assert any(not torch.equal(before[name], now) for name, now in adapter_state(model.llm).items())
+
+
+def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
+    settings = {**tiny, "loss": "DMPO", "rejected_num": 2}
+    run_recbole_llm(config_dict=tiny)
+    stages = Path(tiny["checkpoint_dir"]) / "stages"
+    (stage,) = stages.iterdir()
+    written = (stage / "stage.json").stat().st_mtime_ns
+    run_recbole_llm(config_dict=settings)
+    assert [f.name for f in stages.iterdir()] == [stage.name] and (stage / "stage.json").stat().st_mtime_ns == written
+    run_recbole_llm(config_dict={**settings, "learning_rate": 1e-5})
+    assert len(list(stages.iterdir())) == 2
+
+
+def test_steps_do_not_depend_on_how_they_are_split(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """One pass of all windows and one pass a window give the same update."""
+    after = {}
+    for budget in (128, 8192):
+        settings = {**tiny, "token_budget": budget, "learning_rate": 1e-2, "checkpoint_dir": str(tmp_path / str(budget)), "learner": "sgd"}
+        folder = run_recbole_llm(config_dict=settings)["run_folder"]
+        model, _, _ = built(settings, tmp_path / "load" / str(budget))
+        load_adapter(model.llm, Path(folder))
+        after[budget] = adapter_state(model.llm)
+    for name, weight in after[128].items():
+        torch.testing.assert_close(weight, after[8192][name], atol=1e-5, rtol=1e-4)
+
+
+def test_same_seed_same_numbers(tiny: dict[str, Any]) -> None:
+    one = run_recbole_llm(config_dict=tiny)["test_result"]
+    other = run_recbole_llm(config_dict={**tiny, "checkpoint_dir": tiny["checkpoint_dir"] + "2"})["test_result"]
+    assert one == other
+
+
+def test_every_trainable_weight_moves_and_nothing_else(tiny: dict[str, Any], tmp_path: Path) -> None:
+    model, protocol, trainer = built(tiny, tmp_path / "run")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer.fit(protocol.train_data, protocol.valid)
+    for name, weight in model.named_parameters():
+        assert torch.equal(before[name], weight) != weight.requires_grad, name
+
+
+def test_zero_shot_trains_nothing(tiny: dict[str, Any]) -> None:
+    result = run_recbole_llm(config_dict={**tiny, "finetune": "none"})
+    record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
+    assert record["stages"] == [] and record["trainable_parameters"] == 0 and result["best_valid_result"] is not None
+    assert not (Path(result["run_folder"]) / "adapter_model.safetensors").exists()
+
+
+def test_full_ranking_reorders_the_top_of_another_model(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The LLM's order on top, all others behind in the base's; hidden items take no place."""
+    model, protocol, _ = built({**tiny, "rerank_topk": 4}, tmp_path / "run")
+    model.eval()
+
+    class Base(torch.nn.Module):
+        def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
+            return torch.arange(model.n_items, 0, -1).float().repeat(len(interaction), 1).view(-1)
+
+    model.rerank_with(Base())
+    history = asked(model, [[3, 4, 5]], [[1]])
+    with torch.no_grad():
+        scores = model.full_sort_predict(history, [np.array([2])]).view(-1)
+        llm = model.predict(asked(model, [[3, 4, 5]], [[1, 3, 4, 5]]))
+    order = scores.argsort(descending=True).tolist()
+    assert order[:4] == [[1, 3, 4, 5][i] for i in llm.argsort(descending=True).tolist()]
+    assert [i for i in order[4:] if scores[i] > -torch.inf] == list(range(6, model.n_items))
+    assert scores[0] == scores[2] == -torch.inf
+
+
+def test_full_mode_runs_and_trains_its_base(tiny: dict[str, Any]) -> None:
+    result = run_recbole_llm(config_dict={**tiny, "eval_args": {"mode": "full"}, "rerank_model": "Pop"})
+    assert 0 <= result["test_result"]["hit@10"] <= 1
+    with pytest.raises(UserError, match="rerank_model"):
+        run_recbole_llm(config_dict={**tiny, "eval_args": {"mode": "full"}, "rerank_model": "LLMRanker"})
+
+
+def test_a_diverged_loss_is_told(tiny: dict[str, Any], tmp_path: Path) -> None:
+    model, protocol, trainer = built(tiny, tmp_path / "run")
+    real = model.window_loss
+    model.window_loss = lambda windows, loss: replace(real(windows, loss), total=real(windows, loss).total * float("nan"))
+    with pytest.raises(UserError, match=r"learning_rate.*step 0.*users u"):
+        trainer.fit(protocol.train_data, protocol.valid)
+
+
+def test_context_too_small_is_told(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import recbole_llm.model.llmranker as module
+
+    real = module.load_llm
+    monkeypatch.setattr(module, "load_llm", lambda **kw: replace(real(**kw), context=12))
+    with pytest.raises(UserError, match="context is 12 tokens"):
+        built(tiny, tmp_path / "run")
