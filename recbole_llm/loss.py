@@ -174,6 +174,50 @@ def sdpo_loss(
     return PreferenceLoss(torch.logsumexp(logits, dim=1), beta * chosen.detach(), beta * rejected.detach())
 
 
+def rosepo_loss(
+    *, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor, beta: float, smoothing: Tensor | float, robust: bool = False,
+) -> PreferenceLoss:
+    """Smoothed DPO, mean over pairs of -(1 - eps) * log s(h_i) - eps * log s(-h_i), h_i = beta * (D(y_w) - D(y_i)).
+
+    eps is the probability that the pair's label is wrong, that is that this user would prefer the rejected item. The
+    loss has its minimum at h = log((1 - eps) / eps) in place of infinity; eps = 0 is DPO.
+
+    Source: RosePO, arXiv 2410.12519. The paper says: a DPO form smoothed by a personalised factor. Its equation could
+    not be read; this is our reading (label smoothing, as in conservative DPO), and ``robust`` the other usual one.
+
+    Args:
+        policy_chosen_logps: [B], nats.
+        policy_rejected_logps: [B, N], nats.
+        ref_chosen_logps: [B], nats; computed without gradient.
+        ref_rejected_logps: [B, N], nats; computed without gradient.
+        beta: strength of the pull towards the reference, > 0.
+        smoothing: eps in [0, 1/2], one number, [B], or [B, N]; computed without gradient.
+        robust: the form that is unbiased under wrong labels, [(1 - eps) L(w, i) - eps L(i, w)] / (1 - 2 eps); it may
+            be negative, and eps must be below 1/2.
+
+    Returns:
+        Loss and rewards, at least float32. The loss is ln 2 while the policy equals the reference.
+
+    Raises:
+        ValueError: the shapes do not fit, beta is not a positive finite number, or eps is out of range.
+    """
+    chosen, rejected = _log_ratios(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    eps = torch.as_tensor(smoothing, dtype=rejected.dtype, device=rejected.device).detach()
+    if eps.dim() == 1:
+        eps = eps[:, None]
+    if eps.dim() == 2 and (eps.shape[0] != rejected.shape[0] or eps.shape[1] not in (1, rejected.shape[1])) or eps.dim() > 2:
+        raise ValueError(f"smoothing must be a number, [B] or [B, N]; got {list(eps.shape)} for {list(rejected.shape)}")
+    if not ((eps >= 0) & (eps < 0.5 if robust else eps <= 0.5)).all():
+        raise ValueError(f"smoothing must lie in [0, 1/2{')' if robust else ']'}, got {eps.min():g} to {eps.max():g}")
+    h = beta * (chosen[:, None] - rejected)  # [B, N]
+    right, wrong = -F.logsigmoid(h), -F.logsigmoid(-h)
+    loss = ((1 - eps) * right - eps * wrong) / (1 - 2 * eps) if robust else (1 - eps) * right + eps * wrong
+    return PreferenceLoss(loss.mean(dim=1), beta * chosen.detach(), beta * rejected.detach())
+
+
 def _log_ratios(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
