@@ -6,24 +6,32 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from recbole_llm import __version__
-from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yaml
+from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yamls
 from recbole_llm.errors import ConfigError, UserError
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
 
-  recbole-llm run     -m LLMRanker -d ml-100k [--key=value ...]    train and evaluate one model, as RecBole's script does
-  recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k     several models on the same candidates, one table
-  recbole-llm preview -m LLMRanker -d ml-100k [--user=196]         a user's prompt and pairs as the LLM reads them
-  recbole-llm ls      [--keys]                                     models, data sets, prompts and comparisons; all keys
-  recbole-llm env                                                  machine and versions, for a bug report
+  recbole-llm run     -m LLMRanker -d ml-100k [--key=value ...]   train and evaluate one model
+  recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k    several models, same candidates, one table
+  recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it
+  recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
+  recbole-llm env                                                 machine and versions, for a bug report
 
 -m/--model, -d/--dataset, --config_files="a.yaml b.yaml", and any RecBole or RecBole-LLM key as --key=value or
---key value. Flags win over files. Keys and their meanings: properties/overall.yaml, properties/model/*.yaml."""
+--key value. Flags win over files. In a comparison a model's own keys stand in brackets behind its name:
+--models="SASRec,LLMRanker[loss=DMPO,beta=0.5]". Keys and their meanings: recbole-llm ls --keys."""
+HELP = ("-h", "--help", "help")
 SHORT = {"-m": "model", "-d": "dataset"}
+SWITCHES = {"keys"}
+# Values that stay as typed, although they may look like numbers or lists.
+TEXT_FLAGS = {
+    "model", "dataset", "models", "config_files", "user", "gpu_id", "data_path", "checkpoint_dir", "llm",
+    "prompt", "item_text", "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval",
+    "relation_kg_num_interval", "field_separator", "seq_separator",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 when a model of a comparison failed, 2 for bad input, 130 when interrupted.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help") or any(a in ("-h", "--help") for a in argv):
+    if not argv or any(word in HELP[:2] for word in argv) or argv[0] in HELP:
         print(USAGE)
         return 0
     try:
@@ -44,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nrecbole-llm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nrecbole-llm: stopped. Finished runs and stages are kept; the same command goes on from them.", file=sys.stderr)
+        print("\nrecbole-llm: stopped. Finished runs and stages are kept; the same command goes on there.",
+              file=sys.stderr)
         return 130
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """``-m X --key=value --key value`` -> settings, RecBole's file flag included as a list under ``config_files``.
+    """``-m X --key=value --key value`` -> settings; RecBole's ``config_files`` becomes a list.
 
     Raises:
         ConfigError: what is not a flag, a flag without a value, or one given twice with different values.
@@ -59,31 +69,27 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         name, mark, value = word.partition("=")
-        if name not in SHORT and not name.startswith("--"):
+        if name not in SHORT and not (name.startswith("--") and name[2:]):
             problems.append(f"`{word}`: flags look like --key=value.")
             continue
         key = SHORT.get(name, name[2:])
         if not mark:
             if key in SWITCHES:
                 value = "True"
-            elif rest and not rest[0].startswith("-"):
+            elif rest and rest[0] not in SHORT and not rest[0].startswith("--"):
                 value = rest.pop(0)
             else:
                 problems.append(f"{name}: give it a value, for example {name}=...")
                 continue
         parsed: Any = value if key in TEXT_FLAGS else parse_value(value)
-        if settings.get(key, parsed) != parsed:
-            problems.append(f"{name}: given twice with different values.")
+        if key in settings and settings[key] != parsed:
+            problems.append(f"{name}: given twice with different values, {settings[key]!r} and {parsed!r}.")
         settings[key] = parsed
     if problems:
         raise ConfigError(problems)
     if "config_files" in settings:
         settings["config_files"] = settings["config_files"].split()
     return settings
-
-
-TEXT_FLAGS = {"model", "dataset", "models", "config_files", "user", "gpu_id", "data_path", "checkpoint_dir", "llm", "item_text"}
-SWITCHES = {"keys"}
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -102,16 +108,16 @@ def compare_models(settings: dict[str, Any]) -> int:
     from recbole_llm.report.compare import compare
 
     files = settings.pop("config_files", [])
-    merged = {key: value for file in files for key, value in read_yaml(file).items()} | settings
+    merged = read_yamls(files) | settings
     if "models" not in merged:
         raise ConfigError(["--models: name at least one, for example --models=Pop,SASRec,GRU4Rec,LLMRanker."])
-    models, dataset, per_model = merged.pop("models"), merged.pop("dataset", None), merged.pop("per_model", None)
+    models, dataset, per_model = (merged.pop(key, None) for key in ("models", "dataset", "per_model"))
     done = compare(models, dataset, merged, per_model)
     print("\n" + done["markdown"])
     for file in done["files"]:
         print(f"written: {file}")
-    again = " ".join(f"--config_files={f}" for f in files) or "--models=... "
-    print(f"next   : recbole-llm compare {again} --eval_users=none   (all users; finished stages are reused)")
+    if merged.get("eval_users") is not None:
+        print("next   : the same command with --eval_users=none (all users; finished stages are reused)")
     if done["failed"]:
         print(f"failed : {', '.join(done['failed'])} (see the log in log/)", file=sys.stderr)
         return 1
@@ -124,7 +130,8 @@ def preview(settings: dict[str, Any]) -> int:
 
     user = settings.pop("user", None)
     files = settings.pop("config_files", None)
-    config = LLMConfig(settings.pop("model", "LLMRanker"), settings.pop("dataset", None), files, settings)
+    model = settings.pop("model", None) or read_yamls(files or []).get("model", "LLMRanker")
+    config = LLMConfig(model, settings.pop("dataset", None), files, settings)
     print(preview_user(config, user))
     return 0
 
@@ -133,13 +140,15 @@ def list_all(settings: dict[str, Any]) -> int:
     """Models, data sets, prompts and comparisons; with --keys every key as its YAML explains it."""
     from recbole_llm.model import model_names
 
-    if settings.get("keys"):
+    keys = settings.pop("keys", False)
+    _takes_nothing("ls", settings, "--keys alone")
+    if keys:
         for name in ("overall", "model/LLMRanker"):
             print((PROPERTIES / f"{name}.yaml").read_text(encoding="utf-8"))
         return 0
-    for title, found in (("models", model_names()),
-                         *((folder, sorted(f.stem for f in (PROPERTIES / folder).glob("*.yaml"))) for folder in ("dataset", "prompt", "compare"))):
-        print(f"{title}: {', '.join(found)}")
+    print(f"models: {', '.join(model_names())}")
+    for folder in ("dataset", "prompt", "compare"):
+        print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
     return 0
 
 
@@ -147,18 +156,16 @@ def show_env(settings: dict[str, Any]) -> int:
     """Machine and versions as JSON."""
     from recbole_llm.run_folder import environment
 
+    _takes_nothing("env", settings, "no flags")
     print(json.dumps(environment(), indent=2))
     return 0
+
+
+def _takes_nothing(command: str, settings: dict[str, Any], told: str) -> None:
+    if settings:
+        raise ConfigError([f"--{key}: {command} takes {told}." for key in settings])
 
 
 COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "run": run, "compare": compare_models, "preview": preview, "ls": list_all, "env": show_env,
 }
-
-
-def console() -> None:
-    """Entry point of the console script."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    raise SystemExit(main())
-
-

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,40 @@ import yaml
 from recbole.config import Config
 from recbole.utils import ModelType
 
-from recbole_llm import compat, keys
-from recbole_llm.data.atomic import inter_columns
+from recbole_llm import checks, compat, keys
+from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_class
 
 HERE = Path(__file__).resolve().parent
 PROPERTIES = next(p for p in (HERE / "properties", HERE.parent / "properties") if p.is_dir())
-METRIC = re.compile(r"\w+@\d+|GAUC", re.IGNORECASE)
 
 
 def parse_value(text: str) -> Any:
-    """A value as typed on the command line: a Python literal, true/false/none in any case, else text. Never run as code.
+    """A value as typed: a Python literal, true/false/none in any case, else text. Never run as code.
 
-    >>> parse_value("1e-3"), parse_value("[1, 5]"), parse_value("True"), parse_value("none"), parse_value("{title}")
-    (0.001, [1, 5], True, None, '{title}')
+    >>> parse_value("1e-3"), parse_value("1,5"), parse_value("true"), parse_value("{title}")
+    (0.001, [1, 5], True, '{title}')
     """
     named = {"true": True, "false": False, "none": None, "null": None, "~": None}
     if text.lower() in named:
         return named[text.lower()]
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings(action="ignore"):  # Python's doubts about texts such as "1or"
+            value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+    if isinstance(value, tuple):
+        return list(value)
     return text if isinstance(value, (set, bytes, complex)) or value is ... else value
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; RecBole's users write it as a number."""
+
+
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -44,21 +56,36 @@ def read_yaml(file: str) -> dict[str, Any]:
         ConfigError: no such file, or not plain ``key: value`` YAML.
     """
     try:
-        loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=SettingsLoader) or {}
+        loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=SettingsLoader)
     except OSError as error:
         raise ConfigError([f"--config_files: cannot read `{file}` ({error.strerror})."]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config_files: `{file}` is not plain YAML: {error}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError([f"--config_files: `{file}` is not plain YAML: {told}."]) from None
+    if loaded is None:  # comments alone
+        return {}
     if not isinstance(loaded, dict):
-        raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not {type(loaded).__name__}."])
+        kind = type(loaded).__name__
+        raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not a {kind}."])
     return {str(key): value for key, value in loaded.items()}
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; RecBole's users write it as a number."""
+def read_yamls(files: list[str]) -> dict[str, Any]:
+    """Settings of several files, later ones win.
 
-
-SettingsLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    Raises:
+        ConfigError: what is wrong with all of them.
+    """
+    settings: dict[str, Any] = {}
+    problems = []
+    for file in files:
+        try:
+            settings |= read_yaml(file)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 class LLMConfig(Config):
@@ -79,8 +106,13 @@ class LLMConfig(Config):
     """
 
     def __init__(self, model: str | None = None, dataset: str | None = None,
-                 config_file_list: list[str] | None = None, config_dict: dict[str, Any] | None = None) -> None:
-        super().__init__(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+                 config_file_list: list[str] | None = None,
+                 config_dict: dict[str, Any] | None = None) -> None:
+        try:
+            super().__init__(model, dataset, config_file_list, config_dict)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ConfigError([f"RecBole refuses these settings ({told}); mend what it names."]) from error
 
     properties = PROPERTIES
 
@@ -92,10 +124,12 @@ class LLMConfig(Config):
         return SettingsLoader
 
     def _load_config_files(self, file_list: list[str] | None) -> dict[str, Any]:
-        return {key: value for file in file_list or [] for key, value in read_yaml(file).items()}
+        return read_yamls(file_list or [])
 
     def _load_variable_config_dict(self, config_dict: dict[str, Any] | None) -> dict[str, Any]:
-        return dict(config_dict or {})
+        # RecBole adds lists to lists; it knows a tuple of GPUs alone.
+        given = copy.deepcopy(config_dict or {})  # RecBole fills tables in place
+        return {k: list(v) if isinstance(v, tuple) and k != "gpu_id" else v for k, v in given.items()}
 
     def _load_cmd_line(self) -> dict[str, Any]:
         return {}
@@ -103,11 +137,20 @@ class LLMConfig(Config):
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, type, str]:
         model = model or self.external_config_dict.get("model")
         dataset = dataset or self.external_config_dict.get("dataset")
-        problems = [f"--{key}: name one, for example --{key}={example}." for key, value, example in
-                    (("model", model, "LLMRanker"), ("dataset", dataset, "ml-100k")) if not value]
+        problems, found = [], None
+        for key, value, example in (("model", model, "LLMRanker"), ("dataset", dataset, "ml-100k")):
+            if not value:
+                problems.append(f"--{key}: name one, for example --{key}={example}.")
+            elif not isinstance(value, str):
+                problems.append(f"--{key}={value!r}: must be text, for example --{key}={example}.")
+        if isinstance(model, str) and model:
+            try:
+                found = model_class(model)
+            except ConfigError as error:
+                problems += error.problems
         if problems:
-            raise ConfigError(problems)
-        return super()._get_model_and_dataset(model_class(model), dataset)
+            raise ConfigError(problems + self._wrong_for_any_model())
+        return super()._get_model_and_dataset(found, dataset)
 
     def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -119,63 +162,58 @@ class LLMConfig(Config):
     def _get_final_config_dict(self) -> dict[str, Any]:
         self._check_keys()
         final = super()._get_final_config_dict()
-        given = self.external_config_dict.get("eval_args", {})
-        final["eval_args"] = {**self.internal_config_dict["eval_args"], **given}
-        # A model that scores all items at once in its loss draws no negatives: RecBole's default makes it refuse.
+        final["eval_args"] = self._eval_args()
+        # A model that scores all items in its loss draws no negatives: RecBole's default makes it refuse.
         if final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict \
                 and final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             final["train_neg_sample_args"] = None
-        if "load_col" not in self.external_config_dict and not (PROPERTIES / f"dataset/{self.dataset}.yaml").is_file():
-            final["load_col"] = {"inter": inter_columns(final, self.dataset)}
+        if "load_col" not in self.external_config_dict and "load_col" not in self._properties_of_dataset():
+            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset)}
         return final
+
+    def _properties_of_dataset(self) -> dict[str, Any]:
+        file = PROPERTIES / f"dataset/{self.dataset}.yaml"
+        return read_yaml(str(file)) if file.is_file() else {}
+
+    def _in_its_folder(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with ``data_path`` as RecBole will change it: the data set's own folder."""
+        return {**settings, "data_path": str(dataset_folder(settings["data_path"], self.dataset))}
+
+    def _eval_args(self) -> dict[str, Any]:
+        """RecBole's four entries; what the user leaves out stays, in ``mode`` as well."""
+        default = self.internal_config_dict["eval_args"]
+        merged = {**default, **self.external_config_dict.get("eval_args", {})}
+        if isinstance(merged["mode"], dict):
+            merged["mode"] = {**default["mode"], **merged["mode"]}
+        return merged
+
+    def _given(self) -> dict[str, Any]:
+        return {k: v for k, v in self.external_config_dict.items() if k not in ("model", "dataset")}
+
+    def _known(self) -> set[str]:
+        """Keys that every model reads."""
+        listed = {key for group in self.parameters.values() for key in group}
+        return listed | checks.shared_keys(PROPERTIES) | keys.UNLISTED_KEYS | set(keys.PROTOCOL_KEYS)
+
+    def _wrong_for_any_model(self) -> list[str]:
+        """What is wrong whichever model is meant."""
+        given, everyone = self._given(), checks.model_keys(PROPERTIES)
+        problems = keys.unknown_keys(given, self._known() | set(everyone), "", dict)
+        return problems + keys.wrong_values({k: v for k, v in given.items() if k in keys.CHECKS}, {})
 
     def _check_keys(self) -> None:
         """Every unknown key, wrong type and wrong range at once."""
-        given = {k: v for k, v in self.external_config_dict.items() if k not in ("model", "dataset")}
-        listed = {key for group in self.parameters.values() for key in group}
-        known = set(self.internal_config_dict) | listed | keys.UNLISTED_RECBOLE_KEYS | set(keys.PROTOCOL_KEYS)
-        problems = keys.unknown_keys(given, known)
-        problems += keys.wrong_values({k: v for k, v in given.items() if k in known}, self.recbole_defaults)
-        problems += _wrong_evaluation({**self.internal_config_dict, **given})
-        problems += _wrong_together({**self.internal_config_dict, **given})
+        given = self._given()
+        known = self._known() | set(self.internal_config_dict)
+        known |= keys.UNLISTED_MODEL_KEYS.get(self.model, set())
+        problems = keys.unknown_keys(given, known, self.model, lambda: checks.model_keys(PROPERTIES))
+        read = {k: v for k, v in given.items() if k in known}
+        problems += keys.wrong_values(read, self.recbole_defaults)
+        settings = self.internal_config_dict | read
+        problems += checks.wrong_evaluation(settings) + checks.wrong_together(settings)
+        problems += checks.wrong_model(self.model, self.model_class.type, settings)
+        if not keys.wrong_values({k: settings[k] for k in checks.READ_WITH if k in settings}, {}):
+            folder = self._in_its_folder(settings | {"load_col": given.get("load_col")})
+            problems += checks.wrong_data(folder, self.dataset, PROPERTIES)
         if problems:
             raise ConfigError(problems)
-
-
-def _wrong_evaluation(settings: dict[str, Any]) -> list[str]:
-    """What is wrong with the evaluation settings."""
-    problems = []
-    eval_args = settings["eval_args"]
-    if not isinstance(eval_args, dict):
-        return [f"--eval_args={eval_args!r}: must be a table, for example \"{{'mode': 'uni99'}}\"."]
-    if eval_args.get("order", "TO") != "TO":
-        problems.append(f"--eval_args: order={eval_args['order']} has no next item to rank; use order TO.")
-    modes = eval_args.get("mode", "full")
-    for mode in modes.values() if isinstance(modes, dict) else [modes]:
-        if not re.fullmatch(r"full|(uni|pop)[1-9]\d*", str(mode)):
-            problems.append(f"--eval_args: mode {mode!r} must be full, uniN or popN (N whole, >= 1), for example uni99.")
-    if settings.get("benchmark_filename"):
-        problems.append("--benchmark_filename: pre-split files are not supported; give one .inter file.")
-    topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
-    if not topk or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in topk):
-        problems.append(f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1.")
-    if not METRIC.fullmatch(str(settings["valid_metric"])):
-        problems.append(f"--valid_metric={settings['valid_metric']!r}: must look like NDCG@10.")
-    elif "@" in settings["valid_metric"] and int(settings["valid_metric"].split("@")[1]) not in topk:
-        problems.append(f"--valid_metric={settings['valid_metric']}: its K is not in --topk={list(topk)}.")
-    return problems
-
-
-def _wrong_together(settings: dict[str, Any]) -> list[str]:
-    """Settings that are fine alone and wrong together."""
-    problems = []
-    loss, rejected_num = settings.get("loss"), settings.get("rejected_num")
-    if loss in keys.LOSSES and loss != "SFT" and rejected_num == 0:
-        problems.append(f"--rejected_num=0: {loss} needs at least one rejected item a pair; set --rejected_num=3, or --loss=SFT.")
-    if loss == "DPO" and isinstance(rejected_num, int) and rejected_num > 1:
-        problems.append(f"--rejected_num={rejected_num}: DPO compares one pair; set --rejected_num=1, or --loss=DMPO or SDPO.")
-    if settings.get("quantization") and settings.get("finetune") == "full":
-        problems.append("--finetune=full: 4-bit weights cannot be trained; use --finetune=lora, or drop --quantization.")
-    if loss != "SFT" and settings.get("finetune") == "none":
-        problems.append(f"--finetune=none: {loss} trains weights; use --finetune=lora, or --loss=SFT for a zero-shot ranking.")
-    return problems if loss else []

@@ -1,13 +1,14 @@
 """What each of our configuration keys may hold, and how a wrong one is told.
 
 A key's meaning, unit and default stand in ``properties/``; here stands what is allowed. RecBole's own keys
-are checked against the type of RecBole's default.
+are checked against the type of RecBole's default, and those that fail late or silently against a range.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it ("must be ..."), or None
@@ -15,36 +16,46 @@ Check = Callable[[Any], str | None]  # a value -> what is wrong with it ("must b
 LOSSES = ("SFT", "DPO", "DMPO", "SDPO")
 REJECTED = ("uniform", "popularity", "low_rating")
 SCORE_NORMS = ("sum", "mean", "pmi")
+LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 
 
-def integer(least: int = 0, *, optional: bool = False) -> Check:
-    """A whole number of at least ``least``; with ``optional``, empty too."""
+def integer(least: int = 0, most: int | None = None, *, optional: bool = False) -> Check:
+    """A whole number of at least ``least`` (and at most ``most``); with ``optional``, empty too."""
+    bounds = f">= {least}" + (f" and <= {most}" if most is not None else "")
+    bounds += " or empty" if optional else ""
 
     def check(value: Any) -> str | None:
         if value is None and optional:
             return None
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if fine else f"must be a whole number >= {least}" + (" or empty" if optional else "")
+        fine = isinstance(value, int) and not isinstance(value, bool)
+        fine = fine and value >= least and (most is None or value <= most)
+        return None if fine else f"must be a whole number {bounds}"
 
     return check
 
 
-def number(least: float = 0.0, most: float = float("inf"), *, above: bool = False) -> Check:
-    """A number in [least, most], or in (least, most] with ``above``."""
+def number(least: float = 0.0, most: float = math.inf, *, above: bool = False) -> Check:
+    """A finite number in [least, most], or in (least, most] with ``above``."""
+    bounds = "" if least == -math.inf else f" {'>' if above else '>='} {least:g}"
+    bounds += f" and <= {most:g}" if most != math.inf else ""
 
     def check(value: Any) -> str | None:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
         fine = fine and (value > least if above else value >= least) and value <= most
-        bounds = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most != float("inf") else "")
-        return None if fine else f"must be a number {bounds}"
+        return None if fine else f"must be a number{bounds}"
 
     return check
 
 
 def one_of(*choices: Any) -> Check:
-    """One of the values given."""
+    """One of the values given; case counts."""
     told = ", ".join("(empty)" if c is None else str(c) for c in choices)
-    return lambda value: None if value in choices else f"must be one of {told}"
+
+    def check(value: Any) -> str | None:  # by type too: 1 and True are equal
+        fine = any(type(value) is type(c) and value == c for c in choices)
+        return None if fine else f"must be one of {told}"
+
+    return check
 
 
 def text(value: Any) -> str | None:
@@ -59,8 +70,28 @@ def flag(value: Any) -> str | None:
 
 def text_or_list(value: Any) -> str | None:
     """Text, or a list of texts."""
-    fine = isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value))
+    texts = [value] if isinstance(value, str) else value
+    fine = isinstance(texts, (list, tuple)) and texts and all(isinstance(v, str) and v for v in texts)
     return None if fine else "must be text or a list of texts"
+
+
+def gpu(value: Any) -> str | None:
+    """RecBole's GPU numbers: 0, "0,1", or empty for the CPU."""
+    fine = isinstance(value, (str, int, tuple)) and not isinstance(value, bool)
+    return None if fine else "must be the number of a GPU, several as 0,1, or empty text for the CPU"
+
+
+def learner(value: Any) -> str | None:
+    """An optimizer that RecBole knows; it takes Adam for any other, with no more than a warning."""
+    fine = isinstance(value, str) and value.lower() in LEARNERS
+    return None if fine else f"must be one of {', '.join(LEARNERS)}"
+
+
+def clipping(value: Any) -> str | None:
+    """RecBole's table for torch's ``clip_grad_norm_``, or empty."""
+    fine = value is None or (isinstance(value, dict) and number(above=True)(value.get("max_norm")) is None
+                             and set(value) <= {"max_norm", "norm_type"})
+    return None if fine else "must be a table such as {'max_norm': 1.0}, or empty"
 
 
 # Keys that every model shares (properties/overall.yaml).
@@ -89,7 +120,7 @@ LLM_KEYS: dict[str, Check] = {
     "beta": number(above=True),
     "rejected": one_of(*REJECTED),
     "rejected_num": integer(0),
-    "rating_threshold": number(float("-inf")),
+    "rating_threshold": number(-math.inf),
     "preference_epochs": integer(0),
     "preference_learning_rate": number(above=True),
     "preference_positions": integer(0),
@@ -101,26 +132,84 @@ LLM_KEYS: dict[str, Check] = {
     "rerank_model": text,
     "rerank_topk": integer(1),
 }
-OWN_KEYS = PROTOCOL_KEYS | LLM_KEYS
-
-# Keys that RecBole reads but lists in no YAML of its own.
-UNLISTED_RECBOLE_KEYS = {
-    "model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "group_offset", "tail_ratio",
-    "reg_weight", "loss_type", "numerical_features", "saved", "metrics_smaller", "discretization",
+# RecBole's keys whose wrong values RecBole would meet late, or never tell.
+RECBOLE_KEYS: dict[str, Check] = {
+    "epochs": integer(0),
+    "train_batch_size": integer(1),
+    "eval_batch_size": integer(1),
+    "eval_step": integer(0),
+    "stopping_step": integer(0),
+    "learning_rate": number(above=True),
+    "weight_decay": number(),
+    "learner": learner,
+    "clip_grad_norm": clipping,
+    "MAX_ITEM_LIST_LENGTH": integer(1),
+    "metric_decimal_place": integer(0),
+    "loss_decimal_place": integer(0),
+    "seed": integer(0, 2**32 - 1),
+    "worker": integer(0),
+    "gpu_id": gpu,
+    "data_path": text,
+    "checkpoint_dir": text,
+    "field_separator": text,
+    "USER_ID_FIELD": text,
+    "ITEM_ID_FIELD": text,
+    "TIME_FIELD": text,
+    "RATING_FIELD": text,
 }
+CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS
+
+# Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.
+UNLISTED_KEYS = {"config_files", "encoding", "tail_ratio"}
+UNLISTED_MODEL_KEYS = {
+    "HRM": {"reg_weight"}, "DiffRec": {"norm"}, "LDiffRec": {"norm"}, "FEARec": {"sim", "tau", "contrast"},
+    "AutoInt": {"has_residual"}, "KD_DAGFM": {"feature_num"},
+}
+# Keys of RecBole's that cannot mean anything here, and why.
+REFUSED = {
+    "benchmark_filename": "pre-split files are not supported; give one .inter file",
+    "MODEL_TYPE": "it follows from --model; leave it out",
+    **dict.fromkeys(("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
+                    "a run is one process here; leave it out"),
+    **dict.fromkeys(("save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path"),
+                    "data are prepared anew for each run and not saved; leave it out"),
+}
+# RecBole's YAML writes these real numbers, switches and texts as whole numbers.
+_LOOSE = {"q", "global_ratio", "spatial_ratio", "dropout_prob", "hidden_dropout_prob", "resolution",
+          "use_proj_bias", "reranker_CAN_NUM"}
 
 
-def unknown_keys(keys: Iterable[str], known: Iterable[str]) -> list[str]:
-    """One sentence for each key that nothing reads, with the closest that something does."""
-    known = sorted(known)
+def unknown_keys(given: Mapping[str, Any], known: Collection[str], model: str,
+                 owners: Callable[[], Mapping[str, Collection[str]]]) -> list[str]:
+    """One sentence for each key that nothing reads, with the models that do read it or the closest key.
+
+    Args:
+        given: the user's settings.
+        known: keys that this model or its protocol reads.
+        owners: gives key -> names of the models whose key it is; asked only when there is something to tell.
+    """
     problems = []
-    for key in keys:
-        if key in known:
+    for key, value in given.items():
+        if key in REFUSED:
+            unset = value is None or value is False
+            problems += [] if unset else [f"--{key}={value!r}: {REFUSED[key]}."]
+        elif key in known:
             continue
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        hint = f"did you mean `{close[0]}`?" if close else "`recbole-llm ls --keys` lists those there are."
-        problems.append(f"--{key}: no such key; {hint}")
+        elif models := list(owners().get(key, ())):
+            told = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
+            problems.append(f"--{key}: {model} does not read it; it is a key of {told}. Leave it out, or in "
+                            f"a comparison give it to that model alone: {models[0]}[{key}={value}].")
+        else:
+            hint = closest(key, known, "`recbole-llm ls --keys` lists those there are")
+            problems.append(f"--{key}: no such key; {hint}")
     return problems
+
+
+def closest(name: str, known: Collection[str], otherwise: str) -> str:
+    """``did you mean X?`` where a name is near, whatever its case; else what to do ``otherwise``."""
+    lower = {k.lower(): k for k in sorted(known)}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)
+    return f"did you mean `{lower[close[0]]}`?" if close else f"{otherwise}."
 
 
 def wrong_values(values: Mapping[str, Any], recbole_defaults: Mapping[str, Any]) -> list[str]:
@@ -132,19 +221,22 @@ def wrong_values(values: Mapping[str, Any], recbole_defaults: Mapping[str, Any])
     """
     problems = []
     for key, value in values.items():
-        told = OWN_KEYS[key](value) if key in OWN_KEYS else _unlike_default(value, recbole_defaults.get(key))
+        told = CHECKS[key](value) if key in CHECKS else _unlike_default(key, value, recbole_defaults.get(key))
         if told:
             problems.append(f"--{key}={value!r}: {told}.")
     return problems
 
 
-def _unlike_default(value: Any, default: Any) -> str | None:
-    """RecBole's keys: a number stays a number and a switch a switch. Texts and tables RecBole checks itself."""
+def _unlike_default(key: str, value: Any, default: Any) -> str | None:
+    """RecBole's keys: a number stays a number, a switch a switch, and so on."""
+    if key in _LOOSE or key in ("topk", "metrics", "eval_args", "valid_metric"):  # told with the evaluation
+        return None
     if isinstance(default, bool):
         return flag(value)
     if isinstance(default, int):
         return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number"
     if isinstance(default, float):
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if fine else "must be a number"
-    return None
+        return number(-math.inf)(value)
+    kinds = {str: "text", dict: "a table, for example {'key': 'value'}", list: "a list, for example [1, 2]"}
+    told = kinds.get(type(default))
+    return None if told is None or value is None or isinstance(value, type(default)) else f"must be {told}"

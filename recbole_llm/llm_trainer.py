@@ -14,10 +14,10 @@ import torch
 from recbole.trainer import Trainer
 from transformers import get_scheduler
 
-from recbole_llm.data.candidates import EvalRows, popularity
+from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.data.rejected import RejectedItems
+from recbole_llm.data.rejected import rejected_items
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import load_adapter, save_adapter
@@ -105,15 +105,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             yield Stage("SFT", config["epochs"], config["learning_rate"], windows, self._sft_folder())
         if config["loss"] != "SFT" and config["preference_epochs"] > 0:
             windows = training_windows(sequences, self.model.prompt, last=config["preference_positions"], **cut)
-            windows = self._rejected().fill(windows)
+            windows = rejected_items(config, self.protocol).fill(windows)
             yield Stage(config["loss"], config["preference_epochs"], config["preference_learning_rate"], windows, self.run_folder)
-
-    def _rejected(self) -> RejectedItems:
-        config, protocol = self.config, self.protocol
-        tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
-        counts = popularity(protocol.events, protocol.train_ends, protocol.dataset.item_num)
-        return RejectedItems(config["rejected"], config["rejected_num"], protocol.events, protocol.train_ends, counts, tokens,
-                             threshold=config["rating_threshold"], seed=config["seed"])
 
     def _sft_folder(self) -> Path:
         llm = self.model.llm

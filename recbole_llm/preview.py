@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+
 from recbole_llm.config import LLMConfig
-from recbole_llm.data.candidates import popularity
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import prepare_data
-from recbole_llm.data.rejected import RejectedItems
+from recbole_llm.data.rejected import rejected_items
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.model.llmranker import LLMRanker
+from recbole_llm.quick_start import explained
 
 
 def preview_user(config: LLMConfig, user: str | None) -> str:
@@ -25,33 +26,38 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     """
     if config["model"] != "LLMRanker":
         raise UserError(f"--model={config['model']}: only LLMRanker reads prompts.")
-    protocol = prepare_data(config)
+    with explained(config, None, "reading the data"):
+        protocol = prepare_data(config)
     model = LLMRanker(config, protocol.train_data._dataset)
     tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
     sequences = protocol.training_sequences()
     names = {str(tokens[u]): u for u in sequences}
     if user is not None and user not in names:
-        raise UserError(f"--user={user}: not a training user; there are {len(names)}, for example {', '.join(sorted(names)[:5])}.")
+        some = ", ".join(sorted(names)[:5])
+        raise UserError(f"--user={user}: not a training user; there are {len(names)}, for example {some}.")
     internal = names[user] if user is not None else next(iter(sequences))
-    windows = training_windows({internal: sequences[internal]}, model.prompt, history=config["MAX_ITEM_LIST_LENGTH"], last=1,
-                               most_tokens=model.llm.context)
+    stage = "sft" if config["loss"] == "SFT" else "preference"
+    windows = training_windows(
+        {internal: sequences[internal]}, model.prompt, last=config[f"{stage}_positions"],
+        history=config["MAX_ITEM_LIST_LENGTH"], most_tokens=model.llm.context,
+    )
+    if stage == "preference":
+        windows = rejected_items(config, protocol).fill(windows)
     window = windows[-1]
-    if config["loss"] != "SFT":
-        counts = popularity(protocol.events, protocol.train_ends, protocol.dataset.item_num)
-        sampler = RejectedItems(config["rejected"], config["rejected_num"], protocol.events, protocol.train_ends, counts, tokens,
-                                threshold=config["rating_threshold"], seed=config["seed"])
-        window = Window(window.user, window.items, window.targets, (sampler.draw(internal, 1),))
     return _shown(model, window, str(tokens[internal]), len(sequences[internal]))
 
 
 def _shown(model: LLMRanker, window: Window, user: str, trained: int) -> str:
     decode, target = model.llm.tokenizer.decode, window.targets[-1]
     prompt = model.prompt.trunk(window.items[:target])
-    lines = [f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens", "", decode(prompt), ""]
-    asked = [("chosen", window.items[target])] + [("rejected", i) for i in (window.rejected[-1] if window.rejected else ())]
+    told = f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens"
+    lines = [told, "", decode(prompt), ""]
+    rejected = window.rejected[-1] if window.rejected else ()
+    asked = [("chosen", window.items[target]), *(("rejected", item) for item in rejected)]
     for kind, item in asked:
         answer = model.prompt.answers[item]
         lines.append(f"{kind:<9}{decode(answer)!r}  ({len(answer)} tokens)")
     longest = int(np.argmax([len(a) for a in model.prompt.answers]))
-    lines += ["", f"longest title of the catalogue: {model.texts[longest]!r} ({len(model.prompt.answers[longest])} tokens)"]
+    size = len(model.prompt.answers[longest])
+    lines += ["", f"longest title of the catalogue: {model.texts[longest]!r} ({size} tokens)"]
     return "\n".join(lines)

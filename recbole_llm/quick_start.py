@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,10 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
-from recbole_llm.run_folder import data_hash, environment, make_run_folder, versions, write_json, write_table
+from recbole_llm.run_folder import data_hash, environment, make_run_folder, versions, write_json, write_table, write_text
 from recbole_llm.trainer import trainer_class
 
-
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # Settings that a re-ranked base model takes over: data, protocol and place; its own training keeps its defaults.
 SHARED_WITH_BASE = (
     "data_path", "checkpoint_dir", "gpu_id", "seed", "show_progress", "state", "eval_args", "few_shot", "few_shot_seed", "candidate_seed",
@@ -42,16 +46,28 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+    try:
+        return _run(config, saved)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: could not write {error.filename or 'a file'} "
+                        f"({error.strerror}). Free some space, or run in a folder that can be written.") from error
+
+
+def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     folder = make_run_folder(config)
     logger = start_log(config, folder)
     clock = {"start": time.perf_counter()}
     init_seed(config["seed"], config["reproducibility"])
-    protocol = prepare_data(config)
+    with explained(config, folder, "reading the data"):
+        protocol = prepare_data(config)
     _tell(logger, config, protocol, folder)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    recommender = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+    with explained(config, folder, "building the model"):
+        recommender = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+        trainer = trainer_for(config, recommender)
     logger.info(recommender)
-    trainer = trainer_for(config, recommender)
     trainer.start(protocol, folder)
     if hasattr(recommender, "rerank_with") and "full" in (protocol.valid.mode, protocol.test.mode):
         recommender.rerank_with(_train_base(config, protocol, folder))
@@ -68,6 +84,27 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
     logger.info(f"test result: {test_result}")
     save_run(folder, config, protocol, trainer, result, clock)
     return result
+
+
+@contextmanager
+def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[None]:
+    """RecBole checks many settings by failing in some way where it first uses them; that is told, not raised.
+
+    Args:
+        folder: where the traceback goes; None = nowhere.
+        step: what is done inside, as in "reading the data".
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        where = ""
+        if folder is not None:
+            write_text(folder / "traceback.txt", traceback.format_exc())
+            where = f" ({folder / 'traceback.txt'} says where)"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "
+                        f"settings that are not the defaults{where}.") from error
 
 
 def _train_base(config: LLMConfig, protocol: Protocol, folder: Path) -> torch.nn.Module:

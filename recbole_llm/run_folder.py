@@ -8,6 +8,9 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,9 +46,9 @@ def data_hash(config: Config) -> str:
 
 
 def run_hash(config: Config) -> str:
-    """What determines a run's result: resolved configuration, data and our version."""
+    """What determines a run's result: resolved configuration, data, versions and our code."""
     settings = {k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}
-    return content_hash([settings, data_hash(config), __version__])
+    return content_hash([settings, data_hash(config), versions()])
 
 
 def run_folder_of(config: Config) -> Path:
@@ -62,21 +65,31 @@ def make_run_folder(config: Config) -> Path:
     folder = run_folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)  # a result stands only for a finished run
+        for stale in ("result.json", "traceback.txt"):  # a result stands only for a finished run
+            (folder / stale).unlink(missing_ok=True)
         write_text(folder / "config.yaml", yaml.safe_dump(plain(config.final_config_dict), allow_unicode=True))
     except OSError as error:
         raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: cannot write {folder} ({error}). Name a folder that can be written.") from error
     return folder
 
 
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else."""
+    beside = file.with_name(file.name + ".tmp")
+    try:
+        yield beside
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a whole file or none: beside, to disk, then renamed."""
-    beside = file.with_name(file.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as out:
+    with whole(file) as beside, open(beside, "w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
-    os.replace(beside, file)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -86,9 +99,8 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_table(file: Path, table: pd.DataFrame) -> None:
     """Write a gzipped CSV, whole or not at all; the same table gives the same bytes."""
-    beside = file.with_name(file.name + ".tmp")
-    table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
-    os.replace(beside, file)
+    with whole(file) as beside:
+        table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
 
 
 def plain(value: Any) -> Any:
@@ -104,13 +116,23 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"recbole_llm": __version__, "python": platform.python_version()}
+    found = {"recbole_llm": __version__, "recbole_llm_code": code_hash()[:12], "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 of our source files: a result of other code is not taken for one of this code."""
+    here = Path(__file__).resolve().parent
+    told = hashlib.sha256()
+    for file in sorted(here.rglob("*.py")):
+        told.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    return told.hexdigest()
 
 
 def environment() -> dict[str, Any]:

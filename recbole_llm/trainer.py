@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from recbole.data.interaction import Interaction
@@ -52,7 +56,7 @@ class ProtocolEvaluation:
         self.model.eval()
         ranking, topk = Ranking(), max(self.config["topk"])
         shown = bar(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", disable=not show_progress)
-        with torch.random.fork_rng(devices=[]), shown:  # evaluation must not move training
+        with random_state_kept(self.device), shown:  # evaluation must not move training
             for rows in eval_data.batches(self._rows_at_once(eval_data)):
                 scores, items = self.score_rows(eval_data, rows)
                 targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
@@ -144,6 +148,18 @@ class ProtocolEvaluation:
             raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
         self.model.load_state_dict(state["state_dict"])
         self.model.load_other_parameter(state["other_parameter"])
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """What runs inside leaves Python's, numpy's and torch's random states as they were."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 def trainer_class(model_type: object, model: str) -> type[Trainer]:

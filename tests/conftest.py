@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.quick_start import trainer_for
 
 ANIMALS = ("cat", "dog", "fox", "owl", "bee", "ant", "elk", "cow", "pig", "hen", "rat", "bat", "cod", "eel", "jay")
 COLOURS = ("red", "blue", "green", "black")
@@ -43,6 +49,15 @@ def write_dataset(folder: Path, *, users: int = 40, events: int = 12, structure:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads gain nothing on tensors this small, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a run on the made-up data in a temporary working folder; RecBole writes logs where it runs."""
     monkeypatch.chdir(tmp_path)
@@ -61,3 +76,44 @@ def toy_settings(data_path: Path, saved: Path) -> dict[str, Any]:
 def tiny(toy: dict[str, Any]) -> dict[str, Any]:
     """The same for LLMRanker with the random LLM."""
     return {**toy, "model": "LLMRanker", "llm": "tiny", "train_batch_size": 32}
+
+
+Event = tuple[str, str, float, float]  # user, item, rating, timestamp
+
+
+def write_events(folder: Path, events: Iterable[Event], *, name: str = "toy") -> Path:
+    """Write ``<folder>/<name>/<name>.inter`` from these interactions, in this order and full precision."""
+    home = folder / name
+    home.mkdir(parents=True, exist_ok=True)
+    lines = [f"{user}\t{item}\t{rating!r}\t{time!r}" for user, item, rating, time in events]
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
+    (home / f"{name}.inter").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+def random_events(lengths: Iterable[int], *, items: int = 60, seed: int = 0) -> list[Event]:
+    """Users ``u0``, ``u1``, ... with so many distinct random items each, interleaved by small whole times."""
+    rng = np.random.default_rng(seed)
+    lengths = list(lengths)
+    events: list[Event] = []
+    for user, length in enumerate(lengths):
+        chosen = rng.choice(items, length, replace=False)
+        events += [(f"u{user}", f"i{item}", float(rng.integers(1, 6)), float(step * len(lengths) + user))
+                   for step, item in enumerate(chosen)]
+    return events
+
+
+def prepared(settings: dict[str, Any], model: str, **changes: Any) -> tuple[LLMConfig, Protocol]:
+    """A model's configuration and data, without a run."""
+    config = LLMConfig(model, config_dict={**settings, **changes})
+    return config, prepare_data(config)
+
+
+def started(config: LLMConfig, protocol: Protocol, model_class: type | None = None) -> Any:
+    """A trainer that can evaluate; of another model class than the configuration's where one is given."""
+    model = (model_class or config.model_class)(config, protocol.train_data._dataset)
+    trainer = trainer_for(config, model)
+    folder = Path(config["checkpoint_dir"]) / "made-by-hand"
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.start(protocol, folder)
+    return trainer

@@ -1,12 +1,14 @@
 """RecBole's atomic files, read as plain text: the header of ``.inter`` and the rows of ``.item``.
 
-RecBole's own reader goes through pandas with quoting and NA parsing: a title that begins with a quote swallows
-rows, and a film called "None" loses its title. Titles are therefore read here, line by line.
+RecBole's own reader goes through pandas with quoting and NA parsing: a title that begins with a quote
+swallows rows, and a film called "None" loses its title. Titles are therefore read here, line by line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +16,131 @@ import recbole
 
 from recbole_llm.errors import UserError
 
+# What pandas, and so RecBole, reads as a missing value.
+MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+KINDS = {"USER_ID_FIELD": "token", "ITEM_ID_FIELD": "token", "TIME_FIELD": "float", "RATING_FIELD": "float"}
+
 
 def atomic_file(settings: Mapping[str, Any], dataset: str, suffix: str) -> Path:
-    """The path of ``<data_path>/<dataset>/<dataset>.<suffix>``; ml-100k lies in RecBole's wheel.
+    """The path of an atomic file; ``data_path`` is the data set's own folder, as RecBole leaves it."""
+    return Path(settings["data_path"]) / f"{dataset}.{suffix}"
 
-    Args:
-        settings: RecBole settings before (a root folder) or after (the data set's own folder) it joins the name.
-    """
+
+def dataset_folder(data_path: str, dataset: str) -> Path:
+    """The folder of a data set's files; ml-100k lies in RecBole's wheel."""
     if dataset == "ml-100k":
-        return Path(recbole.__file__).parent / "dataset_example" / dataset / f"{dataset}.{suffix}"
-    folder = Path(settings["data_path"])
-    if folder.name != dataset:
-        folder = folder / dataset
-    return folder / f"{dataset}.{suffix}"
+        return Path(recbole.__file__).parent / "dataset_example" / dataset
+    return Path(data_path) / dataset
 
 
 def read_header(file: Path, separator: str = "\t") -> dict[str, str]:
-    """Column name -> RecBole type of an atomic file's first line, for example ``{"item_id": "token"}``."""
-    with open(file, encoding="utf-8") as lines:
-        columns = lines.readline().rstrip("\r\n").split(separator)
-    return {name: kind for name, _, kind in (column.partition(":") for column in columns)}
+    """Column name -> RecBole type of an atomic file's first line, for example ``{"item_id": "token"}``.
+
+    Raises:
+        UserError: the line is empty, or is not UTF-8 columns with a type each.
+    """
+    try:
+        with open(file, "rb") as lines:
+            header = lines.readline().decode("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); save it as UTF-8.") from None
+    columns = [column.partition(":") for column in header.split(separator)]
+    if header.startswith("\ufeff"):
+        raise UserError(f"{file} begins with a byte-order mark, read as part of a name; save it without.")
+    if any(not kind for _, _, kind in columns):
+        raise UserError(
+            f"{file}, line 1: {header[:80]!r} is no header of an atomic file; each column needs a type, as "
+            f"in `user_id:token<TAB>item_id:token`, and --field_separator={separator!r} between them."
+        )
+    return {name: kind for name, _, kind in columns}
 
 
 def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
-    """The columns of the ``.inter`` file that the protocol needs: user, item, time, and the rating where there is one.
+    """The columns of the ``.inter`` file that the protocol needs: user, item, time, and the rating if any.
 
     Raises:
-        UserError: no such file, or no column of that name; lists the columns found.
+        UserError: no such file, no column of that name (lists those found), or a line that cannot be read.
     """
     file = atomic_file(settings, dataset, "inter")
     if not file.is_file():
         raise UserError(
-            f"--dataset={dataset}: no file {file}. Put RecBole atomic files there, or say where they are with "
-            "--data_path=<folder that holds the data set's folder>. ml-100k needs no file."
+            f"--dataset={dataset}: no file {file}. Put RecBole atomic files there, or say where they are "
+            "with --data_path=<folder that holds the data set's folder>. ml-100k needs no file."
         )
     found = read_header(file, settings["field_separator"])
-    needed = [settings["USER_ID_FIELD"], settings["ITEM_ID_FIELD"], settings["TIME_FIELD"]]
-    for key, name in zip(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), needed, strict=True):
-        if name not in found:
-            raise UserError(f"--{key}={name}: {file} has no such column; it has {', '.join(found)}.")
+    needed = {key: settings[key] for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")}
+    lacks = [f"--{key}={name}" for key, name in needed.items() if name not in found]
+    if lacks:
+        raise UserError(f"{', '.join(lacks)}: {file} has no such column; it has {', '.join(found)}. Name "
+                        "the one that is meant.")
     rating = settings["RATING_FIELD"]
-    return needed + ([rating] if rating in found else [])
+    used = needed | ({"RATING_FIELD": rating} if rating in found else {})
+    wrong = [f"--{key}={name}: {file} calls it `{name}:{found[name]}`, and it must be `{name}:{KINDS[key]}`."
+             for key, name in used.items() if found[name] != KINDS[key]]
+    if wrong:
+        raise UserError(" ".join(wrong) + " Change the header, or name another column.")
+    stamp = (file.stat().st_mtime_ns, file.stat().st_size)
+    _check_lines(file, settings["field_separator"], tuple(found), tuple(used.values()), stamp)
+    return list(used.values())
+
+
+@lru_cache(maxsize=8)  # a comparison makes a configuration for each model, and another for each run
+def _check_lines(file: Path, separator: str, columns: Sequence[str], used: Sequence[str],
+                 stamp: tuple[int, int]) -> None:
+    """Refuse what RecBole would read as something else: short lines, quotes, missing users or times.
+
+    Args:
+        stamp: time and size of the file, by which a changed one is read again.
+    """
+    places, number = [columns.index(c) for c in used], 1
+    with open(file, "rb") as lines:
+        next(lines)
+        for number, line in enumerate(lines, start=2):
+            try:
+                fields = line.decode("utf-8").rstrip("\r\n").split(separator)
+                wrong = f"{len(fields)} fields where the header has {len(columns)}"
+                if len(fields) == len(columns):
+                    wrong = _wrong_fields(*(fields[p] for p in places))
+            except UnicodeDecodeError:
+                wrong = "not UTF-8 text"
+            if wrong and line.strip():
+                told = line[:80].decode("utf-8", "replace")
+                raise UserError(f"{file}, line {number}: {wrong}: {told!r}. Mend the line or leave it out.")
+    if number == 1:
+        raise UserError(f"{file} holds a header and no interactions.")
+
+
+def _wrong_fields(user: str, item: str, time: str, rating: str = "0") -> str | None:
+    for token in (user, item):
+        if token in MISSING or token.startswith('"'):
+            return f"RecBole cannot read {token!r} as the id of a user or item"
+    try:
+        if not math.isfinite(float(time)):
+            return f"the time {time!r} is no number"
+        float(rating if rating not in MISSING else 0)  # RecBole fills missing ratings with their mean
+    except ValueError:
+        return "the time or the rating is no number"
+    return None
+
+
+def item_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
+    """Columns of the ``.item`` file besides the item id.
+
+    Raises:
+        UserError: no such file, or no item id column.
+    """
+    file, item_field = atomic_file(settings, dataset, "item"), settings["ITEM_ID_FIELD"]
+    if not file.is_file():
+        raise UserError(
+            f"--dataset={dataset}: an LLM ranks items by their titles, and there is no {file}. It needs a "
+            "header such as `item_id:token<TAB>title:token_seq` and one line an item."
+        )
+    columns = list(read_header(file, settings["field_separator"]))
+    if item_field not in columns:
+        told = ", ".join(columns)
+        raise UserError(f"--ITEM_ID_FIELD={item_field}: {file} has no such column; it has {told}.")
+    return [c for c in columns if c != item_field]
 
 
 def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -64,27 +150,26 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         The column names besides the item id, and item token -> column -> text (stripped).
 
     Raises:
-        UserError: no such file, no item id column, or a line with another number of fields.
+        UserError: no such file, no item id column, a line with another number of fields, or not UTF-8.
     """
-    file = atomic_file(settings, dataset, "item")
-    if not file.is_file():
-        raise UserError(
-            f"--dataset={dataset}: an LLM ranks items by their titles, and there is no {file}. It needs a header "
-            "such as `item_id:token<TAB>title:token_seq` and one line an item."
-        )
+    others, file = item_columns(settings, dataset), atomic_file(settings, dataset, "item")
     separator, item_field = settings["field_separator"], settings["ITEM_ID_FIELD"]
     columns = list(read_header(file, separator))
-    if item_field not in columns:
-        raise UserError(f"--ITEM_ID_FIELD={item_field}: {file} has no such column; it has {', '.join(columns)}.")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = error.object[:error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {number}: not UTF-8 text; save the file as UTF-8.") from None
     rows: dict[str, dict[str, str]] = {}
     # Only a newline ends a line: titles may hold U+0085 or U+2028, which str.splitlines would break at.
-    for number, line in enumerate(file.read_bytes().decode("utf-8", "replace").split("\n")[1:], start=2):
+    for number, line in enumerate(text.split("\n")[1:], start=2):
         line = line.rstrip("\r")
         if not line:
             continue
         fields = line.split(separator)
         if len(fields) != len(columns):
-            raise UserError(f"{file}, line {number}: {len(fields)} fields where the header has {len(columns)}: {line[:80]!r}.")
+            told = f"{len(fields)} fields where the header has {len(columns)}"
+            raise UserError(f"{file}, line {number}: {told}: {line[:80]!r}. Mend the line or leave it out.")
         row = dict(zip(columns, map(str.strip, fields), strict=True))
         rows[row.pop(item_field)] = row
-    return [c for c in columns if c != item_field], rows
+    return others, rows

@@ -18,6 +18,7 @@ from recbole.utils import ModelType
 
 from recbole_llm.data.dataset import POSITION, SPLITS, Events
 from recbole_llm.errors import UserError
+from recbole_llm.run_folder import whole
 
 
 @dataclass
@@ -61,8 +62,8 @@ class EvalRows:
                    "candidates": candidates}
 
     def save(self, file: Path) -> None:
-        """Write the rows as gzipped JSON lines."""
-        with open(file, "wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
+        """Write the rows as gzipped JSON lines, whole or not at all."""
+        with whole(file) as beside, open(beside, "wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
             for record in self.records():
                 out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
@@ -71,8 +72,8 @@ def freeze_rows(config: Config, part: Dataset, split: str, events: Events, train
     """Evaluation rows of a split, with candidates drawn once.
 
     Candidates are distinct, never in the user's whole history (before or after the row), and drawn by a generator
-    seeded with (candidate_seed, split, user token, row of the user): never with the target, on which neither the
-    draw nor the order depends.
+    seeded with (candidate_seed, split, user token, row of the user): never with the target, which is left out of
+    the draw and moves nothing else in it, nor the order.
 
     Args:
         part: the split of the sequential data set.
@@ -125,7 +126,9 @@ def _sampled_rows(config: Config, part: Dataset, split: str) -> Interaction:
 def _visible(part: Dataset, feat: Interaction) -> Interaction:
     """User and history columns alone, joined with the user's own features."""
     suffix, length = part.config["LIST_SUFFIX"], part.config["ITEM_LIST_LENGTH_FIELD"]
-    seen = {f: feat[f] for f in feat.interaction if f in (part.uid_field, length) or f.endswith(suffix)}
+    # A column of the file may itself be called `..._list`; history columns are those that RecBole made of another.
+    history = {f + suffix for f in feat.interaction} & set(feat.interaction)
+    seen = {f: feat[f] for f in feat.interaction if f in history or f in (part.uid_field, length)}
     return part.join(Interaction(seen))
 
 
@@ -147,8 +150,12 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
                 f"--eval_args: mode {rows.mode} needs {wanted} items that user {rows.user_tokens[user]} never met, "
                 f"but there are {unseen.sum()}. Use mode uni{unseen.sum()} or less, or full."
             )
-        odds = None if weight is None else weight[unseen] / weight[unseen].sum()
-        items = rng.choice(universe[unseen], wanted, replace=False, p=odds)
+        # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
+        # same odds as drawing one after the other, but an item that is left out moves no other.
+        wait = rng.exponential(size=len(universe)) / (1 if weight is None else np.maximum(weight, 1))
+        wait[~unseen] = np.inf
+        first = np.argpartition(wait, wanted - 1)[:wanted]
+        items = universe[first[np.argsort(wait[first])]]
         drawn[row] = rng.permutation(np.append(items, rows.targets[row]))
     return drawn
 

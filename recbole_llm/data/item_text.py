@@ -6,6 +6,7 @@ import html
 import logging
 import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from string import Formatter
@@ -39,9 +40,11 @@ def item_texts(config: Config, dataset: Dataset, count_tokens: Callable[[Sequenc
         UserError: no ``.item`` file, a column that it does not have, or more than half of the items without text.
     """
     columns, rows = read_items(config.final_config_dict, config["dataset"])
-    template = _template(config["item_text"], columns, config["dataset"])
+    template = text_template(config["item_text"], columns, config["dataset"])
     tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
-    texts = [clean(_fill(template, rows[t])) if t in rows else "" for t in tokens]
+    # Of the columns that `auto` finds the year may lack, and the title may not.
+    needed = text_columns(template)[:1] if config["item_text"] == "auto" else []
+    texts = [clean(_fill(template, rows[t])) if t in rows and all(rows[t][c] for c in needed) else "" for t in tokens]
     texts = _name_the_untitled(texts, tokens, config["dataset"])
     texts = _cut_the_long(texts, config["item_text_max_tokens"], count_tokens)
     return ["", *_tell_apart(texts, tokens)]
@@ -56,16 +59,21 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def _template(wanted: str, columns: list[str], dataset: str) -> str:
+def text_template(wanted: str, columns: list[str], dataset: str) -> str:
+    """The template to fill: the user's, or for ``auto`` the title column and the year where there is one.
+
+    Raises:
+        UserError: a column that the file does not have, or no title column; lists those it has.
+    """
     found = f"{dataset}.item has the columns {', '.join(columns) or '(none)'}"
     if wanted != "auto":
         try:
-            used = [name for _, name, _, _ in Formatter().parse(wanted) if name is not None]
+            used = text_columns(wanted)
         except ValueError as error:
             raise UserError(f"--item_text={wanted!r}: {error}; write columns in braces, for example {{title}}.") from None
         unknown = [name for name in used if name not in columns]
         if unknown or not used:
-            what = f"no column {', '.join(unknown)}" if unknown else "no column in braces"
+            what = f"no column {', '.join(f'{{{u}}}' for u in unknown)}" if unknown else "no column in braces"
             raise UserError(f"--item_text={wanted!r}: {what}; {found}.")
         return wanted
     title = next((c for c in TITLE_COLUMNS if c in columns), None)
@@ -75,12 +83,16 @@ def _template(wanted: str, columns: list[str], dataset: str) -> str:
     return f"{{{title}}}" + (f" ({{{year}}})" if year else "")
 
 
+def text_columns(template: str) -> list[str]:
+    """Names in braces."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+
+
 def _fill(template: str, row: dict[str, str]) -> str:
     """The template with an item's columns; no format language, so a column cannot reach into objects."""
     parts = [before + (row[name] if name is not None else "") for before, name, _, _ in Formatter().parse(template)]
     text = "".join(parts)
-    used = [row[name] for _, name, _, _ in Formatter().parse(template) if name is not None]
-    return re.sub(r"\s*\(\s*\)", "", text) if any(used) else ""
+    return re.sub(r"\s*\(\s*\)", "", text) if any(row[name] for name in text_columns(template)) else ""
 
 
 def _name_the_untitled(texts: list[str], tokens: list[str], dataset: str) -> list[str]:
@@ -101,11 +113,11 @@ def _cut_the_long(texts: list[str], most: int, count_tokens: Callable[[Sequence[
         logger.warning(f"Item text: {len(long)} texts are over item_text_max_tokens={most} and lose their last words (for example {texts[long[0]][:60]!r}...).")
     texts = list(texts)
     for i in long:
-        text = texts[i]
-        while count_tokens([text])[0] > most:  # whole words first; a single huge word by characters
-            text = text.rsplit(" ", 1)[0] if " " in text else text[: max(1, len(text) * 3 // 4)]
-            if len(text) == 1:
-                break
+        words = texts[i].split(" ")
+        fits = bisect_right(range(len(words)), most, key=lambda n: count_tokens([" ".join(words[:n])])[0]) - 1
+        text = " ".join(words[:max(1, fits)])
+        while len(text) > 1 and count_tokens([text])[0] > most:  # a single huge word loses characters
+            text = text[: len(text) * 3 // 4]
         texts[i] = text
     return texts
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
@@ -138,18 +139,21 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"--prompt={name}: no such template; use {known}, or the path of a YAML file like those in properties/prompt.")
     try:
         template = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt={name}: {file} is not plain YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"--prompt={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
     family = template.get("family") if isinstance(template, dict) else None
-    if family not in REQUIRED:
+    if not isinstance(family, str) or family not in REQUIRED:
         raise UserError(f"--prompt={name}: {file} needs `family: stream` or `family: instruct`.")
     wrong = [k for k, kind in REQUIRED[family].items() if not isinstance(template.get(k), kind)]
-    wrong += [k for k in template if k not in REQUIRED[family] and k != "family"]
+    wrong += [str(k) for k in template if k not in REQUIRED[family] and k != "family"]
     holes = {"line": "{title}", "question": "{history}"}
-    wrong += [k for k, hole in holes.items() if k in REQUIRED[family] and hole not in str(template.get(k))]
+    wrong += [k for k, hole in holes.items() if k in REQUIRED[family] and str(template.get(k)).count(hole) != 1]
     if wrong:
         raise UserError(f"--prompt={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
-                        f"{', '.join(REQUIRED[family])}, `line` holds {{title}} and `question` holds {{history}}.")
+                        f"{', '.join(REQUIRED[family])}, `line` holds {{title}} once and `question` holds {{history}} once.")
+    if family == "stream" and template["line"].endswith("{title}"):
+        raise UserError(f"--prompt={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
+                        "a line, and a title without an end is as likely as all that begin with it.")
     return template
 
 
@@ -162,9 +166,15 @@ def _chat_parts(question: str, tokenizer: Any) -> tuple[list[int], list[int], li
     """Tokens before and after the history, and the end of the answer."""
     question = question.replace("{history}", HISTORY_MARK)
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                                 add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"--prompt: the LLM's chat template refuses a question ({error}); use --prompt=stream.") from error
     else:  # a base model: plain question and answer
         text = f"{tokenizer.bos_token or ''}Question: {question}\nAnswer:\n"
+    if text.count(HISTORY_MARK) != 1:
+        raise UserError("--prompt: the LLM's chat template does not show a question once, as it is; use --prompt=stream.")
     before, after = text.split(HISTORY_MARK)
     prefix, suffix = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
     return prefix, suffix, [tokenizer.eos_token_id]

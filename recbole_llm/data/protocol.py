@@ -9,7 +9,8 @@ import numpy as np
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataset import Dataset
-from recbole.data.utils import data_preparation
+from recbole.data.utils import create_samplers, get_dataloader
+from recbole.sampler import KGSampler
 from recbole.utils import ModelType
 
 from recbole_llm.data.candidates import EvalRows, freeze_rows, popularity
@@ -60,7 +61,7 @@ def prepare_data(config: Config) -> Protocol:
     dataset = sequences
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
         dataset = create_dataset(config, follow=sequences.split_table)
-    train_data, _, _ = data_preparation(config, dataset)
+    train_data = _train_loader(config, dataset)
     events, ends = sequences.events, sequences.split_table.ends[:, 0]
     kept = ends.copy()
     if sequences.train_users is not None:
@@ -69,3 +70,17 @@ def prepare_data(config: Config) -> Protocol:
     counts = popularity(events, kept, dataset.item_num)
     counter = Counter({int(i): int(n) for i, n in enumerate(counts) if n})
     return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter)
+
+
+def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:
+    """RecBole's training loader, as its ``data_preparation`` makes it.
+
+    That function would also take loaders that an earlier RecBole run left in ``checkpoint_dir``, with another split.
+    """
+    parts = dataset.build()
+    sampler, _, _ = create_samplers(config, dataset, parts)
+    loader = get_dataloader(config, "train")
+    if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
+        return loader(config, parts[0], sampler, shuffle=config["shuffle"])
+    negatives = config["train_neg_sample_args"]
+    return loader(config, parts[0], sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"]), shuffle=True)

@@ -8,9 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
+from recbole.config import Config
+
 from recbole_llm.data.dataset import Events
 from recbole_llm.data.prompt import Window
+from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
+
+
+def rejected_items(config: Config, protocol: Protocol) -> RejectedItems:
+    """The sampler that a configuration asks for; popularity is that of the training users who are kept."""
+    dataset = protocol.dataset
+    counts = np.array([protocol.item_counter[i] for i in range(dataset.item_num)])
+    return RejectedItems(config["rejected"], config["rejected_num"], protocol.events, protocol.train_ends, counts,
+                         dataset.field2id_token[dataset.uid_field], threshold=config["rating_threshold"], seed=config["seed"])
 
 
 class RejectedItems:

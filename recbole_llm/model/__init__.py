@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
-import pkgutil
 from pathlib import Path
 
-from recbole.utils import get_model
+from recbole import __file__ as recbole_file
 
+from recbole_llm import keys
 from recbole_llm.errors import ConfigError
+
+OWN_MODELS = ("LLMRanker",)
+TREES = ("lightgbm", "xgboost")
+# Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
+PACKAGES = (__name__, *(f"recbole.model.{kind}_recommender" for kind in (
+    "general", "context_aware", "sequential", "knowledge_aware")))
 
 
 def model_class(name: str) -> type:
-    """The class of a model by name: ours (file = lower-case name), else RecBole's.
+    """The class of a model by name: ours, else RecBole's; the file bears the name in lower case.
 
     Raises:
         ConfigError: no model has this name; says the closest.
     """
-    module = f"{__name__}.{name.lower()}"
-    try:
-        if importlib.util.find_spec(module) is not None:
-            return getattr(importlib.import_module(module), name)
-        return get_model(name)
-    except (ValueError, AttributeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and name.lower() not in str(error):
-            raise  # the model exists and needs a package that is not installed
-    known = model_names()
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "`recbole-llm ls` lists them."
+    if name.lower() in TREES:
+        raise ConfigError([f"--model={name}: decision trees train outside torch and cannot rank under our "
+                           "protocol; `recbole-llm ls` lists the models that can."])
+    for package in PACKAGES if name.isidentifier() else ():
+        if importlib.util.find_spec(f"{package}.{name.lower()}") is not None:
+            found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)
+            if isinstance(found, type):
+                return found
+    hint = keys.closest(name, model_names(), "`recbole-llm ls` lists them")
     raise ConfigError([f"--model={name}: no such model here or in RecBole; {hint}"])
 
 
 def model_names() -> list[str]:
-    """Names of our models and of all RecBole models that have a properties file."""
-    import recbole
-
-    recbole_files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
-    ours = [name for name in OWN_MODELS if any(m.name == name.lower() for m in pkgutil.iter_modules(__path__))]
-    return ours + sorted(f.stem for f in recbole_files)
-
-
-OWN_MODELS = ("LLMRanker",)
+    """Names of our models and of those of RecBole's that can rank under our protocol."""
+    root = Path(recbole_file).parent
+    others = {f.stem for f in (root / "model" / "context_aware_recommender").glob("*.py")} | set(TREES)
+    theirs = [f.stem for f in (root / "properties" / "model").glob("*.yaml") if f.stem.lower() not in others]
+    return [*OWN_MODELS, *sorted(theirs)]

@@ -12,12 +12,20 @@ from typing import Any
 
 from recbole_llm.config import LLMConfig, parse_value
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.model import model_class
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.table import comparison, to_markdown, write_comparison
 from recbole_llm.run_folder import content_hash, run_folder_of
 
-MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?")
+MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
+EXAMPLE = "--models=Pop,SASRec,LLMRanker"
+# Two models whose values of these differ are never asked the same.
+SHARED = (
+    "dataset", "data_path", "eval_args", "eval_users", "candidate_seed", "mask_history", "TIME_FIELD",
+    "USER_ID_FIELD", "ITEM_ID_FIELD", "user_inter_num_interval", "item_inter_num_interval", "val_interval",
+    "rm_dup_inter",
+)
 
 
 @dataclass(frozen=True)
@@ -35,28 +43,43 @@ def parse_models(text: str | Sequence[str]) -> list[Entry]:
     Raises:
         ConfigError: an entry is not a model name with ``key=value`` settings.
     """
-    parts = re.split(r",(?![^\[]*\])", text) if isinstance(text, str) else list(text)
+    parts = _split(text) if isinstance(text, str) else text
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ConfigError([f"--models={text!r}: must be text or a list of texts, for example {EXAMPLE}."])
     entries, problems = [], []
     for part in (p.strip() for p in parts if p.strip()):
         found = MODEL.fullmatch(part)
-        pairs = [s.partition("=") for s in (found["settings"] or "").split(",") if s] if found else []
+        pairs = [s.partition("=") for s in _split(found["settings"] or "") if s.strip()] if found else []
         if not found or any(not key.strip() or not mark for key, mark, _ in pairs):
             problems.append(f"--models: `{part}` must look like SASRec or LLMRanker[loss=DMPO,beta=0.5].")
             continue
         entries.append(Entry(part, found["model"], {k.strip(): parse_value(v.strip()) for k, _, v in pairs}))
     if not entries and not problems:
-        problems.append("--models: name at least one, for example --models=Pop,SASRec,LLMRanker.")
+        problems.append(f"--models: name at least one, for example {EXAMPLE}.")
     if problems:
         raise ConfigError(problems)
     return entries
 
 
-def compare(models: str | Sequence[str], dataset: str | None = None, config_dict: dict[str, Any] | None = None,
+def _split(text: str) -> list[str]:
+    """The parts between commas; commas in brackets of any kind belong to a part."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def compare(models: str | Sequence[str], dataset: str | None = None,
+            config_dict: dict[str, Any] | None = None,
             per_model: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """Run every model and write the table.
 
-    A run that finished before with the same configuration, data and version is not run again. A run that fails is
-    reported in the table and stops nothing else; wrong settings of any model are told before the first run.
+    A run that finished before with the same configuration, data and version is not run again. A run that
+    fails is reported in the table and stops nothing else; wrong settings are told before the first run.
 
     Args:
         models: entries as ``parse_models`` reads them.
@@ -71,7 +94,9 @@ def compare(models: str | Sequence[str], dataset: str | None = None, config_dict
         UserError: the finished runs have different candidates.
     """
     entries = parse_models(models)
-    settings = {e.label: {**(config_dict or {}), **(per_model or {}).get(e.model, {}), **e.settings} for e in entries}
+    own = _per_model(per_model)
+    shared = config_dict or {}
+    settings = {e.label: {**shared, **own.get(e.model, {}), **e.settings} for e in entries}
     configs = _check_all(entries, dataset, settings)
     whole = WholeRun([(entry.label, config) for entry, config in zip(entries, configs, strict=True)])
     runs = []
@@ -79,23 +104,51 @@ def compare(models: str | Sequence[str], dataset: str | None = None, config_dict
         with whole.running(entry.label):
             runs.append(_run(entry, config, dataset, settings[entry.label]))
     table = comparison(runs)
-    name = f"compare-{configs[0]['dataset']}-{content_hash([r.get('run_hash', r['label']) for r in runs])[:10]}"
+    which = content_hash([run.get("run_hash", run["label"]) for run in runs])
+    name = f"compare-{configs[0]['dataset']}-{which[:10]}"
     files = write_comparison(table, runs, Path(configs[0]["checkpoint_dir"]), name)
     failed = [run["label"] for run in runs if "error" in run]
     return {"table": table, "markdown": to_markdown(table, runs), "files": files, "failed": failed}
 
 
-def _check_all(entries: list[Entry], dataset: str | None, settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
+def _per_model(given: Any) -> dict[str, dict[str, Any]]:
+    """The ``per_model`` table, which may come from a file of the user's."""
+    if not isinstance(given or {}, dict) or not all(isinstance(v, dict) for v in (given or {}).values()):
+        raise ConfigError([f"--per_model={given!r}: must be a table of tables, as in "
+                           "{'SASRec': {'epochs': 50}}."])
+    problems = []
+    for model in given or {}:  # a file's table may hold more models than are asked for now
+        try:
+            model_class(str(model))
+        except ConfigError as error:
+            problems += [p.replace("--model=", "--per_model: ", 1) for p in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return given or {}
+
+
+def _check_all(entries: list[Entry], dataset: str | None,
+               settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
     """Every model's configuration, or the problems of all of them at once."""
-    configs, problems = [], []
+    configs: dict[str, LLMConfig] = {}
+    problems: dict[str, list[str]] = {}
     for entry in entries:
         try:
-            configs.append(LLMConfig(entry.model, dataset, None, settings[entry.label]))
+            mine = settings[entry.label]
+            configs[entry.label] = LLMConfig(entry.model, mine.get("dataset", dataset), None, mine)
         except ConfigError as error:
-            problems += [f"{entry.label}: {p}" for p in error.problems]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return configs
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(entry.label)
+    told = [p if set(labels) == set(settings) else f"{', '.join(dict.fromkeys(labels))}: {p}"
+            for p, labels in problems.items()]
+    for key in SHARED:
+        values = {label: config[key] for label, config in configs.items()}
+        if len(set(map(content_hash, values.values()))) > 1:
+            each = "; ".join(f"{label} {value!r}" for label, value in values.items())
+            told.append(f"--{key}: must be the same for every model of a comparison: {each}.")
+    if told:
+        raise ConfigError(told)
+    return [configs[entry.label] for entry in entries]
 
 
 def _run(entry: Entry, config: LLMConfig, dataset: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -104,10 +157,11 @@ def _run(entry: Entry, config: LLMConfig, dataset: str | None, settings: dict[st
     try:
         if not finished.is_file():
             run_recbole_llm(entry.model, dataset, None, settings)
-        return {**json.loads(finished.read_text(encoding="utf-8")), "label": entry.label, "run_hash": folder.name}
+        record = json.loads(finished.read_text(encoding="utf-8"))
+        return {**record, "label": entry.label, "run_hash": folder.name}
     except UserError as error:
         logging.getLogger().error(f"{entry.label} failed: {error}")
         return {"label": entry.label, "error": str(error).splitlines()[0]}
-    except Exception as error:  # a model of RecBole's may fail in any way; the others still belong in the table
+    except Exception as error:  # RecBole's models fail in any way; the others still belong in the table
         logging.getLogger().exception(f"{entry.label} failed")
         return {"label": entry.label, "error": f"{type(error).__name__}: {error}"}

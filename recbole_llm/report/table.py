@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from recbole.evaluator.register import smaller_metrics
 
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import write_text
+
+NOT_METRICS = ("model", "trainable parameters", "train s", "test s", "note")
 
 
 def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """One line a run: label, metrics, and what it cost.
 
     Args:
-        runs: ``result.json`` records, each with a ``label``; a failed run has ``error`` instead of ``metrics``.
+        runs: ``result.json`` records, each with a ``label``; a failed one has ``error``, no ``metrics``.
         metrics: columns; None = all that every finished run has.
 
     Raises:
@@ -26,17 +29,18 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
     hashes = {run["candidate_hash"] for run in finished}
     if len(hashes) > 1:
         told = ", ".join(f"{run['label']} {run['candidate_hash'][:12]}" for run in finished)
-        raise UserError(f"These runs were evaluated on different candidates and cannot stand in one table: {told}. Run them "
-                        "with the same data, eval_args, eval_users and candidate_seed.")
+        raise UserError(f"These runs were evaluated on different candidates, and share no table: {told}. "
+                        "Run them with the same data, --eval_args, --eval_users and --candidate_seed.")
     if metrics is None:
-        metrics = [m for m in (finished[0]["metrics"] if finished else []) if all(m in run["metrics"] for run in finished)]
+        first = finished[0]["metrics"] if finished else []
+        metrics = [m for m in first if all(m in run["metrics"] for run in finished)]
     lines = []
     for run in runs:
         line: dict[str, Any] = {"model": run["label"]}
         line.update({m: run["metrics"][m] if "metrics" in run else None for m in metrics})
         timings = run.get("timings", {})
-        line.update({"trainable parameters": run.get("trainable_parameters"), "train s": timings.get("train_s"),
-                     "test s": timings.get("test_s"), "note": "failed: " + run["error"] if "error" in run else ""})
+        line |= {"trainable parameters": run.get("trainable_parameters"), "train s": timings.get("train_s"),
+                 "test s": timings.get("test_s"), "note": f"failed: {run['error']}" if "error" in run else ""}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -44,23 +48,22 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
 def to_markdown(table: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> str:
     """The table with its conditions above it; the best of each metric in bold."""
     shown = table.copy().astype(object)
-    plain = ("model", "trainable parameters", "train s", "test s", "note")
-    for column in (c for c in table.columns if c not in plain):
+    for column in (c for c in table.columns if c not in NOT_METRICS):
         values = pd.to_numeric(table[column])
-        smaller = column.split("@")[0] in SMALLER_IS_BETTER
+        smaller = column.split("@")[0].lower() in smaller_metrics
         best = values.min() if smaller else values.max()
         shown[column] = [_metric(v, v == best) for v in values]
     for column in ("train s", "test s"):
         shown[column] = [f"{v:.1f}" if pd.notna(v) else "" for v in table[column]]
-    shown["trainable parameters"] = [f"{int(v):,}" if pd.notna(v) else "" for v in table["trainable parameters"]]
+    weights = table["trainable parameters"]
+    shown["trainable parameters"] = [f"{int(v):,}" if pd.notna(v) else "" for v in weights]
+    for column in ("model", "note"):  # an error may hold anything
+        shown[column] = [" ".join(str(text).split()).replace("|", "\\|") for text in table[column]]
     if not table["note"].any():
         shown = shown.drop(columns="note")
-    shown["model"] = [str(m).replace("|", "\\|") for m in shown["model"]]
-    body = shown.to_markdown(index=False, disable_numparse=True, colalign=["left"] + ["right"] * (len(shown.columns) - 1))
+    right = ["right"] * (len(shown.columns) - 1)
+    body = shown.to_markdown(index=False, disable_numparse=True, colalign=["left", *right])
     return f"{conditions(runs)}\n\n{body}\n"
-
-
-SMALLER_IS_BETTER = ("averagepopularity", "giniindex")
 
 
 def _metric(value: float, best: bool) -> str:
@@ -70,23 +73,41 @@ def _metric(value: float, best: bool) -> str:
 
 
 def conditions(runs: Sequence[dict[str, Any]]) -> str:
-    """One line that says what all runs share."""
-    run = next((r for r in runs if "metrics" in r), None)
-    if run is None:
+    """One line that says what the runs share; where they differ, each value."""
+    finished = [run for run in runs if "metrics" in run]
+    if not finished:
         return "No run finished."
-    few = f"few-shot: {run['training_users']} training users" if run["few_shot"] else "all training users"
-    seeds = sorted({r["seed"] for r in runs if "metrics" in r})
-    return (
-        f"{run['dataset']} · {few}, {run['training_interactions']:,} training interactions · test: {run['rows']} rows, {run['mode']}, "
-        f"candidate hash {run['candidate_hash'][:12]} · seed {', '.join(map(str, seeds))} · "
-        f"recbole_llm {run['versions']['recbole_llm']}, torch {run['versions']['torch']}"
-    )
+    run = finished[0]
+    users = [f"few-shot: {r['training_users']} training users" if r["few_shot"] else "all training users"
+             for r in finished]
+    events = [f"{r['training_interactions']:,}" for r in finished]
+    return " · ".join((
+        run["dataset"],
+        f"{_each(users)}, {_each(events)} training interactions",
+        f"test: {run['rows']} rows, {run['mode']}, candidate hash {run['candidate_hash'][:12]}",
+        f"seed {_each(r['seed'] for r in finished)}",
+        f"recbole_llm {_each(r['versions']['recbole_llm'] for r in finished)}, "
+        f"torch {_each(r['versions']['torch'] for r in finished)}",
+    ))
 
 
-def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
-    """Write ``<name>.md`` and ``<name>.csv`` (full precision); returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _each(values: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(map(str, values)))
+
+
+def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder: Path,
+                     name: str) -> list[Path]:
+    """Write ``<name>.md`` and ``<name>.csv`` (full precision); returns their paths.
+
+    Raises:
+        UserError: the folder cannot be written; the runs' own folders are untouched.
+    """
     markdown, csv = folder / f"{name}.md", folder / f"{name}.csv"
-    write_text(markdown, to_markdown(table, runs))
-    write_text(csv, table.to_csv(index=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(markdown, to_markdown(table, runs))
+        write_text(csv, table.to_csv(index=False))
+    except OSError as error:
+        raise UserError(f"--checkpoint_dir={folder}: could not write the table ({error}). Free some space "
+                        "and give the same command again; finished runs are kept.") from error
     return [markdown, csv]

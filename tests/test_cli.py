@@ -1,0 +1,237 @@
+"""The command line: flags, commands, exit statuses; whatever is typed, never a traceback, and 0 for success alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recbole_llm import __version__, cli, keys, quick_start
+from recbole_llm.config import LLMConfig
+from recbole_llm.errors import ConfigError
+from recbole_llm.report import compare as comparing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags(given_settings: dict[str, Any], **changes: Any) -> list[str]:
+    return [f"--{key}={value}" for key, value in {**given_settings, **changes}.items()]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(("words", "found"), [
+    (["-m", "SASRec", "-d", "toy"], {"model": "SASRec", "dataset": "toy"}),
+    (["--model=SASRec", "--dataset", "toy"], {"model": "SASRec", "dataset": "toy"}),
+    (["-m=SASRec"], {"model": "SASRec"}),
+    (["--epochs=3", "--learning_rate", "1e-3"], {"epochs": 3, "learning_rate": 1e-3}),
+    (["--rating_threshold", "-1"], {"rating_threshold": -1}),
+    (["--item_text={title} ({year})"], {"item_text": "{title} ({year})"}),
+    (["--item_text", "a=b=c"], {"item_text": "a=b=c"}),
+    (["--llm=org/model=x"], {"llm": "org/model=x"}),
+    (["--eval_args={'mode': {'test': 'uni9'}}"], {"eval_args": {"mode": {"test": "uni9"}}}),
+    (["--models=Pop,LLMRanker[loss=DMPO,beta=0.5]"], {"models": "Pop,LLMRanker[loss=DMPO,beta=0.5]"}),
+    (["--config_files=a.yaml b.yaml"], {"config_files": ["a.yaml", "b.yaml"]}),
+    (["--config_files="], {"config_files": []}),
+    (["--gpu_id=0"], {"gpu_id": "0"}), (["--gpu_id="], {"gpu_id": ""}), (["--user", "196"], {"user": "196"}),
+    (["--data_path=2020"], {"data_path": "2020"}), (["--few_shot=none"], {"few_shot": None}),
+    (["--user_inter_num_interval=[5,10]"], {"user_inter_num_interval": "[5,10]"}),
+    (["--keys"], {"keys": True}), (["--seed=1", "--seed=1"], {"seed": 1}), ([], {}),
+])
+def test_flags(words: list[str], found: dict[str, Any]) -> None:
+    assert cli.parse_flags(words) == found
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["epochs=3"], ["`epochs=3`: flags look like --key=value."]),
+    (["--"], ["`--`: flags look like --key=value."]), (["--=3"], ["`--=3`: flags look like --key=value."]),
+    (["-x"], ["`-x`: flags look like --key=value."]),
+    (["--epochs"], ["--epochs: give it a value, for example --epochs=..."]),
+    (["--epochs", "--seed=1"], ["--epochs: give it a value, for example --epochs=..."]),
+    (["-m", "-d", "toy"], ["-m: give it a value, for example -m=..."]),
+    (["--seed=1", "--seed=2"], ["--seed: given twice with different values, 1 and 2."]),
+    (["--few_shot=none", "--few_shot=2"], ["--few_shot: given twice with different values, None and 2."]),
+    (["-m", "Pop", "--model=BPR"], ["--model: given twice with different values, 'Pop' and 'BPR'."]),
+    (["a", "--b", "--c"], ["`a`: flags look", "--b: give it a value", "--c: give it a value"]),
+])
+def test_wrong_flags(words: list[str], told: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.parse_flags(words)
+    assert len(error.value.problems) == len(told)
+    assert all(p.startswith(t) for p, t in zip(error.value.problems, told, strict=True))
+
+
+# Commands
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"], ["run", "--help"], ["compare", "-h"]])
+def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert __version__ in told and all(f"recbole-llm {command}" in told for command in cli.COMMANDS)
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ls"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("models: LLMRanker, ") and "SASRec" in told and "xgboost" not in told
+    assert "prompt: instruct, stream" in told and "compare: quick" in told and "dataset: ml-100k" in told
+    assert cli.main(["ls", "--keys"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{key}:" in told for key in keys.PROTOCOL_KEYS | keys.LLM_KEYS)
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"]["recbole_llm"] == __version__ and {"platform", "cores", "git_commit"} <= set(told)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["runn"], "`runn`: no such command; use run, compare, preview, ls, env."),
+    (["-m", "SASRec"], "`-m`: no such command"),
+    (["run"], "--model: name one, for example --model=LLMRanker."),
+    (["run", "-m", "Pop"], "--dataset: name one, for example --dataset=ml-100k."),
+    (["compare"], "--models: name at least one"),
+    (["compare", "--models="], "--models: name at least one"),
+    (["compare", "--models=Pop"], "--dataset: name one"),
+    (["preview"], "--dataset: name one"),
+    (["env", "--seed=1"], "--seed: env takes no flags."),
+    (["ls", "--model=Pop"], "--model: ls takes --keys alone."),
+    (["run", "--config_files=none.yaml"], "--config_files: cannot read `none.yaml` (No such file or directory)."),
+])
+def test_wrong_commands(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("\nrecbole-llm: ") and "Traceback" not in error
+
+
+def test_interrupted(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quick_start, "prepare_data", stopped)
+    assert cli.main(["run", "-m", "Pop", *flags(toy)]) == 130
+    assert "recbole-llm: stopped." in capsys.readouterr().err
+    assert cli.main(["compare", "--models=Pop,BPR", *flags(toy)]) == 130
+    assert not list(Path(toy["checkpoint_dir"]).glob("*/result.json"))
+
+
+# Preview
+
+
+def test_preview_shows_prompt_and_pair(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", *flags(tiny, loss="DMPO", rejected_num=2), "--user=u3"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("user u3: 10 training items, 9 of them in this prompt, ")
+    assert "Titles that one person chose, in order:\n" in told and "longest title of the catalogue: " in told
+    kinds = [line.split()[0] for line in told.splitlines() if line.startswith(("chosen ", "rejected "))]
+    assert kinds == ["chosen", "rejected", "rejected"]
+    assert not list(Path(tiny["checkpoint_dir"]).glob("*"))
+
+
+def test_preview_of_a_file(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("".join(f"{k}: {v!r}\n" for k, v in {**tiny, "prompt": "instruct"}.items()))
+    assert cli.main(["preview", f"--config_files={tmp_path}/a.yaml"]) == 0
+    told = capsys.readouterr().out
+    assert "<|im_start|>user\n" in told and "chosen " in told and "rejected" not in told
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"user": "nobody"}, "--user=nobody: not a training user; there are 40, for example u0, "),
+    ({"model": "SASRec", "llm": None, "train_batch_size": 9}, "--llm: SASRec does not read it"),
+    ({"prompt": "none"}, "--prompt=none: no such template"),
+    ({"few_shot": 99}, "--few_shot=99: only 40 users"),
+    ({"loss": "DMPO", "rejected_num": 60}, "--rejected_num=60: user u0 has only 50 items"),
+    ({"val_interval": "{'rating': '[9,inf)'}"}, "reading the data failed: ValueError: Some feat is empty"),
+])
+def test_wrong_previews(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], changes: dict[str, Any],
+                        told: str) -> None:
+    assert cli.main(["preview", *flags(tiny, **changes)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_only_an_llm_has_a_preview(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", *flags(toy, model="Pop")]) == 2
+    assert "--model=Pop: only LLMRanker reads prompts." in capsys.readouterr().err
+
+
+# Whatever is typed
+
+WORDS = st.sampled_from([
+    *cli.COMMANDS, "-m", "-d", "SASRec", "LLMRanker", "FM", "toy", "--model=Pop", "--model=foo.bar", "--dataset=toy",
+    "--dataset=../toy", "--models=Pop,BPR", "--models=Pop[", "--models=Pop[a=[1,2],b]", "--epochs=3", "--epochs=x", "--topk=5",
+    "--topk=[1,", "--eval_args={}", "--eval_args=[]", "--eval_args={'mode':{}}", "--metrics=AUC", "--metrics=[[]]",
+    "--valid_metric=@", "--few_shot=none", "--seed=1e400", "--keys", "--keys=1", "--config_files=none.yaml", "--user=1",
+    "--config_files=.", "--per_model={}", "--per_model=3", "--per_model={'Pop':3}", "--load_col={}", "--load_col=3",
+    "--item_text={", "--llm=tiny", "--loss=DPO", "--beta=-1", "--prompt=\x00", "--rerank_model=.", "--data_path=\x00", "-x",
+    "--USER_ID_FIELD=None", "--field_separator=", "--field_separator=,", "--train_neg_sample_args={'distribution':3}",
+    "--checkpoint_dir=x", "--learner=[]", "--", "=", "--=", "",
+])
+ANY = WORDS | st.text(max_size=8) | st.builds("--{}={}".format, st.text(max_size=8), st.text(max_size=8)) | st.builds(
+    "--{}={}".format, st.sampled_from(sorted(keys.CHECKS | dict.fromkeys(["topk", "metrics", "eval_args"]))),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2),
+              st.dictionaries(st.sampled_from(["mode", "order", "split"]), st.text(max_size=5), max_size=2)))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["run", "compare", "preview", "ls", "env", None]), st.booleans(), st.lists(ANY, max_size=5))
+def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: bool, words: list[str]) -> None:
+    """A status of 0 only where a run would have begun, and no exception ever. Nothing is run."""
+    began = []
+
+    def run(*args: Any) -> dict[str, Any]:
+        began.append(LLMConfig(*args))
+        return {"test_result": {}, "run_folder": ""}
+
+    def run_all(models: Any, dataset: Any, shared: Any, per_model: Any) -> dict[str, Any]:
+        entries, own = comparing.parse_models(models), comparing._per_model(per_model)
+        every = {e.label: {**shared, **own.get(e.model, {}), **e.settings} for e in entries}
+        began.append(comparing._check_all(entries, dataset, every))
+        return {"markdown": "", "files": [], "failed": []}
+
+    words = ([command] if command else []) + (["-m", "Pop", *flags(toy)] if whole else []) + words
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quick_start, "run_recbole_llm", run)
+        patch.setattr(comparing, "compare", run_all)
+        patch.setattr("recbole_llm.preview.preview_user", lambda config, user: began.append(config))
+        status = cli.main(words)
+    assert status in (0, 2)
+    helped = not words or words[0] == "help" or "-h" in words or "--help" in words
+    assert (status == 0) == bool(began or helped or (words[0] in ("ls", "env") and status == 0))
+
+
+# The real thing
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=200, check=False,
+                          env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(folder)})
+
+
+def test_script_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
+    done = command(tmp_path, str(ROOT / "run_recbole_llm.py"), *flags(tiny, few_shot=8, eval_users=8, loss="DMPO"))
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.split("run folder: ")[1].strip())
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert set(record["metrics"]) == {f"{m}@{k}" for m in ("hit", "ndcg", "mrr") for k in (1, 5, 10)}
+    assert len(record["candidate_hash"]) == 64 and record["candidate_seed"] == record["seed"] == 2020
+    assert (record["model"], record["dataset"], record["few_shot"], record["rows"]) == ("LLMRanker", "toy", 8, 8)
+    assert {"recbole_llm", "recbole", "torch", "transformers", "python"} <= set(record["versions"])
+    assert record["timings"]["total_s"] > 0 and [s["loss"] for s in record["stages"]] == ["SFT", "DMPO"]
+    for file in ("config.yaml", "env.json", "train.log", "per_user.csv.gz", "candidates-test.jsonl.gz"):
+        assert (folder / file).is_file()
+
+
+def test_module_with_bad_input(toy: dict[str, Any], tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "recbole_llm", "run", *flags(toy, model="SASRec", loss="DMPO", epochs="many"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "2 problems in the configuration:" in done.stderr and "--epochs='many': must be a whole" in done.stderr

@@ -1,0 +1,328 @@
+"""Settings: which wins, what each key may hold, and how all wrong ones are told at once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recbole.utils import argument_list
+
+from recbole_llm import checks, config, keys
+from recbole_llm.cli import parse_flags
+from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yaml, read_yamls
+from recbole_llm.data.prompt import load_template
+from recbole_llm.errors import ConfigError
+from recbole_llm.report.compare import _check_all, parse_models
+
+COMMAND = '__import__("os").system("touch run")'
+
+
+def problems(model: str = "LLMRanker", files: list[str] | None = None, **settings: Any) -> list[str]:
+    """What is told about these settings."""
+    with pytest.raises(ConfigError) as told:
+        LLMConfig(model, config_file_list=files, config_dict=settings)
+    for problem in told.value.problems:
+        assert "\n" not in problem and problem.endswith((".", "?")), problem
+    return told.value.problems
+
+
+def recbole_keys() -> set[str]:
+    listed = {key for name in ("general", "training", "evaluation", "dataset")
+              for key in getattr(argument_list, f"{name}_arguments")}
+    return listed | checks.shared_keys(PROPERTIES) - set(keys.PROTOCOL_KEYS)
+
+
+# Which setting wins
+
+
+def test_precedence(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RecBole < our overall < our model < our data set < the user's files, the last most < a flag."""
+    folder = tmp_path / "properties"
+    shutil.copytree(PROPERTIES, folder)
+    monkeypatch.setattr(config, "PROPERTIES", folder)
+    layers = [folder / "overall.yaml", folder / "model" / "SASRec.yaml", folder / "dataset" / "toy.yaml"]
+    files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    assert LLMConfig("SASRec", config_dict=toy)["stopping_step"] == 10
+    for value, file in enumerate([*layers, *files], start=11):
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(f"\nstopping_step: {value}\n")
+        given_files = [str(f) for f in files if f.exists()]
+        assert LLMConfig("SASRec", None, given_files, toy)["stopping_step"] == value, file
+    flags = parse_flags(["--stopping_step=99"])
+    assert LLMConfig("SASRec", None, [str(f) for f in files], {**toy, **flags})["stopping_step"] == 99
+
+
+def test_model_and_dataset_may_stand_in_a_file(toy: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: SASRec\ndataset: toy\n", encoding="utf-8")
+    toy.pop("dataset")
+    found = LLMConfig(config_file_list=[str(tmp_path / "run.yaml")], config_dict=toy)
+    assert (found["model"], found["dataset"]) == ("SASRec", "toy")
+
+
+@pytest.mark.parametrize(("given_args", "expected"), [
+    ({}, {"valid": "uni19", "test": "uni99"}),
+    ({"group_by": "none"}, {"valid": "uni19", "test": "uni99"}),
+    ({"mode": "full"}, {"valid": "full", "test": "full"}),
+    ({"mode": {"test": "uni50"}}, {"valid": "uni19", "test": "uni50"}),
+])
+def test_partial_eval_args_keep_the_rest(toy: dict[str, Any], given_args: dict[str, Any],
+                                         expected: dict[str, str]) -> None:
+    found = LLMConfig("SASRec", config_dict={**toy, "eval_args": given_args})["eval_args"]
+    assert found["mode"] == expected
+    assert found["split"] == {"LS": "valid_and_test"} and found["order"] == "TO"
+    assert found["group_by"] == given_args.get("group_by", "user")
+
+
+# The keys themselves
+
+
+def test_every_key_of_overall_is_known() -> None:
+    listed = read_yaml(str(PROPERTIES / "overall.yaml"))
+    assert set(listed) <= recbole_keys() | set(keys.PROTOCOL_KEYS)
+    assert set(keys.PROTOCOL_KEYS) <= set(listed)
+
+
+def test_every_key_of_the_llm_is_known() -> None:
+    listed = read_yaml(str(PROPERTIES / "model" / "LLMRanker.yaml"))
+    assert set(listed) <= recbole_keys() | set(keys.LLM_KEYS)
+    assert set(keys.LLM_KEYS) <= set(listed)
+
+
+def test_every_check_is_of_a_key_that_something_reads() -> None:
+    assert set(keys.RECBOLE_KEYS) <= recbole_keys()
+    assert not recbole_keys() & (set(keys.PROTOCOL_KEYS) | set(keys.LLM_KEYS))
+
+
+@pytest.mark.parametrize("model", ["LLMRanker", "SASRec", "Pop", "NeuMF"])
+def test_every_default_passes_its_own_check(toy: dict[str, Any], model: str) -> None:
+    found = LLMConfig(model, config_dict=toy)
+    assert keys.wrong_values(found.internal_config_dict, found.recbole_defaults) == []
+
+
+@pytest.mark.parametrize("file", sorted(PROPERTIES.glob("**/*.yaml")), ids=lambda file: file.stem)
+def test_every_properties_file_loads(file: Path) -> None:
+    settings = read_yaml(str(file))
+    kind = file.parent.name
+    if kind == "prompt":
+        load_template(file.stem, PROPERTIES)
+    elif kind == "compare":
+        entries, own = parse_models(settings.pop("models")), settings.pop("per_model", {})
+        every = {e.label: {**settings, **own.get(e.model, {}), **e.settings} for e in entries}
+        assert len(_check_all(entries, None, every)) == len(entries)
+    elif kind == "model":
+        LLMConfig(file.stem, "ml-100k")
+    else:
+        LLMConfig("Pop", file.stem if kind == "dataset" else "ml-100k")
+
+
+def test_numbers_in_yaml(tmp_path: Path) -> None:
+    """YAML 1.1 calls them texts."""
+    text = "a: 1e-4\nb: 2E5\nc: -1.5e+3\nd: .5e-1\ne: 1.e2\nf: 12\ng: e5\nh: 1e\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert read_yaml(str(tmp_path / "a.yaml")) == {
+        "a": 1e-4, "b": 2e5, "c": -1500.0, "d": 0.05, "e": 100.0, "f": 12, "g": "e5", "h": "1e"}
+
+
+# Nothing is run
+
+
+@pytest.mark.parametrize("text", [COMMAND, f"[{COMMAND}]", f"lambda: {COMMAND}", "os", "Enum", "1+1"])
+def test_texts_are_never_run(toy: dict[str, Any], tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"wandb_project: '{text}'\n", encoding="utf-8")
+    assert parse_value(text) == text
+    assert LLMConfig("Pop", config_dict={**toy, "wandb_project": text})["wandb_project"] == text
+    assert LLMConfig("Pop", None, [str(tmp_path / "a.yaml")], toy)["wandb_project"] == text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "seed: !!python/object/apply:os.system ['touch run']", "seed: !!python/name:os.system",
+    "!!python/object/new:os.system ['touch run']", "seed: !unknown 3", "- a\n- b", "seed", "seed: [1",
+    "a: 2020-13-45", "a: 0b_", "? {a: b}\n: c\n", "\x00", "[" * 5000,
+])
+def test_yaml_that_is_no_settings(toy: dict[str, Any], tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    told = problems("Pop", [str(file)], **toy)
+    assert len(told) == 1 and told[0].startswith("--config_files: ") and str(file) in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_wrong_files_are_told(toy: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n", encoding="utf-8")
+    (tmp_path / "latin.yaml").write_bytes("seed: é".encode("latin-1"))
+    assert read_yamls([str(tmp_path / "empty.yaml")]) == {}
+    told = problems("Pop", [str(tmp_path / f) for f in ("none.yaml", "latin.yaml", ".")], **toy)
+    assert [t.split(" (")[0].split(" is not")[0].removeprefix("--config_files: ") for t in told] == [
+        f"cannot read `{tmp_path}/none.yaml`", f"`{tmp_path}/latin.yaml`", f"cannot read `{tmp_path}`"]
+
+
+@given(st.text(max_size=30) | st.from_regex(r"[\[\]{}(),'\"0-9eE:.\-+ _xobj]{0,20}", fullmatch=True))
+def test_any_text_is_a_value(text: str) -> None:
+    value = parse_value(text)
+    assert value is None or isinstance(value, (bool, int, float, str, list, dict))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-3", 1e-3), ("7", 7), ("TRUE", True), ("false", False), ("None", None), ("~", None), ("null", None),
+    ("[1, 5]", [1, 5]), ("1,5", [1, 5]), ("{'a': [1]}", {"a": [1]}), ("{title}", "{title}"),
+    ("{[]: 1}", "{[]: 1}"),
+    ("uni99", "uni99"), ("", ""), ("a=b", "a=b"), ("...", "..."), ("1j", "1j"), ("{1, 2}", "{1, 2}"),
+    ("01", "01"),
+])
+def test_values_as_typed(text: str, value: Any) -> None:
+    found = parse_value(text)
+    assert found == value and type(found) is type(value)
+
+
+# What is told
+
+
+@pytest.mark.parametrize(("model", "settings", "told"), [
+    ("LLMRanker", {"few_short": 3}, "--few_short: no such key; did you mean `few_shot`?"),
+    ("LLMRanker", {"Learning_Rate": 3}, "did you mean `learning_rate`?"),
+    ("LLMRanker", {"qqqqqq": 3}, "--qqqqqq: no such key; `recbole-llm ls --keys` lists those there are."),
+    ("LLMRanker", {"saved": False}, "--saved: no such key"),
+    ("SASRec", {"loss": "DMPO"}, "--loss: SASRec does not read it; it is a key of LLMRanker."),
+    ("SASRec", {"beta": 0.5}, "it is a key of LLMRanker, "),
+    ("LLMRanker", {"loss_type": "CE"}, "--loss_type: LLMRanker does not read it; it is a key of "),
+    ("Pop", {"llm": "tiny"}, "in a comparison give it to that model alone: LLMRanker[llm=tiny]."),
+    ("SASRec", {"nproc": 2}, "--nproc=2: a run is one process here"),
+    ("SASRec", {"local_rank": 0}, "--local_rank=0: a run is one process here"),
+    ("SASRec", {"MODEL_TYPE": 1}, "--MODEL_TYPE=1: it follows from --model"),
+    ("SASRec", {"benchmark_filename": ["a", "b"]}, "pre-split files are not supported"),
+])
+def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str, Any], told: str) -> None:
+    (problem,) = problems(model, **toy, **settings)
+    assert told in problem
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"few_shot": 0}, "--few_shot=0: must be a whole number >= 1 or empty."),
+    ({"few_shot": 1.5}, "must be a whole number >= 1 or empty."),
+    ({"few_shot": True}, "must be a whole number >= 1 or empty."),
+    ({"eval_users": "all"}, "--eval_users='all': must be a whole number >= 1 or empty."),
+    ({"candidate_seed": -1}, "must be a whole number >= 0."),
+    ({"seed": 2**32}, "must be a whole number >= 0 and <= 4294967295."),
+    ({"mask_history": 1}, "--mask_history=1: must be True or False."),
+    ({"beta": 0}, "--beta=0: must be a number > 0."),
+    ({"beta": float("inf")}, "must be a number > 0."),
+    ({"beta": float("nan")}, "must be a number > 0."),
+    ({"beta": "0.1"}, "--beta='0.1': must be a number > 0."),
+    ({"lora_dropout": 1}, "must be a number >= 0 and <= 0.99."),
+    ({"rating_threshold": None}, "--rating_threshold=None: must be a number."),
+    ({"loss": "dpo"}, "--loss='dpo': must be one of SFT, DPO, DMPO, SDPO."),
+    ({"quantization": "8bit"}, "must be one of (empty), 4bit."),
+    ({"llm": ""}, "--llm='': must be text."),
+    ({"lora_target_modules": []}, "must be text or a list of texts."),
+    ({"lora_target_modules": [1]}, "must be text or a list of texts."),
+    ({"gpu_id": [0]}, "--gpu_id=[0]: must be the number of a GPU"),
+    ({"clip_grad_norm": {"norm": 1}}, "must be a table such as {'max_norm': 1.0}, or empty."),
+    ({"learner": "adamm"}, "must be one of adam, adamw, "),
+    ({"learning_rate": "1e-3"}, "--learning_rate='1e-3': must be a number > 0."),
+    ({"train_batch_size": 0}, "must be a whole number >= 1."),
+    ({"MAX_ITEM_LIST_LENGTH": 0}, "--MAX_ITEM_LIST_LENGTH=0: must be a whole number >= 1."),
+    ({"checkpoint_dir": 3}, "--checkpoint_dir=3: must be text."),
+    ({"data_path": None}, "--data_path=None: must be text."),
+    ({"show_progress": "yes"}, "--show_progress='yes': must be True or False."),
+    ({"require_pow": 0}, "must be True or False."),
+    ({"numerical_features": "a"}, "must be a list"),
+    ({"train_neg_sample_args": 3}, "must be a table"),
+    ({"wandb_project": 3}, "--wandb_project=3: must be text."),
+    ({"loss": "DMPO", "rejected_num": 0}, "--rejected_num=0: DMPO needs a rejected item in each pair"),
+    ({"loss": "DPO"}, "--rejected_num=3: DPO compares one pair; set --rejected_num=1, or --loss="),
+    ({"loss": "SDPO", "preference_epochs": 0}, "--preference_epochs=0: SDPO would never be trained"),
+    ({"quantization": "4bit", "finetune": "full", "llm": "embedded"}, "--finetune=full: 4-bit weights"),
+    ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
+    ({"loss": "DPO", "rejected_num": 1, "finetune": "none"}, "--finetune=none: DPO trains weights"),
+    ({"rerank_model": "Popp"}, "--rerank_model=Popp: no such model here or in RecBole; did you mean `Pop`"),
+    ({"rerank_model": "LLMRanker"}, "--rerank_model=LLMRanker: "),
+    ({"load_col": {"inter": ["user_id"]}}, "--load_col: inter lacks item_id, timestamp"),
+])
+def test_wrong_values(tiny: dict[str, Any], settings: dict[str, Any], told: str) -> None:
+    (problem,) = problems(**{**tiny, **settings})
+    assert told in problem
+
+
+def test_epochs_zero_is_for_the_llm_alone(tiny: dict[str, Any], toy: dict[str, Any]) -> None:
+    assert LLMConfig(config_dict={**tiny, "epochs": 0})["epochs"] == 0
+    assert problems("SASRec", **{**toy, "epochs": 0}) == ["--epochs=0: must be a whole number >= 1."]
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"eval_args": None}, "--eval_args=None: must be a table"),
+    ({"eval_args": {"order": "RO"}}, "order RO has no next item to rank; use order TO."),
+    ({"eval_args": {"mode": "uni0"}}, "mode 'uni0' must be full, uniN or popN"),
+    ({"eval_args": {"mode": "labeled"}}, "mode 'labeled' must be full, uniN or popN"),
+    ({"eval_args": {"mode": {"valid": "nonsense"}}}, "mode 'nonsense' must be full, uniN or popN"),
+    ({"eval_args": {"mode": {"valid": "uni٣"}}}, "must be full, uniN or popN"),
+    ({"eval_args": {"mode": {"val": "uni9"}}}, "mode has the entries valid and test, not 'val'."),
+    ({"eval_args": {"mode": 9}}, "mode 9 must be full, uniN or popN"),
+    ({"eval_args": {"modes": "uni9"}}, "--eval_args: no entry 'modes'; did you mean `mode`?"),
+    ({"eval_args": {"split": {"LS": "valid_only"}}}, "--eval_args: split {'LS': 'valid_only'} must be "),
+    ({"eval_args": {"split": {"RS": [0.8, 0.2]}}}, "must be {'LS': 'valid_and_test'} (leave one out)"),
+    ({"eval_args": {"group_by": "item"}}, "group_by 'item' must be user or none."),
+    ({"topk": []}, "--topk=[]: must be a list of whole numbers >= 1."),
+    ({"topk": [1, "5"]}, "must be a list of whole numbers >= 1."),
+    ({"topk": True}, "must be a list of whole numbers >= 1."),
+    ({"valid_metric": "NDCG@3"}, "--valid_metric='NDCG@3': its K is not in --topk=[1, 5, 10]"),
+    ({"valid_metric": "Recall@10"}, "--valid_metric='Recall@10': not among --metrics=['Hit', 'NDCG', 'MRR']"),
+    ({"valid_metric": "NDCG"}, "--valid_metric='NDCG': must look like NDCG@10, or be GAUC."),
+    ({"valid_metric": "GAUC@10"}, "must look like NDCG@10, or be GAUC."),
+    ({"valid_metric": None}, "must look like NDCG@10, or be GAUC."),
+    ({"valid_metric": "LogLoss"}, "--valid_metric='LogLoss': LogLoss is no ranking metric"),
+    ({"metrics": ["NDCG", "Ndgc"]}, "--metrics: Ndgc is no ranking metric of RecBole; did you mean `ndcg`?"),
+    ({"metrics": ["NDCG", 3]}, "--metrics: 3 is no ranking metric of RecBole"),
+    ({"metrics": ["NDCG", "AUC"]}, "--metrics: AUC is no ranking metric: it needs labels"),
+    *(({"metrics": ["NDCG", m]}, "GAUC is the AUC of such") for m in ("AUC", "LogLoss", "RMSE", "mae")),
+])
+def test_wrong_evaluation(toy: dict[str, Any], settings: dict[str, Any], told: str) -> None:
+    (problem,) = problems("SASRec", **{**toy, **settings})
+    assert told in problem
+
+
+@pytest.mark.parametrize("settings", [
+    {"topk": 10}, {"topk": (1, 10)}, {"metrics": "NDCG"}, {"metrics": ["GAUC"], "valid_metric": "gauc"},
+    {"valid_metric": "ndcg@5"}, {"load_col": None}, {"gpu_id": 0}, {"gpu_id": "0,1"},
+    {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}, {"benchmark_filename": None}, {"learner": "SGD"},
+    {"loss_type": "BPR"}, {"hidden_dropout_prob": 0},
+])
+def test_what_recbole_takes_is_taken(toy: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert LLMConfig("SASRec", config_dict={**toy, **settings})["topk"]
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("SASRecc", "did you mean `SASRec`?"), ("sasrec", "did you mean `SASRec`?"),
+    ("llmranker", "did you mean `LLMRanker`?"), ("Qqqq", "`recbole-llm ls` lists them."),
+    ("foo.bar", "no such model"), ("../SASRec", "no such model"), ("__init__", "no such model"),
+    ("xgboost", "decision trees"), ("FM", "it predicts clicks"), ("", "--model: name one"),
+    (5, "--model=5: must be text"),
+])
+def test_unknown_model(toy: dict[str, Any], name: Any, told: str) -> None:
+    (problem,) = problems(name, **toy)
+    assert told in problem and "--model" in problem
+
+
+def test_all_at_once(toy: dict[str, Any]) -> None:
+    wrong = {"loss": "XPO", "beta": -1, "few_short": 1, "topk": [0], "seed": -1, "metrics": ["AUC"],
+             "eval_args": {"order": "RO", "mode": "uni0"}, "item_text": "{titel}", "prompt": "none",
+             "n_heads": 2}
+    told = problems("LLMRanker", **{**toy, **wrong})
+    named = ["few_short", "n_heads", "loss", "beta", "seed", "eval_args", "eval_args", "metrics", "topk",
+             "item_text", "prompt"]
+    assert [t[2:].split(":")[0].split("=")[0] for t in told] == named
+
+
+def test_unknown_model_hides_nothing_else(toy: dict[str, Any]) -> None:
+    toy["dataset"] = None
+    told = problems("SASRecc", **toy, loss="XPO", seeed=3, n_heads=2)
+    assert [t.split(":")[0].split("=")[0] for t in told] == ["--dataset", "--model", "--seeed", "--loss"]
+
+
+def test_what_recbole_refuses_is_told(toy: dict[str, Any]) -> None:
+    (told,) = problems("SASRec", **toy, train_neg_sample_args={"distribution": "uniform"})
+    assert "RecBole refuses these settings" in told and "train_neg_sample_args" in told

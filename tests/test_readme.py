@@ -1,0 +1,51 @@
+"""The README's commands are ones that work."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from recbole_llm.cli import COMMANDS, parse_flags
+from recbole_llm.config import LLMConfig, read_yaml
+from recbole_llm.report.compare import parse_models
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^(?:recbole-llm|make) .+$", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+
+
+def test_there_are_commands() -> None:
+    assert len(LINES) >= 8
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_is_accepted(line: str) -> None:
+    """Everything up to the first long work: the command exists, its flags parse, its configuration is fine."""
+    program, command, *rest = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert command in COMMANDS
+    settings = parse_flags(rest)
+    if command in ("run", "preview"):
+        settings.pop("user", None)
+        LLMConfig(config_dict=settings)
+    if command == "compare":
+        for entry in parse_models(settings.pop("models")):
+            LLMConfig(entry.model, config_dict={**settings, **entry.settings})
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for name in re.findall(r"`([\w./]+/[\w.]+\.(?:py|yaml|md))`", README) + re.findall(r"\]\((docs/[\w.]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_quick_comparison_is_accepted() -> None:
+    """What `make run` runs."""
+    settings = read_yaml(str(ROOT / "properties" / "compare" / "quick.yaml"))
+    dataset, per_model = settings.pop("dataset"), settings.pop("per_model")
+    for entry in parse_models(settings.pop("models")):
+        LLMConfig(entry.model, dataset, None, {**settings, **per_model.get(entry.model, {}), **entry.settings})
