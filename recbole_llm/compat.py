@@ -1,7 +1,8 @@
 """RecBole 1.2.1 on today's numpy: the aliases that RecBole's own code still spells the old way.
 
 RecBole is frozen upstream (last commit February 2025). It names ``np.float``, ``np.float_`` and others that
-numpy 2 no longer has. We give those names back, only where they are missing; nothing else is patched.
+numpy 2 no longer has, and a method that scipy 1.13 took from ``dok_matrix`` (LightGCN, NGCF and others build their
+graph with it). We give these names back, only where they are missing; nothing else is patched.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from recbole_llm.errors import UserError
 
@@ -26,6 +28,12 @@ def add_numpy_aliases() -> None:
     for name, kind in NUMPY_ALIASES.items():
         if name not in np.__dict__:
             setattr(np, name, kind)
+
+
+def add_dok_update() -> None:
+    """Give scipy's ``dok_matrix`` the ``_update`` that RecBole's graph models call, where this scipy lacks it."""
+    if not hasattr(scipy.sparse.dok_matrix, "_update"):
+        scipy.sparse.dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 
 def check_pandas() -> None:
@@ -45,6 +53,7 @@ def prepare() -> None:
     """Make ``import recbole`` and what follows work; called once by ``import recbole_llm``."""
     check_pandas()
     add_numpy_aliases()
+    add_dok_update()
     # RecBole's own deprecations, which its users cannot act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"recbole\.")

@@ -204,7 +204,7 @@ class LLMConfig(Config):
     def _check_keys(self) -> None:
         """Every unknown key, wrong type and wrong range at once."""
         given = self._given()
-        known = self._known() | set(self.internal_config_dict)
+        known = self._known() | set(self.internal_config_dict) - {"MODEL_TYPE"}  # it follows from the model
         known |= keys.UNLISTED_MODEL_KEYS.get(self.model, set())
         problems = keys.unknown_keys(given, known, self.model, lambda: checks.model_keys(PROPERTIES))
         read = {k: v for k, v in given.items() if k in known}

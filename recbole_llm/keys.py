@@ -168,7 +168,6 @@ UNLISTED_MODEL_KEYS = {
 # Keys of RecBole's that cannot mean anything here, and why.
 REFUSED = {
     "benchmark_filename": "pre-split files are not supported; give one .inter file",
-    "MODEL_TYPE": "it follows from --model; leave it out",
     **dict.fromkeys(("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
                     "a run is one process here; leave it out"),
     **dict.fromkeys(("save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path"),

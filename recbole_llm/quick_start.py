@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     if hasattr(recommender, "rerank_with") and "full" in (protocol.valid.mode, protocol.test.mode):
         recommender.rerank_with(_train_base(config, protocol, folder))
     clock["train"] = time.perf_counter()
-    best_score, best_valid = trainer.fit(protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"])
+    with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
+        best_score, best_valid = trainer.fit(protocol.train_data, protocol.valid, saved=saved,
+                                             show_progress=config["show_progress"])
     clock["test"] = time.perf_counter()
     test_result = trainer.evaluate(protocol.test, load_best_model=saved, show_progress=config["show_progress"])
     clock["end"] = time.perf_counter()
@@ -102,7 +104,7 @@ def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[Non
         if folder is not None:
             write_text(folder / "traceback.txt", traceback.format_exc())
             where = f" ({folder / 'traceback.txt'} says where)"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "
                         f"settings that are not the defaults{where}.") from error
 

@@ -193,7 +193,7 @@ def test_values_as_typed(text: str, value: Any) -> None:
     ("Pop", {"llm": "tiny"}, "in a comparison give it to that model alone: LLMRanker[llm=tiny]."),
     ("SASRec", {"nproc": 2}, "--nproc=2: a run is one process here"),
     ("SASRec", {"local_rank": 0}, "--local_rank=0: a run is one process here"),
-    ("SASRec", {"MODEL_TYPE": 1}, "--MODEL_TYPE=1: it follows from --model"),
+    ("SASRec", {"MODEL_TYPE": None}, "--MODEL_TYPE: no such key"),
     ("SASRec", {"benchmark_filename": ["a", "b"]}, "pre-split files are not supported"),
 ])
 def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str, Any], told: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +27,15 @@ PROMPTS = {family: Prompt(load_template(family, PROPERTIES), TITLES, TOKENIZER)
            for family in ("stream", "instruct")}
 FAMILIES = st.sampled_from(sorted(PROMPTS))
 ITEM = st.integers(1, len(TITLES) - 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two cores gain nothing on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def paths(prompt: Prompt, history: list[int], candidates: list[int]) -> list[list[int]]:
@@ -188,6 +199,6 @@ def test_one_item_over_the_context_is_told(tiny: dict[str, Any], monkeypatch: py
 def test_long_histories_lose_their_oldest_items(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(tiny_module, "CONTEXT", 90)
-    result = run_recbole_llm(config_dict={**tiny, "state": "WARNING"})
+    result = run_recbole_llm(config_dict={**tiny, "state": "WARNING", "few_shot": 6, "eval_users": 6})
     assert "MAX_ITEM_LIST_LENGTH) can take" in caplog.text and "over the LLM's context of 90" in caplog.text
     assert set(result["test_result"]) >= {"hit@10", "ndcg@10"}
