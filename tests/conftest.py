@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threads wait (OMP_WAIT)
+
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any

@@ -117,6 +117,8 @@ def test_empty_files(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
     assert "is no header" in refused(capsys, argv(toy, model="Pop"))
     write_inter(toy, *GOOD)  # a mended file is read again
     assert LLMConfig("Pop", config_dict=toy)["dataset"] == "toy"
+    write_inter(toy, *GOOD, "broken")  # and so is one that was fine
+    assert "line 17: 1 fields" in refused(capsys, argv(toy, model="Pop"))
 
 
 def test_windows_line_ends_change_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:

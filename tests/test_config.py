@@ -77,6 +77,13 @@ def test_partial_eval_args_keep_the_rest(toy: dict[str, Any], given_args: dict[s
     assert found["group_by"] == given_args.get("group_by", "user")
 
 
+def test_the_users_tables_stay_as_they_are(toy: dict[str, Any]) -> None:
+    """RecBole fills them in place."""
+    toy["train_neg_sample_args"] = {"distribution": "popularity"}
+    assert LLMConfig("BPR", config_dict=toy)["train_neg_sample_args"]["sample_num"] == 1
+    assert toy["train_neg_sample_args"] == {"distribution": "popularity"}
+
+
 # The keys themselves
 
 
