@@ -2,10 +2,10 @@
 
     python benchmarks/score_candidates.py [--llm=embedded] [--prompt=250] [--candidates=20] [--rounds=5]
 
-*plain*: one sequence (prompt + title) a candidate, all in one padded batch, log-softmax of all logits, as most published
-rankers do. *plain, needed logits*: the same with transformers' ``logits_to_keep``. *packed*: the prompt once, titles as
-branches of a token tree. Titles are real (ml-100k). A side whose numbers differ is reported as failed, not timed.
-Rounds are interleaved; the median wall and CPU time count. Writes a JSON of all that under ``results/``.
+*plain*: one sequence (prompt + title) a candidate, all in one padded batch, log-softmax of all logits, as most
+published rankers do. *plain, needed logits*: the same with transformers' ``logits_to_keep``. *packed*: the prompt once,
+titles as branches of a token tree. Titles are real (ml-100k). A side whose numbers differ is reported as failed, not
+timed. Rounds are interleaved; the median wall and CPU time count. Writes a JSON of all that under ``results/``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from recbole_llm.run_folder import environment, write_json
 TOLERANCE = 2e-4  # nats on title log-probs of tens of nats, float32
 
 
-def plain_scores(model: torch.nn.Module, prompt: list[int], titles: list[list[int]], *, needed_only: bool) -> torch.Tensor:
+def plain_scores(
+    model: torch.nn.Module, prompt: list[int], titles: list[list[int]], *, needed_only: bool
+) -> torch.Tensor:
     """One sequence a candidate ``[N]``."""
     longest = max(map(len, titles))
     ids = torch.zeros(len(titles), len(prompt) + longest, dtype=torch.long)
@@ -39,7 +41,7 @@ def plain_scores(model: torch.nn.Module, prompt: list[int], titles: list[list[in
         attend[row, : len(prompt) + len(title)] = 1
     keep = {"logits_to_keep": longest + 1} if needed_only else {}
     logps = model(input_ids=ids, attention_mask=attend, **keep).logits.float().log_softmax(-1)
-    logps = logps if needed_only else logps[:, len(prompt) - 1:]
+    logps = logps if needed_only else logps[:, len(prompt) - 1 :]
     return torch.stack([logps[i, torch.arange(len(t)), torch.tensor(t)].sum() for i, t in enumerate(titles)])
 
 
@@ -70,7 +72,10 @@ def measure(sides: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[s
             side()
             if number:
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: {"wall_s": statistics.median(w for w, _ in t), "cpu_s": statistics.median(c for _, c in t)} for name, t in times.items()}
+    return {
+        name: {"wall_s": statistics.median(w for w, _ in t), "cpu_s": statistics.median(c for _, c in t)}
+        for name, t in times.items()
+    }
 
 
 @torch.no_grad()
@@ -96,11 +101,19 @@ def main() -> None:
             raise SystemExit(f"{name}: scores differ by {worst:.1e} nats; not timed")
     times = measure(sides, args.rounds)
     record = {
-        "llm": llm.name, "revision": llm.revision, "dtype": llm.dtype, "prompt_tokens": len(prompt), "candidates": len(titles),
-        "title_tokens": sum(map(len, titles)), "tokens_plain": len(titles) * (len(prompt) + max(map(len, titles))),
-        "tokens_packed": len(tree.without_leaves()), "rounds": args.rounds, "times": times,
+        "llm": llm.name,
+        "revision": llm.revision,
+        "dtype": llm.dtype,
+        "prompt_tokens": len(prompt),
+        "candidates": len(titles),
+        "title_tokens": sum(map(len, titles)),
+        "tokens_plain": len(titles) * (len(prompt) + max(map(len, titles))),
+        "tokens_packed": len(tree.without_leaves()),
+        "rounds": args.rounds,
+        "times": times,
         "speedup_wall": {n: times[n]["wall_s"] / times["packed"]["wall_s"] for n in times},
-        "speedup_cpu": {n: times[n]["cpu_s"] / times["packed"]["cpu_s"] for n in times}, "environment": environment(),
+        "speedup_cpu": {n: times[n]["cpu_s"] / times["packed"]["cpu_s"] for n in times},
+        "environment": environment(),
     }
     print(json.dumps({k: v for k, v in record.items() if k != "environment"}, indent=2))
     results = Path(__file__).resolve().parents[1] / "results"

@@ -21,8 +21,16 @@ from recbole_llm.model import model_class
 
 RANKING = sorted(name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING)
 # What the data are read with.
-READ_WITH = ("data_path", "field_separator", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD",
-             "item_text", "prompt")
+READ_WITH = (
+    "data_path",
+    "field_separator",
+    "USER_ID_FIELD",
+    "ITEM_ID_FIELD",
+    "TIME_FIELD",
+    "RATING_FIELD",
+    "item_text",
+    "prompt",
+)
 EVAL_ARGS = ("split", "group_by", "order", "mode")
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
 MODE = re.compile(r"full|(uni|pop)[1-9]\d{0,8}")
@@ -77,16 +85,17 @@ def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
     if eval_args.get("group_by", "user") not in ("user", "none", None):
         problems.append(f"group_by {eval_args['group_by']!r} must be user or none")
     split = eval_args.get("split", LEAVE_ONE_OUT)
-    (kind, how), = split.items() if isinstance(split, dict) and len(split) == 1 else [(None, None)]
+    ((kind, how),) = split.items() if isinstance(split, dict) and len(split) == 1 else [(None, None)]
     share = keys.number(above=True)
     shares = isinstance(how, (list, tuple)) and len(how) == 3 and not any(share(s) for s in how)
     if split != LEAVE_ONE_OUT and not (kind in ("RS", "TS") and shares):
-        problems.append(f"split {split!r} must be {LEAVE_ONE_OUT} (leave one out), or three shares as in "
-                        "{'RS': [0.8, 0.1, 0.1]} or {'TS': [0.8, 0.1, 0.1]}")
+        problems.append(
+            f"split {split!r} must be {LEAVE_ONE_OUT} (leave one out), or three shares as in "
+            "{'RS': [0.8, 0.1, 0.1]} or {'TS': [0.8, 0.1, 0.1]}"
+        )
     modes = eval_args.get("mode", "full")
     modes = modes if isinstance(modes, dict) else {"valid": modes}
-    problems += [f"mode has the entries valid and test, not {s!r}"
-                 for s in modes if s not in ("valid", "test")]
+    problems += [f"mode has the entries valid and test, not {s!r}" for s in modes if s not in ("valid", "test")]
     for mode in modes.values():
         if not (isinstance(mode, str) and MODE.fullmatch(mode)):
             problems.append(f"mode {mode!r} must be full, uniN or popN (N whole, >= 1), for example uni99")
@@ -97,8 +106,10 @@ def _no_ranking(metric: Any) -> str | None:
     if str(metric).lower() in RANKING:
         return None
     if str(metric).lower() in metric_types:
-        return (f"{metric} is no ranking metric: it needs labels, and here items are ranked. GAUC is the "
-                "AUC of such a ranking, the mean over users.")
+        return (
+            f"{metric} is no ranking metric: it needs labels, and here items are ranked. GAUC is the "
+            "AUC of such a ranking, the mean over users."
+        )
     hint = keys.closest(str(metric), [*RANKING, "gauc"], f"it has {', '.join(RANKING)}")
     return f"{metric} is no ranking metric of RecBole; {hint}"
 
@@ -123,8 +134,10 @@ def _wrong_valid_metric(valid_metric: Any, metrics: Sequence[Any], topk: Sequenc
 def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> list[str]:
     """A model that cannot rank under the protocol."""
     if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE):
-        return [f"--model={model}: it predicts clicks from an interaction's own columns (rating, time), "
-                "which no model may see here; name a general, sequential or knowledge-aware model."]
+        return [
+            f"--model={model}: it predicts clicks from an interaction's own columns (rating, time), "
+            "which no model may see here; name a general, sequential or knowledge-aware model."
+        ]
     if "llm" not in settings and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
     return []
@@ -138,20 +151,20 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
     preference, quantized = loss in keys.LOSSES and loss != "SFT", settings.get("quantization") == "4bit"
     base = settings["rerank_model"]
     found = {
-        f"--rejected_num=0: {loss} needs a rejected item in each pair; set --rejected_num=3, or --loss=SFT.":
-            preference and rejected == 0,
-        f"--rejected_num={rejected}: DPO compares one pair; set --rejected_num=1, or --loss=DMPO or SDPO.":
-            loss == "DPO" and keys.integer(2)(rejected) is None,
-        f"--preference_epochs=0: {loss} would never be trained; set --preference_epochs=1, or --loss=SFT.":
-            preference and settings.get("preference_epochs") == 0,
-        f"--finetune=none: {loss} trains weights; use --finetune=lora, or --loss=SFT for zero-shot.":
-            preference and finetune == "none",
-        "--finetune=full: 4-bit weights cannot be trained; use --finetune=lora, or drop --quantization.":
-            quantized and finetune == "full",
-        "--quantization: --llm=tiny cannot be quantised; leave it out.":
-            quantized and settings.get("llm") == "tiny",
-        f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop.":
-            base == "LLMRanker",
+        f"--rejected_num=0: {loss} needs a rejected item in each pair; set --rejected_num=3, or --loss=SFT.": preference
+        and rejected == 0,
+        f"--rejected_num={rejected}: DPO compares one pair; set --rejected_num=1, or --loss=DMPO or SDPO.": loss
+        == "DPO"
+        and keys.integer(2)(rejected) is None,
+        f"--preference_epochs=0: {loss} would never be trained; set --preference_epochs=1, or --loss=SFT.": preference
+        and settings.get("preference_epochs") == 0,
+        f"--finetune=none: {loss} trains weights; use --finetune=lora, or --loss=SFT for zero-shot.": preference
+        and finetune == "none",
+        "--finetune=full: 4-bit weights cannot be trained; use --finetune=lora, or drop --quantization.": quantized
+        and finetune == "full",
+        "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings.get("llm") == "tiny",
+        f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop.": base
+        == "LLMRanker",
     }
     problems = [told for told, wrong in found.items() if wrong]
     if isinstance(base, str) and base:

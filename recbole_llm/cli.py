@@ -28,9 +28,23 @@ SHORT = {"-m": "model", "-d": "dataset"}
 SWITCHES = {"keys"}
 # Values that stay as typed, although they may look like numbers or lists.
 TEXT_FLAGS = {
-    "model", "dataset", "models", "config_files", "user", "gpu_id", "data_path", "checkpoint_dir", "llm",
-    "prompt", "item_text", "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval",
-    "relation_kg_num_interval", "field_separator", "seq_separator",
+    "model",
+    "dataset",
+    "models",
+    "config_files",
+    "user",
+    "gpu_id",
+    "data_path",
+    "checkpoint_dir",
+    "llm",
+    "prompt",
+    "item_text",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "entity_kg_num_interval",
+    "relation_kg_num_interval",
+    "field_separator",
+    "seq_separator",
 }
 
 
@@ -53,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nrecbole-llm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nrecbole-llm: stopped. Finished runs and stages are kept; the same command goes on there.",
-              file=sys.stderr)
+        print(
+            "\nrecbole-llm: stopped. Finished runs and stages are kept; the same command goes on there.",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -167,5 +183,9 @@ def _takes_nothing(command: str, settings: dict[str, Any], told: str) -> None:
 
 
 COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "run": run, "compare": compare_models, "preview": preview, "ls": list_all, "env": show_env,
+    "run": run,
+    "compare": compare_models,
+    "preview": preview,
+    "ls": list_all,
+    "env": show_env,
 }

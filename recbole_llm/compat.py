@@ -17,8 +17,16 @@ from recbole_llm.errors import UserError
 
 # RecBole's metrics, datasets and samplers use these names; see configurator.py `compatibility_settings`.
 NUMPY_ALIASES = {
-    "bool": np.bool_, "int": np.int64, "float": np.float64, "complex": np.complex128, "object": np.object_,
-    "str": np.str_, "long": np.int64, "unicode": np.str_, "float_": np.float64, "complex_": np.complex128,
+    "bool": np.bool_,
+    "int": np.int64,
+    "float": np.float64,
+    "complex": np.complex128,
+    "object": np.object_,
+    "str": np.str_,
+    "long": np.int64,
+    "unicode": np.str_,
+    "float_": np.float64,
+    "complex_": np.complex128,
     "unicode_": np.str_,
 }
 

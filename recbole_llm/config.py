@@ -46,7 +46,8 @@ class SettingsLoader(yaml.SafeLoader):
 
 
 SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -105,9 +106,13 @@ class LLMConfig(Config):
         ConfigError: names every wrong key at once.
     """
 
-    def __init__(self, model: str | None = None, dataset: str | None = None,
-                 config_file_list: list[str] | None = None,
-                 config_dict: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        dataset: str | None = None,
+        config_file_list: list[str] | None = None,
+        config_dict: dict[str, Any] | None = None,
+    ) -> None:
         try:
             super().__init__(model, dataset, config_file_list, config_dict)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
@@ -164,8 +169,11 @@ class LLMConfig(Config):
         final = super()._get_final_config_dict()
         final["eval_args"] = self._eval_args()
         # A model that scores all items in its loss draws no negatives: RecBole's default makes it refuse.
-        if final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict \
-                and final["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        if (
+            final.get("loss_type") == "CE"
+            and "train_neg_sample_args" not in self.external_config_dict
+            and final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        ):
             final["train_neg_sample_args"] = None
         if "load_col" not in self.external_config_dict and "load_col" not in self._properties_of_dataset():
             final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset)}

@@ -48,8 +48,8 @@ class Ranking:
         target = scores.gather(1, target_column[:, None])
         if not torch.isfinite(target).all() or torch.isnan(scores).any() or torch.isposinf(scores).any():
             raise UserError(
-                "The model returned a score that is not a number (NaN or infinite), so there is no ranking. It often means "
-                "that training diverged: lower --learning_rate, or set --clip_grad_norm=\"{'max_norm': 1.0}\"."
+                "The model returned a score that is not a number (NaN or infinite), so there is no ranking. Often it "
+                "means that training diverged: lower --learning_rate, or set --clip_grad_norm=\"{'max_norm': 1.0}\"."
             )
         self.above.append((scores > target).sum(1).cpu().numpy())
         self.tied.append((scores == target).sum(1).cpu().numpy())
@@ -66,8 +66,9 @@ class PerUserEvaluator(Evaluator):
     A target tied with others stands, with equal chance, at each of the tied places: its metric is the mean over them.
     """
 
-    def evaluate_ranking(self, ranking: Ranking, rows: EvalRows, num_items: int,
-                         item_counter: Counter[int]) -> tuple[OrderedDict[str, float], pd.DataFrame]:
+    def evaluate_ranking(
+        self, ranking: Ranking, rows: EvalRows, num_items: int, item_counter: Counter[int]
+    ) -> tuple[OrderedDict[str, float], pd.DataFrame]:
         """RecBole's result and one line for each row.
 
         Args:
@@ -79,10 +80,15 @@ class PerUserEvaluator(Evaluator):
             top-K metric of each row.
         """
         above, tied, answers = (np.concatenate(x) for x in (ranking.above, ranking.tied, ranking.answers))
-        table = pd.DataFrame({
-            "user": rows.user_tokens[rows.users], "target": rows.item_tokens[rows.targets],
-            "rank": above + (tied + 1) / 2, "tied": tied, "answers": answers,
-        })
+        table = pd.DataFrame(
+            {
+                "user": rows.user_tokens[rows.users],
+                "target": rows.item_tokens[rows.targets],
+                "rank": above + (tied + 1) / 2,
+                "tied": tied,
+                "answers": answers,
+            }
+        )
         struct = DataStruct()
         struct.set("rec.items", torch.as_tensor(np.concatenate(ranking.top)))
         struct.set("rec.meanrank", torch.as_tensor(np.stack([table["rank"], answers, np.ones(len(table))], axis=1)))
@@ -99,7 +105,7 @@ class PerUserEvaluator(Evaluator):
 
     @staticmethod
     def _expected(metric: TopkMetric, above: np.ndarray, tied: np.ndarray, table: pd.DataFrame) -> dict[str, Any]:
-        """A top-K metric of each row by RecBole's own formula, its columns added to ``table``; returns RecBole's means."""
+        """A top-K metric of each row by RecBole's own formula, added to ``table``; returns RecBole's means."""
         deepest = max(metric.topk)
         struct, kept = DataStruct(), {}
         # Row p of this table has its one relevant item at place p; the last row has none among the top K.
@@ -110,7 +116,7 @@ class PerUserEvaluator(Evaluator):
             metric.calculate_metric(struct)
         finally:
             del metric.topk_result  # the class's own again
-        (name, by_place), = kept.items()
+        ((name, by_place),) = kept.items()
         total = np.concatenate([np.zeros((1, deepest)), np.cumsum(by_place[:deepest], axis=0)])
         first, last = np.minimum(above, deepest), np.minimum(above + tied, deepest)
         value = (total[last] - total[first]) / tied[:, None]

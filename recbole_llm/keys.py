@@ -84,8 +84,11 @@ def learner(value: Any) -> str | None:
 
 def clipping(value: Any) -> str | None:
     """RecBole's table for torch's ``clip_grad_norm_``, or empty."""
-    fine = value is None or (isinstance(value, dict) and number(above=True)(value.get("max_norm")) is None
-                             and set(value) <= {"max_norm", "norm_type"})
+    fine = value is None or (
+        isinstance(value, dict)
+        and number(above=True)(value.get("max_norm")) is None
+        and set(value) <= {"max_norm", "norm_type"}
+    )
     return None if fine else "must be a table such as {'max_norm': 1.0}, or empty"
 
 
@@ -157,24 +160,41 @@ CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS
 # Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.
 UNLISTED_KEYS = {"config_files", "encoding", "tail_ratio"}
 UNLISTED_MODEL_KEYS = {
-    "HRM": {"reg_weight"}, "DiffRec": {"norm"}, "LDiffRec": {"norm"}, "FEARec": {"sim", "tau", "contrast"},
-    "AutoInt": {"has_residual"}, "KD_DAGFM": {"feature_num"},
+    "HRM": {"reg_weight"},
+    "DiffRec": {"norm"},
+    "LDiffRec": {"norm"},
+    "FEARec": {"sim", "tau", "contrast"},
+    "AutoInt": {"has_residual"},
+    "KD_DAGFM": {"feature_num"},
 }
 # Keys of RecBole's that cannot mean anything here, and why.
 REFUSED = {
     "benchmark_filename": "pre-split files are not supported; give one .inter file",
-    **dict.fromkeys(("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
-                    "a run is one process here; leave it out"),
-    **dict.fromkeys(("save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path"),
-                    "data are prepared anew for each run and not saved; leave it out"),
+    **dict.fromkeys(
+        ("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
+        "a run is one process here; leave it out",
+    ),
+    **dict.fromkeys(
+        ("save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path"),
+        "data are prepared anew for each run and not saved; leave it out",
+    ),
 }
 # RecBole's YAML writes these real numbers, switches and texts as whole numbers.
-_LOOSE = {"q", "global_ratio", "spatial_ratio", "dropout_prob", "hidden_dropout_prob", "resolution",
-          "use_proj_bias", "reranker_CAN_NUM"}
+_LOOSE = {
+    "q",
+    "global_ratio",
+    "spatial_ratio",
+    "dropout_prob",
+    "hidden_dropout_prob",
+    "resolution",
+    "use_proj_bias",
+    "reranker_CAN_NUM",
+}
 
 
-def unknown_keys(given: Mapping[str, Any], known: Collection[str], model: str,
-                 owners: Callable[[], Mapping[str, Collection[str]]]) -> list[str]:
+def unknown_keys(
+    given: Mapping[str, Any], known: Collection[str], model: str, owners: Callable[[], Mapping[str, Collection[str]]]
+) -> list[str]:
     """One sentence for each key that nothing reads, with the models that do read it or the closest key.
 
     Args:
@@ -191,8 +211,10 @@ def unknown_keys(given: Mapping[str, Any], known: Collection[str], model: str,
             continue
         elif models := list(owners().get(key, ())):
             told = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
-            problems.append(f"--{key}: {model} does not read it; it is a key of {told}. Leave it out, or in "
-                            f"a comparison give it to that model alone: {models[0]}[{key}={value}].")
+            problems.append(
+                f"--{key}: {model} does not read it; it is a key of {told}. Leave it out, or in "
+                f"a comparison give it to that model alone: {models[0]}[{key}={value}]."
+            )
         else:
             hint = closest(key, known, "`recbole-llm ls --keys` lists those there are")
             problems.append(f"--{key}: no such key; {hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,13 @@ from transformers import get_scheduler
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.data.rejected import rejected_items
-from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import load_adapter, save_adapter
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import content_hash, data_hash, versions, write_json
+from recbole_llm.run_folder import content_hash, write_json
+from recbole_llm.stages import Stage, stages
 from recbole_llm.trainer import ProtocolEvaluation
-
-# What determines the SFT adapter, besides data, model and protocol. A preference loss shares the stage of all others.
-SFT_KEYS = (
-    "llm", "dtype", "quantization", "finetune", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "item_text",
-    "item_text_max_tokens", "prompt", "score_norm", "epochs", "learning_rate", "sft_positions", "train_batch_size", "learner",
-    "weight_decay", "lr_scheduler", "warmup_ratio", "clip_grad_norm", "stopping_step", "eval_step", "seed", "few_shot",
-    "few_shot_seed", "eval_args", "valid_metric", "MAX_ITEM_LIST_LENGTH", "rerank_model", "rerank_topk",
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``."""
-
-    loss: str
-    epochs: int
-    learning_rate: float
-    windows: list[Window]
-    folder: Path
 
 
 class LLMTrainer(ProtocolEvaluation, Trainer):
@@ -65,21 +45,35 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.metrics_file = run_folder / "metrics.jsonl"
         self.metrics_file.unlink(missing_ok=True)
         llm = self.model.llm
-        self.facts = {"llm": llm.name, "llm_revision": llm.revision, "dtype": llm.dtype, "loss": self.config["loss"],
-                      "prompt": self.config["prompt"], "score_norm": self.config["score_norm"],
-                      "effective_batch": self.config["train_batch_size"], "stages": []}
+        self.facts = {
+            "llm": llm.name,
+            "llm_revision": llm.revision,
+            "dtype": llm.dtype,
+            "loss": self.config["loss"],
+            "prompt": self.config["prompt"],
+            "score_norm": self.config["score_norm"],
+            "effective_batch": self.config["train_batch_size"],
+            "stages": [],
+        }
 
     # ---- stages
 
-    def fit(self, train_data: Any, valid_data: EvalRows | None = None, verbose: bool = True, saved: bool = True,
-            show_progress: bool = False, callback_fn: Any = None) -> tuple[float, dict[str, float] | None]:
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: EvalRows | None = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Any = None,
+    ) -> tuple[float, dict[str, float] | None]:
         """Run the stages; an SFT stage that was finished before, with the same everything, is loaded instead.
 
         Returns:
             Best validation score and result of the last stage.
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
-        for stage in self._stages():
+        for stage in self.stages():
             done = stage.folder / "stage.json"
             if stage.loss == "SFT" and done.is_file():
                 record = json.loads(done.read_text())
@@ -95,27 +89,23 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             save_adapter(self.model.llm, self.run_folder)
         return best
 
-    def _stages(self) -> Iterator[Stage]:
-        config, sequences = self.config, self.protocol.training_sequences()
-        if config["finetune"] == "none":
-            return
-        cut = {"history": config["MAX_ITEM_LIST_LENGTH"], "most_tokens": self.model.llm.context}
-        if config["epochs"] > 0:
-            windows = training_windows(sequences, self.model.prompt, last=config["sft_positions"], **cut)
-            yield Stage("SFT", config["epochs"], config["learning_rate"], windows, self._sft_folder())
-        if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-            windows = training_windows(sequences, self.model.prompt, last=config["preference_positions"], **cut)
-            windows = rejected_items(config, self.protocol).fill(windows)
-            yield Stage(config["loss"], config["preference_epochs"], config["preference_learning_rate"], windows, self.run_folder)
+    def stages(self) -> Iterator[Stage]:
+        """This run's stages, in order."""
+        model = self.model
+        base = content_hash([model.llm.revision, model.texts])
+        return stages(
+            self.config, self.protocol, model.prompt, context=model.llm.context, base=base, run_folder=self.run_folder
+        )
 
-    def _sft_folder(self) -> Path:
-        llm = self.model.llm
-        what = [{k: self.config[k] for k in SFT_KEYS}, llm.revision, data_hash(self.config), self.protocol.valid.digest,
-                self.model.prompt.prefix, self.model.prompt.suffix, content_hash(self.model.texts), versions()]
-        return Path(self.config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
-
-    def _run_stage(self, stage: Stage, train_data: Any, valid_data: EvalRows | None, verbose: bool, show_progress: bool,
-                   callback_fn: Any) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
+    def _run_stage(
+        self,
+        stage: Stage,
+        train_data: Any,
+        valid_data: EvalRows | None,
+        verbose: bool,
+        show_progress: bool,
+        callback_fn: Any,
+    ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
@@ -124,15 +114,28 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         warmup = int(steps * self.config["warmup_ratio"])
         self.scheduler = get_scheduler(self.config["lr_scheduler"], self.optimizer, warmup, steps)
         positions, clock = sum(len(w.targets) for w in stage.windows), time.perf_counter()
-        self.logger.info(f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, {steps} steps.")
+        self.logger.info(
+            f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
+            f"{steps} steps."
+        )
         if stage.loss != "SFT":
             self._fill_reference(stage, show_progress)
         self.tokens = 0
-        with bar(total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress) as self.bar:
+        with bar(
+            total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
+        ) as self.bar:
             best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
         load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
-        record = {"loss": stage.loss, "positions": positions, "steps": steps, "tokens": self.tokens, "best_valid_score": best[0],
-                  "best_valid_result": best[1], "train_loss": self.train_loss_dict, "seconds": time.perf_counter() - clock}
+        record = {
+            "loss": stage.loss,
+            "positions": positions,
+            "steps": steps,
+            "tokens": self.tokens,
+            "best_valid_score": best[0],
+            "best_valid_result": best[1],
+            "train_loss": self.train_loss_dict,
+            "seconds": time.perf_counter() - clock,
+        }
         write_json(stage.folder / "stage.json", record)
         return best, record
 
@@ -140,9 +143,11 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
         self.model.eval()
         chunk = 64
-        for first in bar(iterable=range(0, len(stage.windows), chunk), desc="Reference log-probs", disable=not show_progress):
-            windows = stage.windows[first:first + chunk]
-            stage.windows[first:first + chunk] = [
+        for first in bar(
+            iterable=range(0, len(stage.windows), chunk), desc="Reference log-probs", disable=not show_progress
+        ):
+            windows = stage.windows[first : first + chunk]
+            stage.windows[first : first + chunk] = [
                 replace(w, reference=r) for w, r in zip(windows, self.model.reference_logps(windows), strict=True)
             ]
 
@@ -161,7 +166,9 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         if step:
             yield step
 
-    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> float:
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float:
         """One pass over the stage's windows; returns the mean loss (nats a token for SFT, a pair for the others)."""
         self.model.train()
         total = count = 0.0
@@ -184,14 +191,24 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         for group in batches_by_budget(sizes, budget):
             part = self.model.window_loss([windows[i] for i in group], loss_name)
             if not torch.isfinite(part.total):
-                users = sorted({str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, windows[i].user)) for i in group})
-                raise UserError(f"--learning_rate: the {loss_name} loss became {part.total.item()} in epoch {epoch}, step {number} (users "
-                                f"{', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in {self.stage.folder}.")
+                users = sorted(
+                    {
+                        str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, windows[i].user))
+                        for i in group
+                    }
+                )
+                raise UserError(
+                    f"--learning_rate: the {loss_name} loss became {part.total.item()} in epoch {epoch}, step {number} "
+                    f"(users {', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in "
+                    f"{self.stage.folder}."
+                )
             (part.total / whole).backward()
             total += part.total.item()
             logged = {k: logged.get(k, 0.0) + v for k, v in part.logged.items()}
         if self.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
+            )
         self.optimizer.step()
         self.scheduler.step()
         return total, whole, logged
@@ -212,18 +229,15 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.global_step = getattr(self, "global_step", -1) + 1
         values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
         with open(self.metrics_file, "a", encoding="utf-8") as out:
-            out.write(json.dumps({"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}) + "\n")
+            line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
+            out.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
 
     # ---- checkpoints: adapters alone
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        try:
-            save_adapter(self.model.llm, self.stage.folder)
-        except OSError as error:
-            raise UserError(f"--checkpoint_dir={self.config['checkpoint_dir']}: could not save the adapter ({error}). Free some space; "
-                            "the last good one is untouched.") from error
+        save_adapter(self.model.llm, self.stage.folder)
         if verbose:
             self.logger.info(f"Saving current: {self.stage.folder}")
 

@@ -58,8 +58,12 @@ def sft_loss(*, chosen_logps: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    *, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor, beta: float,
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
 ) -> PreferenceLoss:
     """Direct preference optimization: -log s(beta * (D(y_w) - D(y_1))).
 
@@ -98,8 +102,14 @@ def dpo_loss(
 
 
 def dmpo_loss(
-    *, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor, beta: float, pairwise_mean: bool = False, reference_free: bool = False,
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    pairwise_mean: bool = False,
+    reference_free: bool = False,
 ) -> PreferenceLoss:
     """Direct multi-preference optimization: -log s(beta * (D(y_w) - mean_i D(y_i))).
 
@@ -141,8 +151,12 @@ def dmpo_loss(
 
 
 def sdpo_loss(
-    *, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor, beta: float,
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
 ) -> PreferenceLoss:
     """Softmax DPO: -log s(-log sum_i exp(beta * (D(y_i) - D(y_w)))).
 
@@ -175,8 +189,14 @@ def sdpo_loss(
 
 
 def rosepo_loss(
-    *, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor, beta: float, smoothing: Tensor | float, robust: bool = False,
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    smoothing: Tensor | float,
+    robust: bool = False,
 ) -> PreferenceLoss:
     """Smoothed DPO, mean over pairs of -(1 - eps) * log s(h_i) - eps * log s(-h_i), h_i = beta * (D(y_w) - D(y_i)).
 
@@ -208,7 +228,11 @@ def rosepo_loss(
     eps = torch.as_tensor(smoothing, dtype=rejected.dtype, device=rejected.device).detach()
     if eps.dim() == 1:
         eps = eps[:, None]
-    if eps.dim() == 2 and (eps.shape[0] != rejected.shape[0] or eps.shape[1] not in (1, rejected.shape[1])) or eps.dim() > 2:
+    if (
+        eps.dim() == 2
+        and (eps.shape[0] != rejected.shape[0] or eps.shape[1] not in (1, rejected.shape[1]))
+        or eps.dim() > 2
+    ):
         raise ValueError(f"smoothing must be a number, [B] or [B, N]; got {list(eps.shape)} for {list(rejected.shape)}")
     if not ((eps >= 0) & (eps < 0.5 if robust else eps <= 0.5)).all():
         raise ValueError(f"smoothing must lie in [0, 1/2{')' if robust else ']'}, got {eps.min():g} to {eps.max():g}")

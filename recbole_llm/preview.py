@@ -38,8 +38,11 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     internal = names[user] if user is not None else next(iter(sequences))
     stage = "sft" if config["loss"] == "SFT" else "preference"
     windows = training_windows(
-        {internal: sequences[internal]}, model.prompt, last=config[f"{stage}_positions"],
-        history=config["MAX_ITEM_LIST_LENGTH"], most_tokens=model.llm.context,
+        {internal: sequences[internal]},
+        model.prompt,
+        last=config[f"{stage}_positions"],
+        history=config["MAX_ITEM_LIST_LENGTH"],
+        most_tokens=model.llm.context,
     )
     if stage == "preference":
         windows = rejected_items(config, protocol).fill(windows)

@@ -30,24 +30,33 @@ class WholeRun:
     def __init__(self, runs: Sequence[tuple[str, Config]]) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
-        llms = [config for _, config in runs if _kind(config) == "llm"]  # later ones may share the first one's SFT stage
+        llms = [
+            config for _, config in runs if _kind(config) == "llm"
+        ]  # later ones may share the first one's SFT stage
         self.seconds = [_guess(config, config is llms[0] if llms else False) for _, config in runs]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.at, self.began = 0, time.monotonic()
         done = sum(s == 0 for s in self.seconds)
-        print(f"{len(runs)} runs, {done} finished before, about {_told(sum(self.seconds))} in all (a guess until the first runs end).", flush=True)
+        print(
+            f"{len(runs)} runs, {done} finished before, about {_told(sum(self.seconds))} in all "
+            "(a guess until the first runs end).",
+            flush=True,
+        )
 
     def left(self) -> float:
         """Seconds to the end of the last run."""
         expected = [s * self.scale[k] for s, k in zip(self.seconds, self.kinds, strict=True)]
-        return max(0.0, expected[self.at] - (time.monotonic() - self.began)) + sum(expected[self.at + 1:])
+        return max(0.0, expected[self.at] - (time.monotonic() - self.began)) + sum(expected[self.at + 1 :])
 
     @contextmanager
     def running(self, label: str) -> Iterator[None]:
         """Around one run: says which, and learns from how long it took."""
         global _current
         self.at, self.began, _current = self.labels.index(label), time.monotonic(), self
-        print(f"\n[{self.at + 1}/{len(self.labels)}] {label}: whole comparison about {_told(self.left())} left", flush=True)
+        print(
+            f"\n[{self.at + 1}/{len(self.labels)}] {label}: whole comparison about {_told(self.left())} left",
+            flush=True,
+        )
         try:
             yield
         finally:
@@ -93,7 +102,11 @@ def _sizes(config: Config) -> dict[str, float]:
         users = [line.split(b"\t", 1)[0] for line in lines][1:]
     n_users = len(set(users))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
-    return {"rows": len(users) * share, "users": n_users * share, "tested": min(config["eval_users"] or n_users, n_users)}
+    return {
+        "rows": len(users) * share,
+        "users": n_users * share,
+        "tested": min(config["eval_users"] or n_users, n_users),
+    }
 
 
 def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> float:

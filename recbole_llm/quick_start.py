@@ -18,20 +18,54 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
-from recbole_llm.run_folder import data_hash, environment, make_run_folder, versions, write_json, write_table, write_text
+from recbole_llm.run_folder import (
+    data_hash,
+    environment,
+    make_run_folder,
+    versions,
+    write_json,
+    write_table,
+    write_text,
+)
 from recbole_llm.trainer import trainer_class
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # Settings that a re-ranked base model takes over: data, protocol and place; its own training keeps its defaults.
 SHARED_WITH_BASE = (
-    "data_path", "checkpoint_dir", "gpu_id", "seed", "show_progress", "state", "eval_args", "few_shot", "few_shot_seed", "candidate_seed",
-    "eval_users", "mask_history", "MAX_ITEM_LIST_LENGTH", "metrics", "topk", "valid_metric", "load_col", "user_inter_num_interval",
-    "item_inter_num_interval", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "field_separator",
+    "data_path",
+    "checkpoint_dir",
+    "gpu_id",
+    "seed",
+    "show_progress",
+    "state",
+    "eval_args",
+    "few_shot",
+    "few_shot_seed",
+    "candidate_seed",
+    "eval_users",
+    "mask_history",
+    "MAX_ITEM_LIST_LENGTH",
+    "metrics",
+    "topk",
+    "valid_metric",
+    "load_col",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "USER_ID_FIELD",
+    "ITEM_ID_FIELD",
+    "TIME_FIELD",
+    "RATING_FIELD",
+    "field_separator",
 )
 
 
-def run_recbole_llm(model: str | None = None, dataset: str | None = None, config_file_list: list[str] | None = None,
-                    config_dict: dict[str, Any] | None = None, saved: bool = True) -> dict[str, Any]:
+def run_recbole_llm(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+) -> dict[str, Any]:
     """Train and evaluate one model under the protocol; the counterpart of RecBole's ``run_recbole``.
 
     Args:
@@ -51,8 +85,10 @@ def run_recbole_llm(model: str | None = None, dataset: str | None = None, config
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: could not write {error.filename or 'a file'} "
-                        f"({error.strerror}). Free some space, or run in a folder that can be written.") from error
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {error.filename or 'a file'} "
+            f"({error.strerror}). Free some space, or run in a folder that can be written."
+        ) from error
 
 
 def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
@@ -73,14 +109,19 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
         recommender.rerank_with(_train_base(config, protocol, folder))
     clock["train"] = time.perf_counter()
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
-        best_score, best_valid = trainer.fit(protocol.train_data, protocol.valid, saved=saved,
-                                             show_progress=config["show_progress"])
+        best_score, best_valid = trainer.fit(
+            protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"]
+        )
     clock["test"] = time.perf_counter()
     test_result = trainer.evaluate(protocol.test, load_best_model=saved, show_progress=config["show_progress"])
     clock["end"] = time.perf_counter()
     result = {
-        "best_valid_score": best_score, "valid_score_bigger": config["valid_metric_bigger"], "best_valid_result": best_valid,
-        "test_result": test_result, "run_folder": str(folder), "candidate_hash": protocol.candidate_hash,
+        "best_valid_score": best_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_valid,
+        "test_result": test_result,
+        "run_folder": str(folder),
+        "candidate_hash": protocol.candidate_hash,
     }
     logger.info(f"best valid : {best_valid}")
     logger.info(f"test result: {test_result}")
@@ -98,15 +139,25 @@ def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[Non
     """
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
-            ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         where = ""
         if folder is not None:
             write_text(folder / "traceback.txt", traceback.format_exc())
             where = f" ({folder / 'traceback.txt'} says where)"
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        raise UserError(f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "
-                        f"settings that are not the defaults{where}.") from error
+        raise UserError(
+            f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "
+            f"settings that are not the defaults{where}."
+        ) from error
 
 
 def _train_base(config: LLMConfig, protocol: Protocol, folder: Path) -> torch.nn.Module:
@@ -169,8 +220,9 @@ def _tell(logger: logging.Logger, config: LLMConfig, protocol: Protocol, folder:
     )
 
 
-def save_run(folder: Path, config: LLMConfig, protocol: Protocol, trainer: Any, result: dict[str, Any],
-             clock: dict[str, float]) -> None:
+def save_run(
+    folder: Path, config: LLMConfig, protocol: Protocol, trainer: Any, result: dict[str, Any], clock: dict[str, float]
+) -> None:
     """Write everything but the checkpoint; ``result.json`` last, because it says that the run is whole.
 
     Raises:
@@ -178,17 +230,31 @@ def save_run(folder: Path, config: LLMConfig, protocol: Protocol, trainer: Any, 
     """
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     record = {
-        "model": config["model"], "dataset": config["dataset"], "metrics": result["test_result"],
-        "valid_metrics": result["best_valid_result"], "candidate_hash": protocol.candidate_hash,
-        "valid_candidate_hash": protocol.valid.digest, "data_hash": data_hash(config),
-        "seed": config["seed"], "candidate_seed": config["candidate_seed"], "few_shot": config["few_shot"],
-        "few_shot_seed": config["few_shot_seed"], "mode": protocol.test.mode, "rows": len(protocol.test),
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "metrics": result["test_result"],
+        "valid_metrics": result["best_valid_result"],
+        "candidate_hash": protocol.candidate_hash,
+        "valid_candidate_hash": protocol.valid.digest,
+        "data_hash": data_hash(config),
+        "seed": config["seed"],
+        "candidate_seed": config["candidate_seed"],
+        "few_shot": config["few_shot"],
+        "few_shot_seed": config["few_shot_seed"],
+        "mode": protocol.test.mode,
+        "rows": len(protocol.test),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),
-        "training_interactions": sum(protocol.item_counter.values()), "trainable_parameters": trainable,
+        "training_interactions": sum(protocol.item_counter.values()),
+        "trainable_parameters": trainable,
         "device": str(config["device"]),
-        "timings": {"data_and_model_s": clock["train"] - clock["start"], "train_s": clock["test"] - clock["train"],
-                    "test_s": clock["end"] - clock["test"], "total_s": clock["end"] - clock["start"]},
-        "versions": versions(), **getattr(trainer, "facts", {}),
+        "timings": {
+            "data_and_model_s": clock["train"] - clock["start"],
+            "train_s": clock["test"] - clock["train"],
+            "test_s": clock["end"] - clock["test"],
+            "total_s": clock["end"] - clock["start"],
+        },
+        "versions": versions(),
+        **getattr(trainer, "facts", {}),
     }
     try:
         write_json(folder / "env.json", environment())
@@ -197,4 +263,7 @@ def save_run(folder: Path, config: LLMConfig, protocol: Protocol, trainer: Any, 
         protocol.test.save(folder / "candidates-test.jsonl.gz")
         write_json(folder / "result.json", record)
     except OSError as error:
-        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). Free some space and run again.") from error
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). "
+            "Free some space and run again."
+        ) from error

@@ -8,9 +8,9 @@ import os
 import platform
 import re
 import subprocess
-from functools import cache
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,34 @@ from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file
 from recbole_llm.errors import UserError
 
-PACKAGES = ("recbole", "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "scipy", "safetensors", "tokenizers")
+PACKAGES = (
+    "recbole",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "pandas",
+    "scipy",
+    "safetensors",
+    "tokenizers",
+)
 # What does not change a result, and so does not name a run.
-NOT_IN_HASH = {"checkpoint_dir", "show_progress", "state", "device", "data_path", "log_wandb", "wandb_project", "worker",
-               "save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path", "config_files"}
+NOT_IN_HASH = {
+    "checkpoint_dir",
+    "show_progress",
+    "state",
+    "device",
+    "data_path",
+    "log_wandb",
+    "wandb_project",
+    "worker",
+    "save_dataset",
+    "save_dataloaders",
+    "dataset_save_path",
+    "dataloaders_save_path",
+    "config_files",
+}
 
 
 def content_hash(value: Any) -> str:
@@ -69,7 +93,10 @@ def make_run_folder(config: Config) -> Path:
             (folder / stale).unlink(missing_ok=True)
         write_text(folder / "config.yaml", yaml.safe_dump(plain(config.final_config_dict), allow_unicode=True))
     except OSError as error:
-        raise UserError(f"--checkpoint_dir={config['checkpoint_dir']}: cannot write {folder} ({error}). Name a folder that can be written.") from error
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: cannot write {folder} ({error}). "
+            "Name a folder that can be written."
+        ) from error
     return folder
 
 
@@ -138,8 +165,12 @@ def code_hash() -> str:
 def environment() -> dict[str, Any]:
     """Machine, versions and git commit."""
     return {
-        "versions": versions(), "platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "git_commit": git_commit(),
     }
 
@@ -148,8 +179,13 @@ def git_commit() -> str | None:
     """Commit of the source tree we run from, with ``-dirty`` where it was changed; None outside a checkout."""
     here = Path(__file__).resolve().parents[1]
     try:
-        told = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-                              capture_output=True, text=True, check=True, timeout=10)
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return told.stdout.strip()

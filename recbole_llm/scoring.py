@@ -12,8 +12,14 @@ from recbole_llm.llm.logps import completion_logps
 
 
 @torch.no_grad()
-def candidate_logps(model: nn.Module, prompt: Prompt, histories: Sequence[Sequence[int]],
-                    candidates: Sequence[Sequence[int]], *, token_budget: int) -> list[torch.Tensor]:
+def candidate_logps(
+    model: nn.Module,
+    prompt: Prompt,
+    histories: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    *,
+    token_budget: int,
+) -> list[torch.Tensor]:
     """Log-probability of each candidate's whole title, its end included, given the history.
 
     Args:
@@ -47,8 +53,10 @@ def _chunks(prompt: Prompt, history: Sequence[int], items: Sequence[int], budget
     return [*chunks, items[first:]]
 
 
-def normalise(logps: torch.Tensor, items: Sequence[int], prompt: Prompt, norm: str, prior: torch.Tensor | None) -> torch.Tensor:
-    """Scores from title log-probs: ``sum`` as they are, ``mean`` a token, ``pmi`` less the title's log-prob without history.
+def normalise(
+    logps: torch.Tensor, items: Sequence[int], prompt: Prompt, norm: str, prior: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores from title log-probs: ``sum``, ``mean`` a token, or ``pmi``, less the title's log-prob without history.
 
     Args:
         logps: ``[C]``, nats.

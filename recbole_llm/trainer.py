@@ -25,7 +25,7 @@ SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
 
 
 class ProtocolEvaluation:
-    """Mixed in before a RecBole trainer: ``evaluate`` takes frozen rows, checkpoints hold tensors and no pickled objects.
+    """Mixed in before a RecBole trainer: ``evaluate`` takes frozen rows, checkpoints hold no pickled objects.
 
     Set ``protocol`` and ``run_folder`` before ``fit``.
     """
@@ -40,8 +40,13 @@ class ProtocolEvaluation:
         self.per_user_evaluator = PerUserEvaluator(self.config)
 
     @torch.no_grad()
-    def evaluate(self, eval_data: EvalRows, load_best_model: bool = True, model_file: str | None = None,
-                 show_progress: bool = False) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_data: EvalRows,
+        load_best_model: bool = True,
+        model_file: str | None = None,
+        show_progress: bool = False,
+    ) -> dict[str, float]:
         """Rank every row.
 
         Args:
@@ -111,7 +116,7 @@ class ProtocolEvaluation:
         if getattr(self.model, "ranks_candidates", False):
             return self.model.predict(pairs).view(items.shape)
         size = self.config["eval_batch_size"]
-        chunks = [self.model.predict(pairs[i:i + size]) for i in range(0, len(pairs), size)]
+        chunks = [self.model.predict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         return torch.cat([c.reshape(-1) for c in chunks]).view(items.shape)
 
     def _rows_at_once(self, data: EvalRows) -> int:
@@ -120,11 +125,15 @@ class ProtocolEvaluation:
         return max(1, min(self.config["eval_batch_size"], SCORES_AT_ONCE // self.protocol.dataset.item_num))
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: object) -> None:
-        """RecBole's checkpoint without the pickled Config; written beside and renamed, so that a kill leaves the old one."""
+        """RecBole's checkpoint without the pickled Config; written beside and renamed: a kill leaves the old one."""
         state = {
-            "model": self.config["model"], "epoch": epoch, "cur_step": self.cur_step,
-            "best_valid_score": self.best_valid_score, "state_dict": self.model.state_dict(),
-            "other_parameter": self.model.other_parameter(), "optimizer": self.optimizer.state_dict(),
+            "model": self.config["model"],
+            "epoch": epoch,
+            "cur_step": self.cur_step,
+            "best_valid_score": self.best_valid_score,
+            "state_dict": self.model.state_dict(),
+            "other_parameter": self.model.other_parameter(),
+            "optimizer": self.optimizer.state_dict(),
         }
         beside = f"{self.saved_model_file}.tmp"
         try:
@@ -170,5 +179,7 @@ def trainer_class(model_type: object, model: str) -> type[Trainer]:
     """
     base = get_trainer(model_type, model)
     if not issubclass(base, Trainer):
-        raise UserError(f"--model={model}: {base.__name__} is not a torch trainer, so it cannot rank under our protocol.")
+        raise UserError(
+            f"--model={model}: {base.__name__} is not a torch trainer, so it cannot rank under our protocol."
+        )
     return type(base.__name__, (ProtocolEvaluation, base), {})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threads wait (OMP_WAIT)
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threads wait (OMP_WAIT)
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.quick_start import trainer_for
@@ -21,8 +20,16 @@ COLOURS = ("red", "blue", "green", "black")
 N_ITEMS = len(ANIMALS) * len(COLOURS)
 
 
-def write_dataset(folder: Path, *, users: int = 40, events: int = 12, structure: float = 1.0, seed: int = 0,
-                  name: str = "toy", items: bool = True) -> Path:
+def write_dataset(
+    folder: Path,
+    *,
+    users: int = 40,
+    events: int = 12,
+    structure: float = 1.0,
+    seed: int = 0,
+    name: str = "toy",
+    items: bool = True,
+) -> Path:
     """Write ``<folder>/<name>/<name>.inter`` and ``.item``: 60 items such as `red cat`, ratings 1 to 5, distinct times.
 
     With probability ``structure`` a user's next item is the one after the last in a fixed cycle, else any other:
@@ -46,7 +53,9 @@ def write_dataset(folder: Path, *, users: int = 40, events: int = 12, structure:
     if items:
         titles = [f"{colour} {animal}" for animal in ANIMALS for colour in COLOURS]
         rows = [f"i{i}\t{title}\t{1950 + i}" for i, title in enumerate(titles)]
-        (home / f"{name}.item").write_text("\n".join(["item_id:token\ttitle:token_seq\trelease_year:token", *rows]) + "\n", encoding="utf-8")
+        (home / f"{name}.item").write_text(
+            "\n".join(["item_id:token\ttitle:token_seq\trelease_year:token", *rows]) + "\n", encoding="utf-8"
+        )
     return folder
 
 
@@ -69,8 +78,14 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def toy_settings(data_path: Path, saved: Path) -> dict[str, Any]:
     """Settings of a small, quiet run."""
     return {
-        "dataset": "toy", "data_path": str(data_path), "checkpoint_dir": str(saved), "show_progress": False, "gpu_id": "",
-        "eval_args": {"mode": {"valid": "uni9", "test": "uni9"}}, "epochs": 1, "state": "ERROR",
+        "dataset": "toy",
+        "data_path": str(data_path),
+        "checkpoint_dir": str(saved),
+        "show_progress": False,
+        "gpu_id": "",
+        "eval_args": {"mode": {"valid": "uni9", "test": "uni9"}},
+        "epochs": 1,
+        "state": "ERROR",
     }
 
 
@@ -100,8 +115,10 @@ def random_events(lengths: Iterable[int], *, items: int = 60, seed: int = 0) -> 
     events: list[Event] = []
     for user, length in enumerate(lengths):
         chosen = rng.choice(items, length, replace=False)
-        events += [(f"u{user}", f"i{item}", float(rng.integers(1, 6)), float(step * len(lengths) + user))
-                   for step, item in enumerate(chosen)]
+        events += [
+            (f"u{user}", f"i{item}", float(rng.integers(1, 6)), float(step * len(lengths) + user))
+            for step, item in enumerate(chosen)
+        ]
     return events
 
 

@@ -63,23 +63,27 @@ def test_no_inter_file(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) 
     assert not Path(toy["checkpoint_dir"]).exists()
 
 
-@pytest.mark.parametrize(("line", "told"), [
-    ("u1\ti1\t5", "line 17: 3 fields where the header has 4: 'u1\\\\ti1\\\\t5\\\\n'"),
-    ("u1\ti1\t5\t1\t2", "line 17: 5 fields where the header has 4"),
-    ("u1,i1,5,1", "line 17: 1 fields where the header has 4"),
-    ("u1\ti1\t5\tyesterday", "line 17: the time or the rating is no number"),
-    ("u1\ti1\t5\t", "line 17: the time or the rating is no number"),
-    ("u1\ti1\t5\tnan", "line 17: the time 'nan' is no number"),
-    ("u1\ti1\t5\tinf", "line 17: the time 'inf' is no number"),
-    ("u1\ti1\tgood\t1", "line 17: the time or the rating is no number"),
-    ("NA\ti1\t5\t1", "line 17: RecBole cannot read 'NA' as the id of a user or item"),
-    ("u1\tnull\t5\t1", "line 17: RecBole cannot read 'null'"),
-    ("\ti1\t5\t1", "line 17: RecBole cannot read ''"),
-    ('u1\t"i1\t5\t1', "line 17: RecBole cannot read '\"i1'"),
-    ("u1\ti\udce9\t5\t1", "line 17: not UTF-8 text"),
-])
-def test_lines_that_cannot_be_read(toy: dict[str, Any], capsys: pytest.CaptureFixture[str], line: str,
-                                   told: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("u1\ti1\t5", "line 17: 3 fields where the header has 4: 'u1\\\\ti1\\\\t5\\\\n'"),
+        ("u1\ti1\t5\t1\t2", "line 17: 5 fields where the header has 4"),
+        ("u1,i1,5,1", "line 17: 1 fields where the header has 4"),
+        ("u1\ti1\t5\tyesterday", "line 17: the time or the rating is no number"),
+        ("u1\ti1\t5\t", "line 17: the time or the rating is no number"),
+        ("u1\ti1\t5\tnan", "line 17: the time 'nan' is no number"),
+        ("u1\ti1\t5\tinf", "line 17: the time 'inf' is no number"),
+        ("u1\ti1\tgood\t1", "line 17: the time or the rating is no number"),
+        ("NA\ti1\t5\t1", "line 17: RecBole cannot read 'NA' as the id of a user or item"),
+        ("u1\tnull\t5\t1", "line 17: RecBole cannot read 'null'"),
+        ("\ti1\t5\t1", "line 17: RecBole cannot read ''"),
+        ('u1\t"i1\t5\t1', "line 17: RecBole cannot read '\"i1'"),
+        ("u1\ti\udce9\t5\t1", "line 17: not UTF-8 text"),
+    ],
+)
+def test_lines_that_cannot_be_read(
+    toy: dict[str, Any], capsys: pytest.CaptureFixture[str], line: str, told: str
+) -> None:
     """pandas would take each as something else, or fail far away; blank lines are fine."""
     file = write_inter(toy, *GOOD, line, "", *GOOD)
     found = refused(capsys, argv(toy, model="Pop"))
@@ -87,16 +91,20 @@ def test_lines_that_cannot_be_read(toy: dict[str, Any], capsys: pytest.CaptureFi
     assert not Path(toy["checkpoint_dir"]).exists()
 
 
-@pytest.mark.parametrize(("header", "told"), [
-    ("user_id:token\titem_id:token\trating:float\ttime:float", "--TIME_FIELD=timestamp: "),
-    ("user:token\titem:token\trating:float\ttimestamp:float", "--USER_ID_FIELD=user_id, --ITEM_ID_FIELD="),
-    ("user_id:token\titem_id:token\trating:float\ttimestamp:token", "--TIME_FIELD=timestamp: "),
-    ("user_id:token\titem_id:token\trating:token\ttimestamp:float", "--RATING_FIELD=rating: "),
-    ("user_id:float\titem_id:token\trating:float\ttimestamp:float", "--USER_ID_FIELD=user_id: "),
-    ("user_id,item_id,rating,timestamp", "is no header of an atomic file; each column needs a type"),
-    ("user_id\titem_id\trating\ttimestamp", "is no header of an atomic file; each column needs a type"),
-    ("\ufeff" + HEADER, "begins with a byte-order mark"), ("", "line 1: '' is no header"),
-])
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("user_id:token\titem_id:token\trating:float\ttime:float", "--TIME_FIELD=timestamp: "),
+        ("user:token\titem:token\trating:float\ttimestamp:float", "--USER_ID_FIELD=user_id, --ITEM_ID_FIELD="),
+        ("user_id:token\titem_id:token\trating:float\ttimestamp:token", "--TIME_FIELD=timestamp: "),
+        ("user_id:token\titem_id:token\trating:token\ttimestamp:float", "--RATING_FIELD=rating: "),
+        ("user_id:float\titem_id:token\trating:float\ttimestamp:float", "--USER_ID_FIELD=user_id: "),
+        ("user_id,item_id,rating,timestamp", "is no header of an atomic file; each column needs a type"),
+        ("user_id\titem_id\trating\ttimestamp", "is no header of an atomic file; each column needs a type"),
+        ("\ufeff" + HEADER, "begins with a byte-order mark"),
+        ("", "line 1: '' is no header"),
+    ],
+)
 def test_headers(toy: dict[str, Any], capsys: pytest.CaptureFixture[str], header: str, told: str) -> None:
     file = write_inter(toy, *GOOD, header=header)
     found = refused(capsys, argv(toy, model="Pop"))
@@ -150,13 +158,17 @@ def test_low_ratings_need_ratings(tiny: dict[str, Any], capsys: pytest.CaptureFi
     assert "--rejected=low_rating: the data set has no rating column" in told
 
 
-@pytest.mark.parametrize(("model", "changes", "told"), [
-    ("SASRec", {"n_heads": 7}, "building the model failed: ValueError: The hidden size (64) is not"),
-    ("BPR", {"val_interval": {"rating": "[9,inf)"}}, "reading the data failed: ValueError: Some feat is"),
-    ("BPR", {"user_inter_num_interval": "[50,60]"}, "reading the data failed: ValueError: Some feat is"),
-])
-def test_what_recbole_finds_late(toy: dict[str, Any], capsys: pytest.CaptureFixture[str], model: str,
-                                 changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "changes", "told"),
+    [
+        ("SASRec", {"n_heads": 7}, "building the model failed: ValueError: The hidden size (64) is not"),
+        ("BPR", {"val_interval": {"rating": "[9,inf)"}}, "reading the data failed: ValueError: Some feat is"),
+        ("BPR", {"user_inter_num_interval": "[50,60]"}, "reading the data failed: ValueError: Some feat is"),
+    ],
+)
+def test_what_recbole_finds_late(
+    toy: dict[str, Any], capsys: pytest.CaptureFixture[str], model: str, changes: dict[str, Any], told: str
+) -> None:
     """Settings that RecBole checks by failing where it first uses them; the traceback is kept in a file."""
     found = refused(capsys, argv(toy, model=model, **changes))
     assert found.startswith(f"recbole-llm: --model={model} --dataset=toy: {told}")
@@ -168,8 +180,9 @@ def test_what_recbole_finds_late(toy: dict[str, Any], capsys: pytest.CaptureFixt
 # LLMs
 
 
-def test_folders_that_are_no_causal_lm(tiny: dict[str, Any], tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_no_causal_lm(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     assert "is a folder without config.json" in refused(capsys, argv(tiny, llm=folder))
@@ -182,7 +195,8 @@ def test_folders_that_are_no_causal_lm(tiny: dict[str, Any], tmp_path: Path,
     (folder / "config.json").write_text("{", encoding="utf-8")
     assert f"--llm={folder} could not be loaded" in refused(capsys, argv(tiny, llm=folder))
     assert f"--llm={tmp_path}/no.gguf: no such folder or .gguf file" in refused(
-        capsys, argv(tiny, llm=tmp_path / "no.gguf"))
+        capsys, argv(tiny, llm=tmp_path / "no.gguf")
+    )
     assert not list(Path(tiny["checkpoint_dir"]).glob("*/result.json"))
 
 
@@ -195,13 +209,28 @@ def left_over(folder: str) -> list[str]:
     return [f.name for f in files if f.name == "result.json" or f.suffix == ".tmp" or ".saving-" in str(f)]
 
 
-@pytest.mark.parametrize(("model", "file"), [
-    ("Pop", "config.yaml"), ("Pop", "Pop.pth"), ("Pop", "env.json"), ("Pop", "per_user.csv.gz"),
-    ("Pop", "candidates-valid.jsonl.gz"), ("Pop", "candidates-test.jsonl.gz"), ("Pop", "result.json"),
-    ("LLMRanker", "adapter_model.safetensors"), ("LLMRanker", "stage.json"),
-])
-def test_disk_full_at_any_file(toy: dict[str, Any], tiny: dict[str, Any], capsys: pytest.CaptureFixture[str],
-                               monkeypatch: pytest.MonkeyPatch, model: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("Pop", "config.yaml"),
+        ("Pop", "Pop.pth"),
+        ("Pop", "env.json"),
+        ("Pop", "per_user.csv.gz"),
+        ("Pop", "candidates-valid.jsonl.gz"),
+        ("Pop", "candidates-test.jsonl.gz"),
+        ("Pop", "result.json"),
+        ("LLMRanker", "adapter_model.safetensors"),
+        ("LLMRanker", "stage.json"),
+    ],
+)
+def test_disk_full_at_any_file(
+    toy: dict[str, Any],
+    tiny: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    file: str,
+) -> None:
     rename = os.replace
 
     def full(source: Any, target: Any) -> None:
@@ -215,12 +244,19 @@ def test_disk_full_at_any_file(toy: dict[str, Any], tiny: dict[str, Any], capsys
     assert left_over(toy["checkpoint_dir"]) == []
 
 
-@pytest.mark.parametrize(("module", "name"), [
-    (torch, "save"), (os, "fsync"), (quick_start, "write_table"), (quick_start, "init_logger"),
-    (quick_start, "write_json"),
-])
-def test_disk_full_while_writing(toy: dict[str, Any], capsys: pytest.CaptureFixture[str],
-                                 monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (torch, "save"),
+        (os, "fsync"),
+        (quick_start, "write_table"),
+        (quick_start, "init_logger"),
+        (quick_start, "write_json"),
+    ],
+)
+def test_disk_full_while_writing(
+    toy: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise FULL
 
@@ -231,8 +267,9 @@ def test_disk_full_while_writing(toy: dict[str, Any], capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("module", "name"), [(adapter, "save_file"), (LLMTrainer, "_log_step")])
-def test_disk_full_in_training(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str],
-                               monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+def test_disk_full_in_training(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise FULL
 
@@ -242,8 +279,9 @@ def test_disk_full_in_training(tiny: dict[str, Any], capsys: pytest.CaptureFixtu
     assert left_over(tiny["checkpoint_dir"]) == []
 
 
-def test_a_failed_run_takes_the_old_result_with_it(toy: dict[str, Any], capsys: pytest.CaptureFixture[str],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_takes_the_old_result_with_it(
+    toy: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(run_recbole_llm("Pop", config_dict=toy)["run_folder"])
     assert (folder / "result.json").is_file()
 
@@ -255,9 +293,9 @@ def test_a_failed_run_takes_the_old_result_with_it(toy: dict[str, Any], capsys: 
     assert left_over(toy["checkpoint_dir"]) == []
 
 
-def test_folders_that_cannot_be_written(toy: dict[str, Any], tmp_path: Path,
-                                        capsys: pytest.CaptureFixture[str],
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_written(
+    toy: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
         told = refused(capsys, argv(toy, model="Pop", checkpoint_dir=folder))

@@ -53,8 +53,9 @@ def with_mode(settings: dict[str, Any], mode: str, **split: Any) -> dict[str, An
 
 @pytest.mark.parametrize("mode", ["uni1", "uni19", "pop9"])
 @pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [0.6, 0.2, 0.2]}], ids=["row", "rows"])
-def test_candidates_are_distinct_and_unseen(toy: dict[str, Any], tmp_path: Path, mode: str,
-                                            split: dict[str, Any]) -> None:
+def test_candidates_are_distinct_and_unseen(
+    toy: dict[str, Any], tmp_path: Path, mode: str, split: dict[str, Any]
+) -> None:
     """N items never met by the user, before or after the row, and the target once."""
     events = random_events([4 + n % 12 for n in range(60)])
     write_events(tmp_path / "data", events)
@@ -67,8 +68,11 @@ def test_candidates_are_distinct_and_unseen(toy: dict[str, Any], tmp_path: Path,
             assert len(set(candidates)) == len(candidates)
             assert met[record["user"]] & set(candidates) == {record["target"]}
     # Rows of one user, and the two splits, draw anew.
-    drawn = Counter((record["user"], frozenset(record["candidates"]) - {record["target"]})
-                    for rows in (protocol.valid, protocol.test) for record in rows.records())
+    drawn = Counter(
+        (record["user"], frozenset(record["candidates"]) - {record["target"]})
+        for rows in (protocol.valid, protocol.test)
+        for record in rows.records()
+    )
     assert mode == "uni1" or max(drawn.values()) == 1
 
 
@@ -91,11 +95,13 @@ def test_same_for_every_model_and_run(toy: dict[str, Any]) -> None:
 
 def test_same_in_another_process(toy: dict[str, Any]) -> None:
     """Nothing hangs on Python's salted hashes."""
-    program = ("import json, sys\n"
-               "from recbole_llm.config import LLMConfig\n"
-               "from recbole_llm.data.protocol import prepare_data\n"
-               "p = prepare_data(LLMConfig('GRU4Rec', config_dict=json.loads(sys.argv[1])))\n"
-               "print(p.valid.digest, p.test.digest, p.test.item_tokens[p.test.candidates].tolist())")
+    program = (
+        "import json, sys\n"
+        "from recbole_llm.config import LLMConfig\n"
+        "from recbole_llm.data.protocol import prepare_data\n"
+        "p = prepare_data(LLMConfig('GRU4Rec', config_dict=json.loads(sys.argv[1])))\n"
+        "print(p.valid.digest, p.test.digest, p.test.item_tokens[p.test.candidates].tolist())"
+    )
     # From the temporary folder of the run, with our own tree importable there.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -184,8 +190,9 @@ def test_pop_draws_by_training_popularity(toy: dict[str, Any], tmp_path: Path) -
     for few_shot in (None, 30):  # fewer training users must not move what is asked
         _, protocol = prepared(with_mode(toy, "pop1"), "Pop", few_shot=few_shot)
         for rows in (protocol.valid, protocol.test):
-            drawn = Counter(c for r in rows.records() for c in r["candidates"]
-                            if r["user"].startswith("p") and c != r["target"])
+            drawn = Counter(
+                c for r in rows.records() for c in r["candidates"] if r["user"].startswith("p") and c != r["target"]
+            )
             assert drawn.total() == 600 and set(drawn) == {"a", "b", "c"}
             expected = 600 * np.array([90, 20, 10]) / 120
             assert chisquare([drawn["a"], drawn["b"], drawn["c"]], expected).pvalue > ALIKE
@@ -195,11 +202,16 @@ def test_pop_draws_without_replacement(toy: dict[str, Any], tmp_path: Path) -> N
     """Two of three, one after the other: the chance of {b, c} is 2/12 * 1/10 + 1/12 * 2/11."""
     write_events(tmp_path / "data", popularity_events())
     _, protocol = prepared(with_mode(toy, "pop2"), "Pop")
-    drawn = Counter(frozenset(c for c in r["candidates"] if c != r["target"])
-                    for r in protocol.test.records() if r["user"].startswith("p"))
+    drawn = Counter(
+        frozenset(c for c in r["candidates"] if c != r["target"])
+        for r in protocol.test.records()
+        if r["user"].startswith("p")
+    )
     weight = {"a": 9 / 12, "b": 2 / 12, "c": 1 / 12}
-    chance = {pair: sum(weight[x] * weight[y] / (1 - weight[x]) for x, y in (pair, pair[::-1]))
-              for pair in (("a", "b"), ("a", "c"), ("b", "c"))}
+    chance = {
+        pair: sum(weight[x] * weight[y] / (1 - weight[x]) for x, y in (pair, pair[::-1]))
+        for pair in (("a", "b"), ("a", "c"), ("b", "c"))
+    }
     assert sum(chance.values()) == pytest.approx(1)
     assert chisquare([drawn[frozenset(p)] for p in chance], [600 * c for c in chance.values()]).pvalue > ALIKE
 
@@ -247,8 +259,13 @@ def test_hash_tells_what_is_asked(toy: dict[str, Any], tmp_path: Path) -> None:
     assert digest([(u, i, 1.0, t) for u, i, _, t in events]) == first
     swapped = [(u, i, r, -t) for u, i, r, t in events]  # other targets of the same items
     full = {"eval_args": {"mode": "full"}}
-    changes = [{"candidate_seed": 9}, {"eval_users": 20}, {"eval_args": {"mode": "uni8"}}, full,
-               {**full, "mask_history": False}]
+    changes = [
+        {"candidate_seed": 9},
+        {"eval_users": 20},
+        {"eval_args": {"mode": "uni8"}},
+        full,
+        {**full, "mask_history": False},
+    ]
     found = [first, digest(swapped), digest(events[:-6]), *(digest(events, **change) for change in changes)]
     assert len(set(found)) == len(found)
 
@@ -307,30 +324,52 @@ def write_telling_data(folder: Path) -> dict[str, Any]:
     ``note`` and ``wish_list`` are columns of an interaction; the latter only has a history's name.
     """
     events = random_events([8] * 40)
-    columns = ("user_id:token", "item_id:token", "rating:float", "timestamp:float", "note:token_seq",
-               "wish_list:token", "label:float")
-    lines = [f"{u}\t{i}\t{10_000 + n}\t{20_000 + t}\tword{n} {i}\twish{n}\t{30_000 + n}"
-             for n, (u, i, _, t) in enumerate(events)]
+    columns = (
+        "user_id:token",
+        "item_id:token",
+        "rating:float",
+        "timestamp:float",
+        "note:token_seq",
+        "wish_list:token",
+        "label:float",
+    )
+    lines = [
+        f"{u}\t{i}\t{10_000 + n}\t{20_000 + t}\tword{n} {i}\twish{n}\t{30_000 + n}"
+        for n, (u, i, _, t) in enumerate(events)
+    ]
     (folder / "toy").mkdir(parents=True, exist_ok=True)
     (folder / "toy" / "toy.inter").write_text("\n".join(["\t".join(columns), *lines]) + "\n")
     items = [f"i{n}\ttitle{n} of item" for n in range(60)]
     (folder / "toy" / "toy.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *items]) + "\n")
     users = [f"u{n}\tjob{n}" for n in range(40)]
     (folder / "toy" / "toy.user").write_text("\n".join(["user_id:token\tjob:token", *users]) + "\n")
-    return {"load_col": {"inter": ["user_id", "item_id", "rating", "timestamp", "note", "wish_list", "label"],
-                         "item": ["item_id", "title"], "user": ["user_id", "job"]}}
+    return {
+        "load_col": {
+            "inter": ["user_id", "item_id", "rating", "timestamp", "note", "wish_list", "label"],
+            "item": ["item_id", "title"],
+            "user": ["user_id", "job"],
+        }
+    }
 
 
 @pytest.mark.parametrize("mode", ["uni9", "full"])
 @pytest.mark.parametrize("pairwise", [True, False])
-def test_models_see_nothing_of_the_target(toy: dict[str, Any], tmp_path: Path, mode: str,
-                                          pairwise: bool) -> None:
+def test_models_see_nothing_of_the_target(toy: dict[str, Any], tmp_path: Path, mode: str, pairwise: bool) -> None:
     """No label, rating, time, text or id of the target, in no field that a model is handed."""
     settings = {**with_mode(toy, mode), **write_telling_data(tmp_path / "data")}
     trainer, _, protocol = spy(settings, pairwise=pairwise)
     whole, rows = protocol.dataset, protocol.test
-    seen = {"user_id", "job", "item_length", "item_id_list", "rating_list", "timestamp_list", "note_list",
-            "wish_list_list", "label_list"}
+    seen = {
+        "user_id",
+        "job",
+        "item_length",
+        "item_id_list",
+        "rating_list",
+        "timestamp_list",
+        "note_list",
+        "wish_list_list",
+        "label_list",
+    }
     assert set(rows.visible.columns) == seen
     handed = trainer.model.handed
     assert sum(map(len, handed)) == len(rows) * (1 if not pairwise else 10 if mode == "uni9" else 61)

@@ -27,40 +27,52 @@ def flags(given_settings: dict[str, Any], **changes: Any) -> list[str]:
 # Flags
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["-m", "SASRec", "-d", "toy"], {"model": "SASRec", "dataset": "toy"}),
-    (["--model=SASRec", "--dataset", "toy"], {"model": "SASRec", "dataset": "toy"}),
-    (["-m=SASRec"], {"model": "SASRec"}),
-    (["--epochs=3", "--learning_rate", "1e-3"], {"epochs": 3, "learning_rate": 1e-3}),
-    (["--rating_threshold", "-1"], {"rating_threshold": -1}),
-    (["--item_text={title} ({year})"], {"item_text": "{title} ({year})"}),
-    (["--item_text", "a=b=c"], {"item_text": "a=b=c"}),
-    (["--llm=org/model=x"], {"llm": "org/model=x"}),
-    (["--eval_args={'mode': {'test': 'uni9'}}"], {"eval_args": {"mode": {"test": "uni9"}}}),
-    (["--models=Pop,LLMRanker[loss=DMPO,beta=0.5]"], {"models": "Pop,LLMRanker[loss=DMPO,beta=0.5]"}),
-    (["--config_files=a.yaml b.yaml"], {"config_files": ["a.yaml", "b.yaml"]}),
-    (["--config_files="], {"config_files": []}),
-    (["--gpu_id=0"], {"gpu_id": "0"}), (["--gpu_id="], {"gpu_id": ""}), (["--user", "196"], {"user": "196"}),
-    (["--data_path=2020"], {"data_path": "2020"}), (["--few_shot=none"], {"few_shot": None}),
-    (["--user_inter_num_interval=[5,10]"], {"user_inter_num_interval": "[5,10]"}),
-    (["--keys"], {"keys": True}), (["--seed=1", "--seed=1"], {"seed": 1}), ([], {}),
-])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["-m", "SASRec", "-d", "toy"], {"model": "SASRec", "dataset": "toy"}),
+        (["--model=SASRec", "--dataset", "toy"], {"model": "SASRec", "dataset": "toy"}),
+        (["-m=SASRec"], {"model": "SASRec"}),
+        (["--epochs=3", "--learning_rate", "1e-3"], {"epochs": 3, "learning_rate": 1e-3}),
+        (["--rating_threshold", "-1"], {"rating_threshold": -1}),
+        (["--item_text={title} ({year})"], {"item_text": "{title} ({year})"}),
+        (["--item_text", "a=b=c"], {"item_text": "a=b=c"}),
+        (["--llm=org/model=x"], {"llm": "org/model=x"}),
+        (["--eval_args={'mode': {'test': 'uni9'}}"], {"eval_args": {"mode": {"test": "uni9"}}}),
+        (["--models=Pop,LLMRanker[loss=DMPO,beta=0.5]"], {"models": "Pop,LLMRanker[loss=DMPO,beta=0.5]"}),
+        (["--config_files=a.yaml b.yaml"], {"config_files": ["a.yaml", "b.yaml"]}),
+        (["--config_files="], {"config_files": []}),
+        (["--gpu_id=0"], {"gpu_id": "0"}),
+        (["--gpu_id="], {"gpu_id": ""}),
+        (["--user", "196"], {"user": "196"}),
+        (["--data_path=2020"], {"data_path": "2020"}),
+        (["--few_shot=none"], {"few_shot": None}),
+        (["--user_inter_num_interval=[5,10]"], {"user_inter_num_interval": "[5,10]"}),
+        (["--keys"], {"keys": True}),
+        (["--seed=1", "--seed=1"], {"seed": 1}),
+        ([], {}),
+    ],
+)
 def test_flags(words: list[str], found: dict[str, Any]) -> None:
     assert cli.parse_flags(words) == found
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["epochs=3"], ["`epochs=3`: flags look like --key=value."]),
-    (["--"], ["`--`: flags look like --key=value."]), (["--=3"], ["`--=3`: flags look like --key=value."]),
-    (["-x"], ["`-x`: flags look like --key=value."]),
-    (["--epochs"], ["--epochs: give it a value, for example --epochs=..."]),
-    (["--epochs", "--seed=1"], ["--epochs: give it a value, for example --epochs=..."]),
-    (["-m", "-d", "toy"], ["-m: give it a value, for example -m=..."]),
-    (["--seed=1", "--seed=2"], ["--seed: given twice with different values, 1 and 2."]),
-    (["--few_shot=none", "--few_shot=2"], ["--few_shot: given twice with different values, None and 2."]),
-    (["-m", "Pop", "--model=BPR"], ["--model: given twice with different values, 'Pop' and 'BPR'."]),
-    (["a", "--b", "--c"], ["`a`: flags look", "--b: give it a value", "--c: give it a value"]),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["epochs=3"], ["`epochs=3`: flags look like --key=value."]),
+        (["--"], ["`--`: flags look like --key=value."]),
+        (["--=3"], ["`--=3`: flags look like --key=value."]),
+        (["-x"], ["`-x`: flags look like --key=value."]),
+        (["--epochs"], ["--epochs: give it a value, for example --epochs=..."]),
+        (["--epochs", "--seed=1"], ["--epochs: give it a value, for example --epochs=..."]),
+        (["-m", "-d", "toy"], ["-m: give it a value, for example -m=..."]),
+        (["--seed=1", "--seed=2"], ["--seed: given twice with different values, 1 and 2."]),
+        (["--few_shot=none", "--few_shot=2"], ["--few_shot: given twice with different values, None and 2."]),
+        (["-m", "Pop", "--model=BPR"], ["--model: given twice with different values, 'Pop' and 'BPR'."]),
+        (["a", "--b", "--c"], ["`a`: flags look", "--b: give it a value", "--c: give it a value"]),
+    ],
+)
 def test_wrong_flags(words: list[str], told: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         cli.parse_flags(words)
@@ -94,27 +106,29 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["versions"]["recbole_llm"] == __version__ and {"platform", "cores", "git_commit"} <= set(told)
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["runn"], "`runn`: no such command; use run, compare, preview, ls, env."),
-    (["-m", "SASRec"], "`-m`: no such command"),
-    (["run"], "--model: name one, for example --model=LLMRanker."),
-    (["run", "-m", "Pop"], "--dataset: name one, for example --dataset=ml-100k."),
-    (["compare"], "--models: name at least one"),
-    (["compare", "--models="], "--models: name at least one"),
-    (["compare", "--models=Pop"], "--dataset: name one"),
-    (["preview"], "--dataset: name one"),
-    (["env", "--seed=1"], "--seed: env takes no flags."),
-    (["ls", "--model=Pop"], "--model: ls takes --keys alone."),
-    (["run", "--config_files=none.yaml"], "--config_files: cannot read `none.yaml` (No such file or"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runn"], "`runn`: no such command; use run, compare, preview, ls, env."),
+        (["-m", "SASRec"], "`-m`: no such command"),
+        (["run"], "--model: name one, for example --model=LLMRanker."),
+        (["run", "-m", "Pop"], "--dataset: name one, for example --dataset=ml-100k."),
+        (["compare"], "--models: name at least one"),
+        (["compare", "--models="], "--models: name at least one"),
+        (["compare", "--models=Pop"], "--dataset: name one"),
+        (["preview"], "--dataset: name one"),
+        (["env", "--seed=1"], "--seed: env takes no flags."),
+        (["ls", "--model=Pop"], "--model: ls takes --keys alone."),
+        (["run", "--config_files=none.yaml"], "--config_files: cannot read `none.yaml` (No such file or"),
+    ],
+)
 def test_wrong_commands(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert told in error and error.startswith("\nrecbole-llm: ") and "Traceback" not in error
 
 
-def test_interrupted(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
-                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -146,16 +160,20 @@ def test_preview_of_a_file(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.
     assert "<|im_start|>user\n" in told and "chosen " in told and "rejected" not in told
 
 
-@pytest.mark.parametrize(("changes", "told"), [
-    ({"user": "nobody"}, "--user=nobody: not a training user; there are 40, for example u0, "),
-    ({"model": "SASRec", "llm": None, "train_batch_size": 9}, "--llm: SASRec does not read it"),
-    ({"prompt": "none"}, "--prompt=none: no such template"),
-    ({"few_shot": 99}, "--few_shot=99: only 40 users"),
-    ({"loss": "DMPO", "rejected_num": 60}, "--rejected_num=60: user u0 has only 50 items"),
-    ({"val_interval": "{'rating': '[9,inf)'}"}, "reading the data failed: ValueError: Some feat is empty"),
-])
-def test_wrong_previews(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], changes: dict[str, Any],
-                        told: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"user": "nobody"}, "--user=nobody: not a training user; there are 40, for example u0, "),
+        ({"model": "SASRec", "llm": None, "train_batch_size": 9}, "--llm: SASRec does not read it"),
+        ({"prompt": "none"}, "--prompt=none: no such template"),
+        ({"few_shot": 99}, "--few_shot=99: only 40 users"),
+        ({"loss": "DMPO", "rejected_num": 60}, "--rejected_num=60: user u0 has only 50 items"),
+        ({"val_interval": "{'rating': '[9,inf)'}"}, "reading the data failed: ValueError: Some feat is empty"),
+    ],
+)
+def test_wrong_previews(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
+) -> None:
     assert cli.main(["preview", *flags(tiny, **changes)]) == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
@@ -168,25 +186,74 @@ def test_only_an_llm_has_a_preview(toy: dict[str, Any], capsys: pytest.CaptureFi
 
 # Whatever is typed
 
-WORDS = st.sampled_from([
-    *cli.COMMANDS, "-m", "-d", "SASRec", "LLMRanker", "FM", "toy", "--model=Pop", "--model=foo.bar", "-x",
-    "--", "", "--dataset=toy", "--dataset=../toy", "--models=Pop,BPR", "--models=Pop[",
-    "--models=Pop[a=[1,2],b]",
-    "--epochs=3", "--epochs=x", "--topk=5", "--topk=[1,", "--eval_args={}", "--eval_args=[]", "--metrics=AUC",
-    "--eval_args={'mode':{}}", "--metrics=[[]]", "--valid_metric=@", "--few_shot=none", "--seed=1e400",
-    "--keys", "--keys=1", "--config_files=none.yaml", "--config_files=.", "--user=1", "--per_model={}",
-    "--per_model=3", "--per_model={'Pop':3}",
-    "--load_col={}", "--load_col=3", "--item_text={", "--llm=tiny", "--loss=DPO",
-    "--beta=-1", "--prompt=\x00", "--rerank_model=.", "--data_path=\x00", "--USER_ID_FIELD=None", "--=", "=",
-    "--field_separator=", "--field_separator=,", "--train_neg_sample_args={'distribution':3}", "--learner=[]",
-])
+WORDS = st.sampled_from(
+    [
+        *cli.COMMANDS,
+        "-m",
+        "-d",
+        "SASRec",
+        "LLMRanker",
+        "FM",
+        "toy",
+        "--model=Pop",
+        "--model=foo.bar",
+        "-x",
+        "--",
+        "",
+        "--dataset=toy",
+        "--dataset=../toy",
+        "--models=Pop,BPR",
+        "--models=Pop[",
+        "--models=Pop[a=[1,2],b]",
+        "--epochs=3",
+        "--epochs=x",
+        "--topk=5",
+        "--topk=[1,",
+        "--eval_args={}",
+        "--eval_args=[]",
+        "--metrics=AUC",
+        "--eval_args={'mode':{}}",
+        "--metrics=[[]]",
+        "--valid_metric=@",
+        "--few_shot=none",
+        "--seed=1e400",
+        "--keys",
+        "--keys=1",
+        "--config_files=none.yaml",
+        "--config_files=.",
+        "--user=1",
+        "--per_model={}",
+        "--per_model=3",
+        "--per_model={'Pop':3}",
+        "--load_col={}",
+        "--load_col=3",
+        "--item_text={",
+        "--llm=tiny",
+        "--loss=DPO",
+        "--beta=-1",
+        "--prompt=\x00",
+        "--rerank_model=.",
+        "--data_path=\x00",
+        "--USER_ID_FIELD=None",
+        "--=",
+        "=",
+        "--field_separator=",
+        "--field_separator=,",
+        "--train_neg_sample_args={'distribution':3}",
+        "--learner=[]",
+    ]
+)
 KEYS = st.sampled_from([*sorted(keys.CHECKS), "topk", "metrics", "valid_metric", "eval_args", "load_col"])
 TABLES = st.dictionaries(st.sampled_from(["mode", "order", "split"]), st.text(max_size=5), max_size=2)
 LISTS = st.lists(st.integers(), max_size=2)
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | LISTS | TABLES | st.text(max_size=5)
 FLAG = "--{}={}".format
-ANY = WORDS | st.text(max_size=8) | st.builds(FLAG, st.text(max_size=8), st.text(max_size=8)) | st.builds(
-    FLAG, KEYS, VALUES)
+ANY = (
+    WORDS
+    | st.text(max_size=8)
+    | st.builds(FLAG, st.text(max_size=8), st.text(max_size=8))
+    | st.builds(FLAG, KEYS, VALUES)
+)
 COMMAND = st.sampled_from([*cli.COMMANDS, None])
 
 
@@ -222,8 +289,9 @@ def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: boo
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=200,
-                          check=False, env=env)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=200, check=False, env=env
+    )
 
 
 def test_script_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:

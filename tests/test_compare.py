@@ -35,35 +35,76 @@ def one_thread() -> Iterator[None]:
 # Models as typed
 
 
-@pytest.mark.parametrize(("text", "entries"), [
-    ("Pop,SASRec", [("Pop", "Pop", {}), ("SASRec", "SASRec", {})]),
-    (" Pop , ,SASRec,", [("Pop", "Pop", {}), ("SASRec", "SASRec", {})]),
-    ("Pop,LLMRanker[loss=DMPO,beta=0.5],BPR", [
-        ("Pop", "Pop", {}), ("LLMRanker[loss=DMPO,beta=0.5]", "LLMRanker", {"loss": "DMPO", "beta": 0.5}),
-        ("BPR", "BPR", {})]),
-    ("NeuMF[mlp_hidden_size=[64,32], dropout_prob = 0.1]", [
-        ("NeuMF[mlp_hidden_size=[64,32], dropout_prob = 0.1]", "NeuMF",
-         {"mlp_hidden_size": [64, 32], "dropout_prob": 0.1})]),
-    ("BPR[eval_args={'mode': {'valid': 'uni9', 'test': 'uni9'}}],Pop", [
-        ("BPR[eval_args={'mode': {'valid': 'uni9', 'test': 'uni9'}}]", "BPR",
-         {"eval_args": {"mode": {"valid": "uni9", "test": "uni9"}}}), ("Pop", "Pop", {})]),
-    ("LLMRanker[item_text={title} ({year}), few_shot=none]", [
-        ("LLMRanker[item_text={title} ({year}), few_shot=none]", "LLMRanker",
-         {"item_text": "{title} ({year})", "few_shot": None})]),
-    ("Pop[]", [("Pop[]", "Pop", {})]),
-    (["Pop", "SASRec[epochs=3]"], [("Pop", "Pop", {}), ("SASRec[epochs=3]", "SASRec", {"epochs": 3})]),
-])
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("Pop,SASRec", [("Pop", "Pop", {}), ("SASRec", "SASRec", {})]),
+        (" Pop , ,SASRec,", [("Pop", "Pop", {}), ("SASRec", "SASRec", {})]),
+        (
+            "Pop,LLMRanker[loss=DMPO,beta=0.5],BPR",
+            [
+                ("Pop", "Pop", {}),
+                ("LLMRanker[loss=DMPO,beta=0.5]", "LLMRanker", {"loss": "DMPO", "beta": 0.5}),
+                ("BPR", "BPR", {}),
+            ],
+        ),
+        (
+            "NeuMF[mlp_hidden_size=[64,32], dropout_prob = 0.1]",
+            [
+                (
+                    "NeuMF[mlp_hidden_size=[64,32], dropout_prob = 0.1]",
+                    "NeuMF",
+                    {"mlp_hidden_size": [64, 32], "dropout_prob": 0.1},
+                )
+            ],
+        ),
+        (
+            "BPR[eval_args={'mode': {'valid': 'uni9', 'test': 'uni9'}}],Pop",
+            [
+                (
+                    "BPR[eval_args={'mode': {'valid': 'uni9', 'test': 'uni9'}}]",
+                    "BPR",
+                    {"eval_args": {"mode": {"valid": "uni9", "test": "uni9"}}},
+                ),
+                ("Pop", "Pop", {}),
+            ],
+        ),
+        (
+            "LLMRanker[item_text={title} ({year}), few_shot=none]",
+            [
+                (
+                    "LLMRanker[item_text={title} ({year}), few_shot=none]",
+                    "LLMRanker",
+                    {"item_text": "{title} ({year})", "few_shot": None},
+                )
+            ],
+        ),
+        ("Pop[]", [("Pop[]", "Pop", {})]),
+        (["Pop", "SASRec[epochs=3]"], [("Pop", "Pop", {}), ("SASRec[epochs=3]", "SASRec", {"epochs": 3})]),
+    ],
+)
 def test_models(text: Any, entries: list[tuple[str, str, dict[str, Any]]]) -> None:
     assert parse_models(text) == [Entry(*entry) for entry in entries]
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    ("", "name at least one"), (",", "name at least one"), ([], "name at least one"),
-    ("Pop[", "`Pop[` must look like"), ("Pop]", "`Pop]` must look like"), ("Pop[epochs]", "must look like"),
-    ("Pop[=3]", "must look like"), ("Pop[epochs=3]x", "must look like"), ("a b", "`a b` must look like"),
-    (["Pop", 3], "must be text or a list of texts"), (3, "must be text or a list of texts"),
-    ([{"LLMRanker": {"loss": "SFT"}}], "must be text or a list of texts"), (None, "must be text or a list"),
-])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "name at least one"),
+        (",", "name at least one"),
+        ([], "name at least one"),
+        ("Pop[", "`Pop[` must look like"),
+        ("Pop]", "`Pop]` must look like"),
+        ("Pop[epochs]", "must look like"),
+        ("Pop[=3]", "must look like"),
+        ("Pop[epochs=3]x", "must look like"),
+        ("a b", "`a b` must look like"),
+        (["Pop", 3], "must be text or a list of texts"),
+        (3, "must be text or a list of texts"),
+        ([{"LLMRanker": {"loss": "SFT"}}], "must be text or a list of texts"),
+        (None, "must be text or a list"),
+    ],
+)
 def test_what_is_no_model(text: Any, told: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_models(text)
@@ -98,21 +139,30 @@ def test_wrong_settings_of_all_models_are_told_together(toy: dict[str, Any]) -> 
     assert len(told) == 4
 
 
-@pytest.mark.parametrize(("changes", "key"), [
-    ("eval_users=5", "eval_users"), ("eval_args={'mode': 'uni5'}", "eval_args"),
-    ("candidate_seed=1", "candidate_seed"), ("mask_history=False", "mask_history"),
-    ("dataset=ml-100k", "dataset"),
-])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ("eval_users=5", "eval_users"),
+        ("eval_args={'mode': 'uni5'}", "eval_args"),
+        ("candidate_seed=1", "candidate_seed"),
+        ("mask_history=False", "mask_history"),
+        ("dataset=ml-100k", "dataset"),
+    ],
+)
 def test_what_all_must_share(toy: dict[str, Any], changes: str, key: str) -> None:
     """Else they would only be found out when all runs are done."""
     told = told_by(toy, ["Pop", f"BPR[{changes}]"])
     assert told[0].startswith(f"--{key}: must be the same for every model of a comparison: Pop ")
 
 
-@pytest.mark.parametrize(("per_model", "told"), [
-    (3, "--per_model=3: must be a table of tables"), ({"Pop": 3}, "must be a table of tables"),
-    ({"SASrec": {"epochs": 3}}, "--per_model: SASrec: no such model here or in RecBole; did you mean"),
-])
+@pytest.mark.parametrize(
+    ("per_model", "told"),
+    [
+        (3, "--per_model=3: must be a table of tables"),
+        ({"Pop": 3}, "must be a table of tables"),
+        ({"SASrec": {"epochs": 3}}, "--per_model: SASrec: no such model here or in RecBole; did you mean"),
+    ],
+)
 def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None:
     assert told in told_by(toy, "Pop,BPR", per_model)[0]
 
@@ -154,8 +204,9 @@ def test_finished_runs_are_not_run_again(toy: dict[str, Any], monkeypatch: pytes
     assert ran == ["BPR"]
 
 
-def test_a_model_that_fails_stops_no_other(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_fails_stops_no_other(
+    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In RecBole, by our own word, and in any other way; the status is 1."""
     real = comparing.run_recbole_llm
 
@@ -216,11 +267,19 @@ def test_table_that_cannot_be_written(toy: dict[str, Any], monkeypatch: pytest.M
 def record(label: str, candidates: str = "a" * 64, **metrics: float) -> dict[str, Any]:
     """As much of a ``result.json`` as the table reads."""
     return {
-        "label": label, "metrics": {k.replace("_", "@"): v for k, v in metrics.items()}, "rows": 10,
-        "candidate_hash": candidates, "dataset": "toy", "mode": "uni9", "few_shot": None,
-        "training_users": None, "training_interactions": 1234, "seed": 1,
+        "label": label,
+        "metrics": {k.replace("_", "@"): v for k, v in metrics.items()},
+        "rows": 10,
+        "candidate_hash": candidates,
+        "dataset": "toy",
+        "mode": "uni9",
+        "few_shot": None,
+        "training_users": None,
+        "training_interactions": 1234,
+        "seed": 1,
         "versions": {"recbole_llm": "1", "torch": "2"},
-        "trainable_parameters": 12345, "timings": {"train_s": 1.25, "test_s": 0.5},
+        "trainable_parameters": 12345,
+        "timings": {"train_s": 1.25, "test_s": 0.5},
     }
 
 
@@ -239,9 +298,12 @@ def test_different_candidates_share_no_table() -> None:
 
 def test_best_in_bold() -> None:
     """With ties, and where less is better; a failed run is never the best."""
-    runs = [record("A", hit_1=0.5, giniindex_1=0.1, averagepopularity_1=3), {"label": "F", "error": "x"},
-            record("B", hit_1=0.5, giniindex_1=0.3, averagepopularity_1=2),
-            record("C", hit_1=0.25, giniindex_1=0.2, averagepopularity_1=2)]
+    runs = [
+        record("A", hit_1=0.5, giniindex_1=0.1, averagepopularity_1=3),
+        {"label": "F", "error": "x"},
+        record("B", hit_1=0.5, giniindex_1=0.3, averagepopularity_1=2),
+        record("C", hit_1=0.25, giniindex_1=0.2, averagepopularity_1=2),
+    ]
     found = cells(runs)
     assert found["A"][:3] == ["**0.5000**", "**0.1000**", "3.0000"]
     assert found["B"][:3] == ["**0.5000**", "0.3000", "**2.0000**"]

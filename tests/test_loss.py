@@ -76,8 +76,11 @@ def test_hand_worked():
     """
     two = named([-4.0], [[-9.0, -6.0]], [-5.0], [[-8.0, -9.0]])
     expected = {
-        "SDPO": 1.407606, "DMPO": 0.693147, "DMPO-pairs": 0.813262,
-        "DMPO-free": 0.160224, "DMPO-pairs-free": 0.196076,
+        "SDPO": 1.407606,
+        "DMPO": 0.693147,
+        "DMPO-pairs": 0.813262,
+        "DMPO-free": 0.160224,
+        "DMPO-pairs-free": 0.196076,
     }
     for name, loss_fn in MULTI.items():
         result = loss_fn(**two, beta=0.5)
@@ -447,13 +450,18 @@ def trl_batch(tmp_path_factory):
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefgh"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.5,
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.5,
     )
     policy, ref = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     copies = copy.deepcopy(policy), copy.deepcopy(ref)
@@ -463,11 +471,18 @@ def trl_batch(tmp_path_factory):
         {"prompt": "c c g a", "chosen": " h h h", "rejected": " g h"},
     ]
     trainer = trl.DPOTrainer(
-        model=policy, ref_model=ref, processing_class=tokenizer,
+        model=policy,
+        ref_model=ref,
+        processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows),
         args=trl.DPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")), beta=0.3, loss_type="sigmoid", report_to="none",
-            use_cpu=True, bf16=False, per_device_train_batch_size=len(rows),
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            beta=0.3,
+            loss_type="sigmoid",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=len(rows),
         ),
     )
     return trainer, next(iter(trainer.get_train_dataloader())), *copies
@@ -487,8 +502,11 @@ def test_against_trl(trl_batch, name):
     with torch.no_grad():
         ref_logps = completion_logps(ref, ids, mask).chunk(2)
     ours = PREFERENCE_LOSSES[name](
-        policy_chosen_logps=policy_logps[0], policy_rejected_logps=policy_logps[1][:, None],
-        ref_chosen_logps=ref_logps[0], ref_rejected_logps=ref_logps[1][:, None], beta=0.3,
+        policy_chosen_logps=policy_logps[0],
+        policy_rejected_logps=policy_logps[1][:, None],
+        ref_chosen_logps=ref_logps[0],
+        ref_rejected_logps=ref_logps[1][:, None],
+        beta=0.3,
     )
     ours.loss.mean().backward()
 

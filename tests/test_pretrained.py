@@ -130,16 +130,19 @@ def test_context_is_at_most_the_sliding_window() -> None:
 # ---- what cannot be loaded
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"dtype": "int8"}, "--dtype=int8: expected one of auto, float32"),
-    ({"quantization": "3bit"}, "--quantization=3bit: expected one of None, 4bit"),
-    ({"finetune": "all"}, "--finetune=all: expected one of lora, full, none"),
-    ({"attention": "magic"}, "--attention=magic: expected one of auto, eager"),
-    ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
-    ({"quantization": "4bit", "finetune": "full"}, "--finetune=full cannot train --quantization=4bit"),
-    ({"lora_target_modules": ["query"]}, "--lora_target_modules=.*query.*linear layers are .*q_proj"),
-    ({"lora_r": 0}, "--lora_r=0"),
-])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": "int8"}, "--dtype=int8: expected one of auto, float32"),
+        ({"quantization": "3bit"}, "--quantization=3bit: expected one of None, 4bit"),
+        ({"finetune": "all"}, "--finetune=all: expected one of lora, full, none"),
+        ({"attention": "magic"}, "--attention=magic: expected one of auto, eager"),
+        ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
+        ({"quantization": "4bit", "finetune": "full"}, "--finetune=full cannot train --quantization=4bit"),
+        ({"lora_target_modules": ["query"]}, "--lora_target_modules=.*query.*linear layers are .*q_proj"),
+        ({"lora_r": 0}, "--lora_r=0"),
+    ],
+)
 def test_options_that_do_not_work(options: dict[str, object], match: str) -> None:
     with refused(match):
         load(**options)
@@ -166,10 +169,14 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         load("nobody/nothing")
 
 
-@pytest.mark.parametrize("config", [
-    BertConfig(architectures=["BertForMaskedLM"]), T5Config(architectures=["T5ForConditionalGeneration"]),
-    LlamaConfig(architectures=["LlamaForSequenceClassification"]),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(architectures=["BertForMaskedLM"]),
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+        LlamaConfig(architectures=["LlamaForSequenceClassification"]),
+    ],
+)
 def test_not_a_causal_lm(tmp_path: Path, config: object) -> None:
     config.save_pretrained(tmp_path)
     with refused(f"--llm={tmp_path} is a {config.architectures[0]}, not a causal language model"):
@@ -292,7 +299,9 @@ def test_peft_reads_the_adapter(tmp_path: Path) -> None:
     llm = trained()
     save_adapter(llm, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "adapter_base.json", "adapter_config.json", "adapter_model.safetensors",
+        "adapter_base.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
     ]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     peft = PeftModel.from_pretrained(tiny_llm()[0], str(tmp_path)).eval()
@@ -330,13 +339,16 @@ def test_other_base_is_refused(tmp_path: Path, folder: Path) -> None:
         load_adapter(other, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"lora_r": 8}, "--lora_r"),
-    ({"lora_target_modules": ["q_proj"]}, "--lora_target_modules"),
-    ({"lora_alpha": 8}, "--lora_alpha=8: the adapter in .* was trained with 32"),
-    ({"finetune": "full"}, "holds no adapter that can be read.*same --finetune"),
-    ({"finetune": "none"}, "holds no adapter that can be read"),
-])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lora_r": 8}, "--lora_r"),
+        ({"lora_target_modules": ["q_proj"]}, "--lora_target_modules"),
+        ({"lora_alpha": 8}, "--lora_alpha=8: the adapter in .* was trained with 32"),
+        ({"finetune": "full"}, "holds no adapter that can be read.*same --finetune"),
+        ({"finetune": "none"}, "holds no adapter that can be read"),
+    ],
+)
 def test_other_settings_are_refused(tmp_path: Path, options: dict[str, object], match: str) -> None:
     save_adapter(trained(), tmp_path)
     llm = load(**options)

@@ -58,8 +58,10 @@ def rows_of(protocol: Protocol) -> list[tuple[Any, ...]]:
     told: list[tuple[Any, ...]] = []
     for rows in (protocol.valid, protocol.test):
         history = rows.item_tokens[rows.visible["item_id_list"].numpy()]
-        told += [(rows.split, rows.mode, r["user"], r["target"], r["candidates"], h.tolist())
-                 for r, h in zip(rows.records(), history, strict=True)]
+        told += [
+            (rows.split, rows.mode, r["user"], r["target"], r["candidates"], h.tolist())
+            for r, h in zip(rows.records(), history, strict=True)
+        ]
     return told
 
 
@@ -90,8 +92,10 @@ def test_exact_time_order(toy: dict[str, Any], tmp_path: Path) -> None:
             items = exact[record["user"]]
             assert record["target"] == items[place]
             assert rows.item_tokens[history[history > 0]].tolist() == items[:place]
-    sequences = {protocol.test.user_tokens[u]: protocol.test.item_tokens[items].tolist()
-                 for u, items in protocol.training_sequences().items()}
+    sequences = {
+        protocol.test.user_tokens[u]: protocol.test.item_tokens[items].tolist()
+        for u, items in protocol.training_sequences().items()
+    }
     assert sequences == {user: items[:-2] for user, items in exact.items()}
 
     feat = recbole_dataset(config).build()[2].inter_feat
@@ -125,8 +129,7 @@ def recbole_run(settings: dict[str, Any], model: str) -> tuple[Any, dict[str, fl
 
 
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
-def test_equals_recbole(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                        model: str) -> None:
+def test_equals_recbole(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Same seed, same protocol: the same weights bit for bit and the same metrics as RecBole's own run.
 
     Times are small whole numbers, which float32 holds, and all users have 4 events: RecBole splits shorter
@@ -139,10 +142,18 @@ def test_equals_recbole(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest
     else:
         own = {"embedding_size": 16}
     settings = {
-        **toy, **own, "epochs": 2, "seed": 7, "train_batch_size": 64, "metric_decimal_place": 8,
-        "MAX_ITEM_LIST_LENGTH": 20, "mask_history": not sequential,
-        "eval_args": {"split": LS, "group_by": "user", "order": "TO", "mode": "full"}, "topk": [1, 5, 10],
-        "metrics": ["Hit", "NDCG", "MRR", "Recall", "GAUC"], "valid_metric": "NDCG@10",
+        **toy,
+        **own,
+        "epochs": 2,
+        "seed": 7,
+        "train_batch_size": 64,
+        "metric_decimal_place": 8,
+        "MAX_ITEM_LIST_LENGTH": 20,
+        "mask_history": not sequential,
+        "eval_args": {"split": LS, "group_by": "user", "order": "TO", "mode": "full"},
+        "topk": [1, 5, 10],
+        "metrics": ["Hit", "NDCG", "MRR", "Recall", "GAUC"],
+        "valid_metric": "NDCG@10",
         "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
     }
     theirs, their_valid, their_test, their_part = recbole_run(settings, model)
@@ -165,7 +176,8 @@ def test_equals_recbole(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest
 # Split
 
 SPLITS = {
-    "leave-one-out": {"split": LS}, "ratio": {"split": {"RS": [0.8, 0.1, 0.1]}},
+    "leave-one-out": {"split": LS},
+    "ratio": {"split": {"RS": [0.8, 0.1, 0.1]}},
     "ratio-of-all": {"split": {"RS": [0.8, 0.1, 0.1]}, "group_by": None},
     "time": {"split": {"TS": [0.8, 0.1, 0.1]}},
 }
@@ -177,8 +189,7 @@ LENGTHS = [1, 2, 3, 4, 5] * 4 + [12] * 10 + [25] * 6
 def test_one_split_for_all(toy: dict[str, Any], tmp_path: Path, split: str, few_shot: int | None) -> None:
     """A general and a sequential model learn from the same interactions and are asked the same."""
     write_events(tmp_path / "data", random_events(LENGTHS))
-    settings = {**toy, "eval_args": {**SPLITS[split], "mode": "uni9"}, "few_shot": few_shot,
-                "MAX_ITEM_LIST_LENGTH": 30}
+    settings = {**toy, "eval_args": {**SPLITS[split], "mode": "uni9"}, "few_shot": few_shot, "MAX_ITEM_LIST_LENGTH": 30}
     found = {model: prepared(settings, model)[1] for model in ("SASRec", "BPR")}
     general, sequential = trained_on(found["BPR"]), trained_on(found["SASRec"])
     assert general == sequential and len(general) > 50
@@ -199,8 +210,7 @@ def test_leave_one_out_by_hand(toy: dict[str, Any], tmp_path: Path) -> None:
     exact = by_user(events)
     for model in ("SASRec", "BPR"):
         _, protocol = prepared(toy, model)
-        train = Counter((u, i) for u, items in exact.items() if len(items) > 1
-                        for i in items[: max(2, len(items) - 2)])
+        train = Counter((u, i) for u, items in exact.items() if len(items) > 1 for i in items[: max(2, len(items) - 2)])
         assert trained_on(protocol) == train
         assert targets(protocol.valid) == {u: items[-2] for u, items in exact.items() if len(items) > 3}
         assert targets(protocol.test) == {u: items[-1] for u, items in exact.items() if len(items) > 2}
@@ -267,9 +277,13 @@ def test_few_shot_too_large(toy: dict[str, Any], tmp_path: Path) -> None:
 def test_loaders_left_by_recbole_are_not_used(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """RecBole takes a file of loaders that it finds in ``checkpoint_dir``: that would be another split."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    settings = {**toy, "eval_args": {"split": LS, "group_by": "user", "order": "TO", "mode": "uni9"},
-                "MAX_ITEM_LIST_LENGTH": 20, "normalize_all": False,
-                "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]}}
+    settings = {
+        **toy,
+        "eval_args": {"split": LS, "group_by": "user", "order": "TO", "mode": "uni9"},
+        "MAX_ITEM_LIST_LENGTH": 20,
+        "normalize_all": False,
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+    }
     config = Config("BPR", "toy", config_dict={**settings, "save_dataloaders": True})
     data_preparation(config, recbole_dataset(config))
     assert list(Path(toy["checkpoint_dir"]).glob("*dataloader.pth"))
@@ -283,15 +297,19 @@ def test_saved_data_is_refused(toy: dict[str, Any], key: str) -> None:
         LLMConfig("BPR", config_dict={**toy, key: True})
 
 
-@pytest.mark.parametrize(("model", "changes", "told"), [
-    ("BPR", {"metrics": ["AUC", "NDCG"]}, "AUC is no ranking metric"),
-    ("BPR", {"metrics": ["Nonsense", "NDCG"]}, "Nonsense is no ranking metric"),
-    ("BPR", {"metrics": ["NDCG"], "valid_metric": "Hit@10"}, "not among --metrics"),
-    ("BPR", {"eval_args": {"split": {"XX": 1}}}, "split"),
-    ("FM", {}, "--model=FM"),
-])
-def test_what_cannot_be_ranked_is_told_first(toy: dict[str, Any], model: str, changes: dict[str, Any],
-                                             told: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "changes", "told"),
+    [
+        ("BPR", {"metrics": ["AUC", "NDCG"]}, "AUC is no ranking metric"),
+        ("BPR", {"metrics": ["Nonsense", "NDCG"]}, "Nonsense is no ranking metric"),
+        ("BPR", {"metrics": ["NDCG"], "valid_metric": "Hit@10"}, "not among --metrics"),
+        ("BPR", {"eval_args": {"split": {"XX": 1}}}, "split"),
+        ("FM", {}, "--model=FM"),
+    ],
+)
+def test_what_cannot_be_ranked_is_told_first(
+    toy: dict[str, Any], model: str, changes: dict[str, Any], told: str
+) -> None:
     with pytest.raises(ConfigError, match=told):
         LLMConfig(model, config_dict={**toy, **changes})
 
@@ -303,15 +321,28 @@ def test_run_folder_is_whole(toy: dict[str, Any]) -> None:
     result = run_recbole_llm("SASRec", config_dict={**toy, **SMALL_SASREC, "few_shot": 20})
     folder = Path(result["run_folder"])
     assert {f.name for f in folder.iterdir()} == {
-        "config.yaml", "env.json", "train.log", "SASRec.pth", "per_user.csv.gz", "candidates-valid.jsonl.gz",
-        "candidates-test.jsonl.gz", "result.json",
+        "config.yaml",
+        "env.json",
+        "train.log",
+        "SASRec.pth",
+        "per_user.csv.gz",
+        "candidates-valid.jsonl.gz",
+        "candidates-test.jsonl.gz",
+        "result.json",
     }
     record = json.loads((folder / "result.json").read_text())
     assert record["metrics"] == result["test_result"]
     assert record["valid_metrics"] == result["best_valid_result"]
     assert record["candidate_hash"] == result["candidate_hash"] != record["valid_candidate_hash"]
-    expected = {"model": "SASRec", "dataset": "toy", "mode": "uni9", "few_shot": 20, "training_users": 20,
-                "training_interactions": 20 * 10, "rows": 40}
+    expected = {
+        "model": "SASRec",
+        "dataset": "toy",
+        "mode": "uni9",
+        "few_shot": 20,
+        "training_users": 20,
+        "training_interactions": 20 * 10,
+        "rows": 40,
+    }
     assert {key: record[key] for key in expected} == expected
     weights = torch.load(folder / "SASRec.pth", weights_only=True)["state_dict"]
     assert record["trainable_parameters"] == sum(w.numel() for w in weights.values())

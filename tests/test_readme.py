@@ -14,7 +14,9 @@ from recbole_llm.report.compare import parse_models
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^(?:recbole-llm|make) .+$", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+LINES = re.findall(
+    r"^(?:recbole-llm|make) .+$", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+)
 
 
 def test_there_are_commands() -> None:

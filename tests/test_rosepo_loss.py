@@ -13,7 +13,12 @@ from recbole_llm.loss import dmpo_loss, dpo_loss, rosepo_loss, sdpo_loss
 
 def drawn(n: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"policy_chosen_logps": (4,), "policy_rejected_logps": (4, n), "ref_chosen_logps": (4,), "ref_rejected_logps": (4, n)}
+    shapes = {
+        "policy_chosen_logps": (4,),
+        "policy_rejected_logps": (4, n),
+        "ref_chosen_logps": (4,),
+        "ref_rejected_logps": (4, n),
+    }
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
@@ -25,8 +30,14 @@ def margins(logps: dict[str, torch.Tensor], beta: float) -> torch.Tensor:
 def test_hand_worked() -> None:
     """h = ln 3, so s(h) = 3/4; eps = 1/4: -(3/4) ln(3/4) - (1/4) ln(1/4) = 0.562335."""
     zero = torch.zeros(1)
-    result = rosepo_loss(policy_chosen_logps=torch.tensor([math.log(3)]), policy_rejected_logps=torch.zeros(1, 1),
-                         ref_chosen_logps=zero, ref_rejected_logps=torch.zeros(1, 1), beta=1.0, smoothing=0.25)
+    result = rosepo_loss(
+        policy_chosen_logps=torch.tensor([math.log(3)]),
+        policy_rejected_logps=torch.zeros(1, 1),
+        ref_chosen_logps=zero,
+        ref_rejected_logps=torch.zeros(1, 1),
+        beta=1.0,
+        smoothing=0.25,
+    )
     assert result.loss.item() == pytest.approx(0.5623351446)
 
 
@@ -36,8 +47,10 @@ def test_without_smoothing_it_is_dpo(robust: bool) -> None:
     alone = rosepo_loss(**one, beta=0.3, smoothing=0.0, robust=robust).loss
     for other in (dpo_loss, dmpo_loss, sdpo_loss):
         torch.testing.assert_close(alone, other(**one, beta=0.3).loss)
-    torch.testing.assert_close(rosepo_loss(**many, beta=0.3, smoothing=0.0, robust=robust).loss,
-                               dmpo_loss(**many, beta=0.3, pairwise_mean=True).loss)
+    torch.testing.assert_close(
+        rosepo_loss(**many, beta=0.3, smoothing=0.0, robust=robust).loss,
+        dmpo_loss(**many, beta=0.3, pairwise_mean=True).loss,
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 1), (4, 3)])
@@ -53,11 +66,18 @@ def test_equals_soft_label_cross_entropy(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("eps", [0.01, 0.1, 0.3, 0.5])
 def test_optimum_is_at_the_log_odds(eps: float) -> None:
     """d loss / d h = s(h) - (1 - eps) vanishes at h* = log((1 - eps) / eps), and the loss rises on both sides."""
+
     def loss(h: float) -> torch.Tensor:
         chosen = torch.tensor([h], dtype=torch.float64, requires_grad=True)
         zero = torch.zeros(1, dtype=torch.float64)
-        value = rosepo_loss(policy_chosen_logps=chosen, policy_rejected_logps=zero[:, None], ref_chosen_logps=zero,
-                            ref_rejected_logps=zero[:, None], beta=1.0, smoothing=eps).loss.sum()
+        value = rosepo_loss(
+            policy_chosen_logps=chosen,
+            policy_rejected_logps=zero[:, None],
+            ref_chosen_logps=zero,
+            ref_rejected_logps=zero[:, None],
+            beta=1.0,
+            smoothing=eps,
+        ).loss.sum()
         return value, torch.autograd.grad(value, chosen)[0]
 
     best = math.log((1 - eps) / eps)
@@ -70,8 +90,10 @@ def test_robust_form_is_unbiased_under_flipped_labels() -> None:
     """(1 - eps) robust(w, l) + eps robust(l, w) = DPO(w, l)."""
     logps, eps = drawn(1), 0.2
     swapped = {
-        "policy_chosen_logps": logps["policy_rejected_logps"][:, 0], "policy_rejected_logps": logps["policy_chosen_logps"][:, None],
-        "ref_chosen_logps": logps["ref_rejected_logps"][:, 0], "ref_rejected_logps": logps["ref_chosen_logps"][:, None],
+        "policy_chosen_logps": logps["policy_rejected_logps"][:, 0],
+        "policy_rejected_logps": logps["policy_chosen_logps"][:, None],
+        "ref_chosen_logps": logps["ref_rejected_logps"][:, 0],
+        "ref_rejected_logps": logps["ref_chosen_logps"][:, None],
     }
     right = rosepo_loss(**logps, beta=0.5, smoothing=eps, robust=True).loss
     wrong = rosepo_loss(**swapped, beta=0.5, smoothing=eps, robust=True).loss
@@ -84,13 +106,28 @@ def test_gradcheck_start_value_and_no_overflow(robust: bool) -> None:
     inputs = [t.requires_grad_() for t in logps.values()]
     names = list(logps)
     assert torch.autograd.gradcheck(
-        lambda *x: rosepo_loss(**dict(zip(names, x, strict=True)), beta=0.5, smoothing=0.1, robust=robust).loss, inputs)
-    same = {**drawn(), "ref_chosen_logps": drawn()["policy_chosen_logps"], "ref_rejected_logps": drawn()["policy_rejected_logps"]}
-    torch.testing.assert_close(rosepo_loss(**same, beta=0.5, smoothing=0.1, robust=robust).loss, torch.full((4,), math.log(2), dtype=torch.float64))
+        lambda *x: rosepo_loss(**dict(zip(names, x, strict=True)), beta=0.5, smoothing=0.1, robust=robust).loss, inputs
+    )
+    same = {
+        **drawn(),
+        "ref_chosen_logps": drawn()["policy_chosen_logps"],
+        "ref_rejected_logps": drawn()["policy_rejected_logps"],
+    }
+    torch.testing.assert_close(
+        rosepo_loss(**same, beta=0.5, smoothing=0.1, robust=robust).loss,
+        torch.full((4,), math.log(2), dtype=torch.float64),
+    )
     for huge in (1e4, -1e4):
         chosen = torch.full((1,), huge, requires_grad=True)
-        loss = rosepo_loss(policy_chosen_logps=chosen, policy_rejected_logps=torch.zeros(1, 1), ref_chosen_logps=torch.zeros(1),
-                           ref_rejected_logps=torch.zeros(1, 1), beta=1.0, smoothing=0.1, robust=robust).loss.sum()
+        loss = rosepo_loss(
+            policy_chosen_logps=chosen,
+            policy_rejected_logps=torch.zeros(1, 1),
+            ref_chosen_logps=torch.zeros(1),
+            ref_rejected_logps=torch.zeros(1, 1),
+            beta=1.0,
+            smoothing=0.1,
+            robust=robust,
+        ).loss.sum()
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
 

@@ -77,6 +77,8 @@ def test_special_tokens_and_template(tokenizer: object) -> None:
 @torch.no_grad()
 def test_log_probs_depend_on_what_is_attended_to(tokenizer: object) -> None:
     model = tiny_llm()[0]
-    first, other = (model(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
-                    for text in ("Toy Story\n", "GoldenEye\n"))
+    first, other = (
+        model(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+        for text in ("Toy Story\n", "GoldenEye\n")
+    )
     assert (first - other).abs().max() > 0.1

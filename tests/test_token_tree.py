@@ -82,7 +82,9 @@ def test_attention_kernels_agree(attention: str) -> None:
     for _, tokens in asked:
         builder.completion(builder.chain(end, tokens))
     with torch.no_grad():
-        torch.testing.assert_close(batch_logps(model, [builder.build()]), one_at_a_time(model, asked), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            batch_logps(model, [builder.build()]), one_at_a_time(model, asked), atol=1e-4, rtol=0
+        )
 
 
 def test_a_hand_made_tree() -> None:
@@ -98,11 +100,19 @@ def test_a_hand_made_tree() -> None:
     assert tree.depth.tolist() == [0, 1, 2, 2, 3, 2]
     assert tree.subtree_end.tolist() == [6, 6, 3, 5, 5, 6]
     assert tree.mask().int().tolist() == [
-        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 1],
     ]
     fed = tree.without_leaves()
-    assert fed.token.tolist() == [10, 11, 20] and fed.parent.tolist() == [-1, 0, 1] and fed.subtree_end.tolist() == [3, 3, 3]
+    assert (
+        fed.token.tolist() == [10, 11, 20]
+        and fed.parent.tolist() == [-1, 0, 1]
+        and fed.subtree_end.tolist() == [3, 3, 3]
+    )
     batch = batch_trees([tree])
     # Three titles share the row of the last prompt token; only "y" needs another.
     assert batch.input_ids.tolist() == [[10, 11, 20]] and batch.head_rows.tolist() == [1, 2]

@@ -28,20 +28,33 @@ def prompt_of(family: str) -> Prompt:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=25), st.integers(1, 8), st.integers(0, 6), st.integers(40, 400),
-       st.sampled_from(["stream", "instruct"]))
-def test_each_position_is_trained_once_and_never_cut(items: list[int], history: int, last: int, most: int, family: str) -> None:
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=25),
+    st.integers(1, 8),
+    st.integers(0, 6),
+    st.integers(40, 400),
+    st.sampled_from(["stream", "instruct"]),
+)
+def test_each_position_is_trained_once_and_never_cut(
+    items: list[int], history: int, last: int, most: int, family: str
+) -> None:
     prompt = prompt_of(family)
-    windows = training_windows({7: np.array(items)}, prompt, history=history, last=last, most_tokens=max(most, prompt.longest(1)))
+    windows = training_windows(
+        {7: np.array(items)}, prompt, history=history, last=last, most_tokens=max(most, prompt.longest(1))
+    )
     trained = [(w.items[t], len(w.items[:t])) for w in windows for t in w.targets]
     first = max(1, len(items) - last) if last else 1
     assert [item for item, _ in trained] == items[first:]
     for window in windows:
         assert max(window.targets) <= history or family == "instruct"
-        assert len(prompt.trunk(window.items)) <= max(most, prompt.longest(1)) or len(window.items) == 2 or family == "instruct"
+        assert (
+            len(prompt.trunk(window.items)) <= max(most, prompt.longest(1))
+            or len(window.items) == 2
+            or family == "instruct"
+        )
         if family == "instruct":  # the history is the run of items right before the target
             end = first + [id(w) for w in windows].index(id(window))
-            assert list(window.items[:-1]) == items[end - len(window.items) + 1:end]
+            assert list(window.items[:-1]) == items[end - len(window.items) + 1 : end]
 
 
 @pytest.fixture
@@ -56,8 +69,11 @@ def test_preference_logps_equal_one_sequence_at_a_time(ranker: LLMRanker, family
     ranker.prompt = Prompt(load_template(family, PROPERTIES), ranker.texts, ranker.llm.tokenizer)
     items = (3, 9, 4, 17, 30)
     whole = Window(1, items, (1, 3, 4), ((5, 6), (7, 8), (10, 11)))
-    windows = [whole] if family == "stream" else [
-        Window(1, items[:t + 1], (t,), (r,)) for t, r in zip(whole.targets, whole.rejected, strict=True)]
+    windows = (
+        [whole]
+        if family == "stream"
+        else [Window(1, items[: t + 1], (t,), (r,)) for t, r in zip(whole.targets, whole.rejected, strict=True)]
+    )
     logps = ranker.window_logps(windows)
     for row, (target, rejected) in enumerate(zip(whole.targets, whole.rejected, strict=True)):
         before = ranker.prompt.trunk(items[:target])
@@ -76,7 +92,9 @@ def test_stream_window_loss_and_gradient_equal_recbole_rows(ranker: LLMRanker) -
     packed = torch.autograd.grad(window.total / window.count, weights)
     rows = {
         "item_id_list": torch.tensor([items[:n] + [0] * (20 - n) for n in range(1, 6)]),
-        "item_length": torch.arange(1, 6), "item_id": torch.tensor(items[1:]), "user_id": torch.ones(5, dtype=torch.long),
+        "item_length": torch.arange(1, 6),
+        "item_id": torch.tensor(items[1:]),
+        "user_id": torch.ones(5, dtype=torch.long),
     }
     loss = ranker.calculate_loss(rows)
     torch.testing.assert_close(window.total / window.count, loss, atol=1e-5, rtol=0)
@@ -91,11 +109,11 @@ def test_history_is_cut_by_whole_oldest_items(length: int, most: int) -> None:
     most = max(most, prompt.longest(1))
     history = list(np.random.default_rng(length).integers(1, len(TEXTS), length))
     kept = prompt.fit(history, most)
-    assert list(kept) == history[len(history) - len(kept):]
+    assert list(kept) == history[len(history) - len(kept) :]
     longest = max(map(len, prompt.answers))
     assert len(prompt.trunk(kept)) + longest <= most
     if len(kept) < length:
-        assert len(prompt.trunk(history[length - len(kept) - 1:])) + longest > most
+        assert len(prompt.trunk(history[length - len(kept) - 1 :])) + longest > most
 
 
 # ---- rejected items
@@ -104,8 +122,16 @@ def test_history_is_cut_by_whole_oldest_items(length: int, most: int) -> None:
 def sampler(config: LLMConfig, strategy: str, number: int = 3, seed: int = 1) -> RejectedItems:
     protocol = prepare_data(config)
     counts = np.bincount(protocol.events.item, minlength=protocol.dataset.item_num)
-    return RejectedItems(strategy, number, protocol.events, protocol.train_ends, counts, protocol.dataset.field2id_token["user_id"],
-                         threshold=3, seed=seed)
+    return RejectedItems(
+        strategy,
+        number,
+        protocol.events,
+        protocol.train_ends,
+        counts,
+        protocol.dataset.field2id_token["user_id"],
+        threshold=3,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "popularity", "low_rating"])
@@ -160,4 +186,6 @@ def test_errors(toy: dict[str, Any], tiny: dict[str, Any]) -> None:
         draws.draw(1, 1)
     draws.events.rating[:] = np.nan
     with pytest.raises(UserError, match="low_rating"):
-        RejectedItems("low_rating", 1, draws.events, draws.train_ends, draws.counts, draws.user_tokens, threshold=3, seed=0)
+        RejectedItems(
+            "low_rating", 1, draws.events, draws.train_ends, draws.counts, draws.user_tokens, threshold=3, seed=0
+        )

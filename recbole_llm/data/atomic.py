@@ -17,8 +17,27 @@ import recbole
 from recbole_llm.errors import UserError
 
 # What pandas, and so RecBole, reads as a missing value.
-MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
-           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+MISSING = {
+    "",
+    "#N/A",
+    "#N/A N/A",
+    "#NA",
+    "-1.#IND",
+    "-1.#QNAN",
+    "-NaN",
+    "-nan",
+    "1.#IND",
+    "1.#QNAN",
+    "<NA>",
+    "N/A",
+    "NA",
+    "NULL",
+    "NaN",
+    "None",
+    "n/a",
+    "nan",
+    "null",
+}
 KINDS = {"USER_ID_FIELD": "token", "ITEM_ID_FIELD": "token", "TIME_FIELD": "float", "RATING_FIELD": "float"}
 
 
@@ -72,12 +91,16 @@ def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     needed = {key: settings[key] for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")}
     lacks = [f"--{key}={name}" for key, name in needed.items() if name not in found]
     if lacks:
-        raise UserError(f"{', '.join(lacks)}: {file} has no such column; it has {', '.join(found)}. Name "
-                        "the one that is meant.")
+        raise UserError(
+            f"{', '.join(lacks)}: {file} has no such column; it has {', '.join(found)}. Name the one that is meant."
+        )
     rating = settings["RATING_FIELD"]
     used = needed | ({"RATING_FIELD": rating} if rating in found else {})
-    wrong = [f"--{key}={name}: {file} calls it `{name}:{found[name]}`, and it must be `{name}:{KINDS[key]}`."
-             for key, name in used.items() if found[name] != KINDS[key]]
+    wrong = [
+        f"--{key}={name}: {file} calls it `{name}:{found[name]}`, and it must be `{name}:{KINDS[key]}`."
+        for key, name in used.items()
+        if found[name] != KINDS[key]
+    ]
     if wrong:
         raise UserError(" ".join(wrong) + " Change the header, or name another column.")
     stamp = (file.stat().st_mtime_ns, file.stat().st_size)
@@ -86,8 +109,9 @@ def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
 
 
 @lru_cache(maxsize=8)  # a comparison makes a configuration for each model, and another for each run
-def _check_lines(file: Path, separator: str, columns: Sequence[str], used: Sequence[str],
-                 stamp: tuple[int, int]) -> None:
+def _check_lines(
+    file: Path, separator: str, columns: Sequence[str], used: Sequence[str], stamp: tuple[int, int]
+) -> None:
     """Refuse what RecBole would read as something else: short lines, quotes, missing users or times.
 
     Args:
@@ -158,7 +182,7 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        number = error.object[:error.start].count(b"\n") + 1
+        number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {number}: not UTF-8 text; save the file as UTF-8.") from None
     rows: dict[str, dict[str, str]] = {}
     # Only a newline ends a line: titles may hold U+0085 or U+2028, which str.splitlines would break at.

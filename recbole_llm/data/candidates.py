@@ -14,9 +14,8 @@ import torch
 from recbole.config import Config
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
-from recbole.utils import ModelType
 
-from recbole_llm.data.dataset import POSITION, SPLITS, Events
+from recbole_llm.data.dataset import POSITION, Events
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import whole
 
@@ -58,12 +57,19 @@ class EvalRows:
         """One JSON-able record a row, by tokens, in file order."""
         for row in range(len(self)):
             candidates = None if self.candidates is None else self.item_tokens[self.candidates[row]].tolist()
-            yield {"user": str(self.user_tokens[self.users[row]]), "target": str(self.item_tokens[self.targets[row]]),
-                   "candidates": candidates}
+            yield {
+                "user": str(self.user_tokens[self.users[row]]),
+                "target": str(self.item_tokens[self.targets[row]]),
+                "candidates": candidates,
+            }
 
     def save(self, file: Path) -> None:
         """Write the rows as gzipped JSON lines, whole or not at all."""
-        with whole(file) as beside, open(beside, "wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
+        with (
+            whole(file) as beside,
+            open(beside, "wb") as raw,
+            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out,
+        ):
             for record in self.records():
                 out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
@@ -167,5 +173,3 @@ def _digest(rows: EvalRows, mask_history: bool) -> str:
             record["candidates"] = sorted(record["candidates"])
         told.update(json.dumps(record, sort_keys=True).encode())
     return told.hexdigest()
-
-

@@ -35,7 +35,7 @@ class Events:
 
     def items_of(self, user: int) -> np.ndarray:
         """Items of a user in order of time."""
-        return self.item[self.start[user]:self.start[user + 1]]
+        return self.item[self.start[user] : self.start[user + 1]]
 
 
 class ProtocolDataset:

@@ -70,7 +70,9 @@ def text_template(wanted: str, columns: list[str], dataset: str) -> str:
         try:
             used = text_columns(wanted)
         except ValueError as error:
-            raise UserError(f"--item_text={wanted!r}: {error}; write columns in braces, for example {{title}}.") from None
+            raise UserError(
+                f"--item_text={wanted!r}: {error}; write columns in braces, for example {{title}}."
+            ) from None
         unknown = [name for name in used if name not in columns]
         if unknown or not used:
             what = f"no column {', '.join(f'{{{u}}}' for u in unknown)}" if unknown else "no column in braces"
@@ -78,7 +80,10 @@ def text_template(wanted: str, columns: list[str], dataset: str) -> str:
         return wanted
     title = next((c for c in TITLE_COLUMNS if c in columns), None)
     if title is None:
-        raise UserError(f"--item_text=auto: no title column ({', '.join(TITLE_COLUMNS)}); {found}. Name yours, for example --item_text='{{{(columns or ['title'])[0]}}}'.")
+        raise UserError(
+            f"--item_text=auto: no title column ({', '.join(TITLE_COLUMNS)}); {found}. "
+            f"Name yours, for example --item_text='{{{(columns or ['title'])[0]}}}'."
+        )
     year = next((c for c in YEAR_COLUMNS if c in columns), None)
     return f"{{{title}}}" + (f" ({{{year}}})" if year else "")
 
@@ -103,19 +108,24 @@ def _name_the_untitled(texts: list[str], tokens: list[str], dataset: str) -> lis
             "Check that the .item file belongs to this .inter file, or name other columns with --item_text."
         )
     if missing:
-        logger.warning(f"Item text: {len(missing)} items have none and are called `untitled <id>` (for example {missing[:3]}).")
+        logger.warning(
+            f"Item text: {len(missing)} items have none and are called `untitled <id>` (for example {missing[:3]})."
+        )
     return [text or f"untitled {token}" for text, token in zip(texts, tokens, strict=True)]
 
 
 def _cut_the_long(texts: list[str], most: int, count_tokens: Callable[[Sequence[str]], list[int]]) -> list[str]:
     long = [i for i, n in enumerate(count_tokens(texts)) if n > most]
     if long:
-        logger.warning(f"Item text: {len(long)} texts are over item_text_max_tokens={most} and lose their last words (for example {texts[long[0]][:60]!r}...).")
+        logger.warning(
+            f"Item text: {len(long)} texts are over item_text_max_tokens={most} and lose their last words "
+            f"(for example {texts[long[0]][:60]!r}...)."
+        )
     texts = list(texts)
     for i in long:
         words = texts[i].split(" ")
         fits = bisect_right(range(len(words)), most, key=lambda n: count_tokens([" ".join(words[:n])])[0]) - 1
-        text = " ".join(words[:max(1, fits)])
+        text = " ".join(words[: max(1, fits)])
         while len(text) > 1 and count_tokens([text])[0] > most:  # a single huge word loses characters
             text = text[: len(text) * 3 // 4]
         texts[i] = text
@@ -127,7 +137,10 @@ def _tell_apart(texts: list[str], tokens: list[str]) -> list[str]:
     twins = [text for text, n in count.items() if n > 1]
     if twins:
         total = sum(count[t] - 1 for t in twins)
-        logger.warning(f"Item text: {len(twins)} texts belong to several items; {total} items get ` (2)`, ` (3)`... (for example {twins[:3]}).")
+        logger.warning(
+            f"Item text: {len(twins)} texts belong to several items; {total} items get ` (2)`, ` (3)`... "
+            f"(for example {twins[:3]})."
+        )
     taken, texts = set(count), list(texts)
     first: set[str] = set()
     for i in sorted(range(len(texts)), key=lambda i: tokens[i]):

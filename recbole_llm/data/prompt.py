@@ -86,9 +86,9 @@ class Prompt:
         """
         room = most - len(self.prefix) - len(self.suffix) - max(map(len, self.answers))
         kept = len(history)
-        while kept and sum(len(self.lines[i]) for i in history[len(history) - kept:]) > room:
+        while kept and sum(len(self.lines[i]) for i in history[len(history) - kept :]) > room:
             kept -= 1
-        return history[len(history) - kept:]
+        return history[len(history) - kept :]
 
     def candidate_tree(self, history: Sequence[int], candidates: Sequence[int]) -> TokenTree:
         """The prompt as trunk, each candidate's answer as a branch; completions in the order of the candidates."""
@@ -136,7 +136,10 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
     file = file if file.is_file() else Path(name)
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in (folder / "prompt").glob("*.yaml")))
-        raise UserError(f"--prompt={name}: no such template; use {known}, or the path of a YAML file like those in properties/prompt.")
+        raise UserError(
+            f"--prompt={name}: no such template; use {known}, or the path of a YAML file "
+            "like those in properties/prompt."
+        )
     try:
         template = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
@@ -149,11 +152,15 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
     holes = {"line": "{title}", "question": "{history}"}
     wrong += [k for k, hole in holes.items() if k in REQUIRED[family] and str(template.get(k)).count(hole) != 1]
     if wrong:
-        raise UserError(f"--prompt={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
-                        f"{', '.join(REQUIRED[family])}, `line` holds {{title}} once and `question` holds {{history}} once.")
+        raise UserError(
+            f"--prompt={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
+            f"{', '.join(REQUIRED[family])}, `line` holds {{title}} once and `question` holds {{history}} once."
+        )
     if family == "stream" and template["line"].endswith("{title}"):
-        raise UserError(f"--prompt={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
-                        "a line, and a title without an end is as likely as all that begin with it.")
+        raise UserError(
+            f"--prompt={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
+            "a line, and a title without an end is as likely as all that begin with it."
+        )
     return template
 
 
@@ -167,14 +174,19 @@ def _chat_parts(question: str, tokenizer: Any) -> tuple[list[int], list[int], li
     question = question.replace("{history}", HISTORY_MARK)
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                 add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
         except TemplateError as error:
-            raise UserError(f"--prompt: the LLM's chat template refuses a question ({error}); use --prompt=stream.") from error
+            raise UserError(
+                f"--prompt: the LLM's chat template refuses a question ({error}); use --prompt=stream."
+            ) from error
     else:  # a base model: plain question and answer
         text = f"{tokenizer.bos_token or ''}Question: {question}\nAnswer:\n"
     if text.count(HISTORY_MARK) != 1:
-        raise UserError("--prompt: the LLM's chat template does not show a question once, as it is; use --prompt=stream.")
+        raise UserError(
+            "--prompt: the LLM's chat template does not show a question once, as it is; use --prompt=stream."
+        )
     before, after = text.split(HISTORY_MARK)
     prefix, suffix = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
     return prefix, suffix, [tokenizer.eos_token_id]

@@ -66,7 +66,9 @@ def prepare_data(config: Config) -> Protocol:
     kept = ends.copy()
     if sequences.train_users is not None:
         kept[np.setdiff1d(np.arange(len(kept)), sequences.train_users)] = 0
-    valid, test = (freeze_rows(config, part, split, events, ends) for part, split in zip(parts[1:], ("valid", "test"), strict=True))
+    valid, test = (
+        freeze_rows(config, part, split, events, ends) for part, split in zip(parts[1:], ("valid", "test"), strict=True)
+    )
     counts = popularity(events, kept, dataset.item_num)
     counter = Counter({int(i): int(n) for i, n in enumerate(counts) if n})
     return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter)
@@ -83,4 +85,6 @@ def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:
     if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
         return loader(config, parts[0], sampler, shuffle=config["shuffle"])
     negatives = config["train_neg_sample_args"]
-    return loader(config, parts[0], sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"]), shuffle=True)
+    return loader(
+        config, parts[0], sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"]), shuffle=True
+    )

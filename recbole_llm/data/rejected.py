@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-
 from recbole.config import Config
 
 from recbole_llm.data.dataset import Events
@@ -20,8 +19,16 @@ def rejected_items(config: Config, protocol: Protocol) -> RejectedItems:
     """The sampler that a configuration asks for; popularity is that of the training users who are kept."""
     dataset = protocol.dataset
     counts = np.array([protocol.item_counter[i] for i in range(dataset.item_num)])
-    return RejectedItems(config["rejected"], config["rejected_num"], protocol.events, protocol.train_ends, counts,
-                         dataset.field2id_token[dataset.uid_field], threshold=config["rating_threshold"], seed=config["seed"])
+    return RejectedItems(
+        config["rejected"],
+        config["rejected_num"],
+        protocol.events,
+        protocol.train_ends,
+        counts,
+        dataset.field2id_token[dataset.uid_field],
+        threshold=config["rating_threshold"],
+        seed=config["seed"],
+    )
 
 
 class RejectedItems:
@@ -45,10 +52,22 @@ class RejectedItems:
         UserError: low_rating without ratings, or a catalogue smaller than k.
     """
 
-    def __init__(self, strategy: str, number: int, events: Events, train_ends: np.ndarray, counts: np.ndarray,
-                 user_tokens: np.ndarray, *, threshold: float, seed: int) -> None:
+    def __init__(
+        self,
+        strategy: str,
+        number: int,
+        events: Events,
+        train_ends: np.ndarray,
+        counts: np.ndarray,
+        user_tokens: np.ndarray,
+        *,
+        threshold: float,
+        seed: int,
+    ) -> None:
         if strategy == "low_rating" and np.isnan(events.rating).all():
-            raise UserError("--rejected=low_rating: the data set has no rating column; use --rejected=uniform or popularity.")
+            raise UserError(
+                "--rejected=low_rating: the data set has no rating column; use --rejected=uniform or popularity."
+            )
         self.strategy, self.number, self.threshold, self.seed = strategy, number, threshold, seed
         self.events, self.train_ends, self.counts, self.user_tokens = events, train_ends, counts, user_tokens
         self.catalogue = np.unique(events.item)
@@ -90,8 +109,10 @@ class RejectedItems:
         odds = self.counts[free].astype(float) if self.strategy == "popularity" else np.ones(len(free))
         missing = self.number - len(chosen)
         if (odds > 0).sum() < missing:
-            raise UserError(f"--rejected_num={self.number}: user {self.user_tokens[user]} has only {int((odds > 0).sum())} items that "
-                            "could be rejected; set a smaller number.")
+            raise UserError(
+                f"--rejected_num={self.number}: user {self.user_tokens[user]} has only {int((odds > 0).sum())} items "
+                "could be rejected; set a smaller number."
+            )
         more = rng.choice(free, missing, replace=False, p=odds / odds.sum()) if missing else []
         return tuple(int(i) for i in (*chosen, *more))
 

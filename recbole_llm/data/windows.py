@@ -9,11 +9,14 @@ import numpy as np
 from recbole_llm.data.prompt import Prompt, Window
 
 
-def training_windows(sequences: Mapping[int, np.ndarray], prompt: Prompt, *, history: int, last: int, most_tokens: int) -> list[Window]:
+def training_windows(
+    sequences: Mapping[int, np.ndarray], prompt: Prompt, *, history: int, last: int, most_tokens: int
+) -> list[Window]:
     """Windows that train each position of each user once, the first item of a user excepted (it has no history).
 
     With a stream prompt a window is a stretch of ``history + 1`` items, all but its first trained; each stretch begins
-    with the last item of the one before, and the first of a user is the short one. With an instruct prompt each trained position is a window of its own.
+    with the last item of the one before, and the first of a user is the short one. With an instruct prompt each
+    trained position is a window of its own.
 
     Args:
         sequences: user -> training items in order of time.
@@ -29,20 +32,22 @@ def training_windows(sequences: Mapping[int, np.ndarray], prompt: Prompt, *, his
             windows += _stretches(user, items, first, history, prompt, most_tokens)
         else:
             for target in range(first, len(items)):
-                kept = prompt.fit(items[max(0, target - history):target], most_tokens)
+                kept = prompt.fit(items[max(0, target - history) : target], most_tokens)
                 windows.append(Window(user, (*kept, items[target]), (len(kept),)))
     return windows
 
 
-def _stretches(user: int, items: Sequence[int], first: int, history: int, prompt: Prompt, most_tokens: int) -> list[Window]:
+def _stretches(
+    user: int, items: Sequence[int], first: int, history: int, prompt: Prompt, most_tokens: int
+) -> list[Window]:
     windows, end = [], len(items) - 1
     # From the end backwards: the latest titles, closest to what is asked later, get the longest histories.
     while end >= first:
         start = max(0, end - history)
         # The last title of a stretch is its last answer, so the trunk must hold all of them.
-        while start < end - 1 and len(prompt.trunk(items[start:end + 1])) > most_tokens:
+        while start < end - 1 and len(prompt.trunk(items[start : end + 1])) > most_tokens:
             start += 1
         targets = tuple(t for t in range(1, end - start + 1) if start + t >= first)
-        windows.append(Window(user, items[start:end + 1], targets))
+        windows.append(Window(user, items[start : end + 1], targets))
         end = start
     return windows[::-1]

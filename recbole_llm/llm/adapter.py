@@ -67,8 +67,10 @@ def save_adapter(llm: LLM, folder: Path) -> None:
             for file in sorted(work.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--checkpoint_dir: the adapter could not be saved in {folder}: {error}. Free some space, or "
-                        "name another folder; the last good adapter is untouched.") from error
+        raise UserError(
+            f"--checkpoint_dir: the adapter could not be saved in {folder}: {error}. Free some space, or "
+            "name another folder; the last good adapter is untouched."
+        ) from error
 
 
 def load_adapter(llm: LLM, folder: Path) -> None:

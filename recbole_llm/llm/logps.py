@@ -44,21 +44,27 @@ def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
     """Log-probability of all completions of trees that fit one forward pass ``[sum of n_completions]``, nats."""
     decoder, head = decoder_and_head(model)
     batch = batch_trees(trees).to(next(model.parameters()).device)
-    hidden = decoder(input_ids=batch.input_ids, attention_mask=_additive(batch.mask, model), position_ids=batch.position_ids,
-                     use_cache=False).last_hidden_state
+    hidden = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=_additive(batch.mask, model),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.head_rows]
     token_logps = _token_logps(hidden, batch.row, batch.target, head, model.config)
     return token_logps.new_zeros(batch.n_completions).index_add(0, batch.completion, token_logps)
 
 
 def _additive(mask: torch.Tensor | None, model: nn.Module) -> torch.Tensor | None:
-    """0 where attended and -inf elsewhere: eager attention would add a bool mask as numbers, and SDPA is faster so on CPU."""
+    """0 where attended, -inf elsewhere: eager attention would add a bool mask as numbers, and CPU SDPA is faster so."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def _token_logps(hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any) -> torch.Tensor:
+def _token_logps(
+    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any
+) -> torch.Tensor:
     """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits."""
     cap = getattr(config, "final_logit_softcapping", None)
     plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad and cap is None
@@ -69,15 +75,19 @@ def _token_logps(hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, 
     parts = []
     for first in range(0, len(hidden), HEAD_ROWS_AT_ONCE):
         mine = (row >= first) & (row < first + HEAD_ROWS_AT_ONCE)
-        chunk = hidden[first:first + HEAD_ROWS_AT_ONCE]
-        parts.append((mine, checkpoint(_chunk_logps, chunk, row[mine] - first, target[mine], head, cap, use_reentrant=False)))
+        chunk = hidden[first : first + HEAD_ROWS_AT_ONCE]
+        parts.append(
+            (mine, checkpoint(_chunk_logps, chunk, row[mine] - first, target[mine], head, cap, use_reentrant=False))
+        )
     logps = hidden.new_zeros(len(row), dtype=torch.float32)
     for mine, part in parts:
         logps = logps.masked_scatter(mine, part)
     return logps
 
 
-def _chunk_logps(hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, cap: float | None) -> torch.Tensor:
+def _chunk_logps(
+    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, cap: float | None
+) -> torch.Tensor:
     logits = head(hidden).float()
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return logits[row, target] - logits.logsumexp(-1)[row]

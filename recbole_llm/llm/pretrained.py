@@ -124,7 +124,9 @@ def _load_base(
             raise UserError("--quantization=4bit needs bitsandbytes: pip install 'recbole-llm[qlora]'")
         options["device_map"] = {"": str(device)}
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
     model, found = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)

@@ -60,16 +60,20 @@ def tiny_llm(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 def _title_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     # A line break alone; the rest in words. Without this, "\n\n" or ")\n" could become one token.
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     titles = Path(recbole_file).parent / "dataset_example" / "ml-100k" / "ml-100k.item"
     lines = [line.split("\t")[1] for line in titles.read_text(encoding="utf-8").splitlines()[1:]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
-        lines, trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False))
+        lines, trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",

@@ -51,8 +51,15 @@ class TokenTree:
         before = torch.cat([torch.zeros(1, dtype=torch.long), inner.long().cumsum(0)])  # inner nodes before each node
         parent = self.parent[inner]
         parent = torch.where(parent < 0, -1, before[parent.clamp(min=0)])
-        return TokenTree(self.token[inner], parent, self.depth[inner], before[self.subtree_end[inner]],
-                         self.scored, self.completion, self.n_completions)
+        return TokenTree(
+            self.token[inner],
+            parent,
+            self.depth[inner],
+            before[self.subtree_end[inner]],
+            self.scored,
+            self.completion,
+            self.n_completions,
+        )
 
 
 class TreeBuilder:
@@ -105,8 +112,10 @@ class TreeBuilder:
         end = list(range(1, len(self._token) + 1))
         for node in range(len(end) - 1, 0, -1):
             end[self._parent[node]] = max(end[self._parent[node]], end[node])
-        as_tensor = [torch.tensor(x, dtype=torch.long) for x in
-                     (self._token, self._parent, self._depth, end, self._scored, self._completion)]
+        as_tensor = [
+            torch.tensor(x, dtype=torch.long)
+            for x in (self._token, self._parent, self._depth, end, self._scored, self._completion)
+        ]
         return TokenTree(*as_tensor, self._n_completions)
 
 
@@ -160,8 +169,16 @@ def batch_trees(trees: Sequence[TokenTree]) -> TreeBatch:
         completion.append(tree.completion + first)
         first += tree.n_completions
     head_rows, entry = torch.cat(head).unique(return_inverse=True)
-    return TreeBatch(input_ids, position_ids, None if mask is None else mask[:, None], head_rows, entry,
-                     torch.cat(target), torch.cat(completion), first)
+    return TreeBatch(
+        input_ids,
+        position_ids,
+        None if mask is None else mask[:, None],
+        head_rows,
+        entry,
+        torch.cat(target),
+        torch.cat(completion),
+        first,
+    )
 
 
 def batches_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:

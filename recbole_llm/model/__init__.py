@@ -14,8 +14,10 @@ from recbole_llm.errors import ConfigError
 OWN_MODELS = ("LLMRanker",)
 TREES = ("lightgbm", "xgboost")
 # Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
-PACKAGES = (__name__, *(f"recbole.model.{kind}_recommender" for kind in (
-    "general", "context_aware", "sequential", "knowledge_aware")))
+PACKAGES = (
+    __name__,
+    *(f"recbole.model.{kind}_recommender" for kind in ("general", "context_aware", "sequential", "knowledge_aware")),
+)
 
 
 def model_class(name: str) -> type:
@@ -25,8 +27,12 @@ def model_class(name: str) -> type:
         ConfigError: no model has this name; says the closest.
     """
     if name.lower() in TREES:
-        raise ConfigError([f"--model={name}: decision trees train outside torch and cannot rank under our "
-                           "protocol; `recbole-llm ls` lists the models that can."])
+        raise ConfigError(
+            [
+                f"--model={name}: decision trees train outside torch and cannot rank under our "
+                "protocol; `recbole-llm ls` lists the models that can."
+            ]
+        )
     for package in PACKAGES if name.isidentifier() else ():
         if importlib.util.find_spec(f"{package}.{name.lower()}") is not None:
             found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)

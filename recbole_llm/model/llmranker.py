@@ -59,10 +59,17 @@ class LLMRanker(SequentialRecommender):
         self.config = config
         template = load_template(config["prompt"], config.properties)
         self.llm = load_llm(
-            llm=config["llm"], device=config["device"], dtype=config["dtype"], quantization=config["quantization"],
-            finetune=config["finetune"], lora_r=config["lora_r"], lora_alpha=config["lora_alpha"],
-            lora_dropout=config["lora_dropout"], lora_target_modules=config["lora_target_modules"],
-            attention=config["attention"], seed=config["seed"],
+            llm=config["llm"],
+            device=config["device"],
+            dtype=config["dtype"],
+            quantization=config["quantization"],
+            finetune=config["finetune"],
+            lora_r=config["lora_r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config["lora_dropout"],
+            lora_target_modules=config["lora_target_modules"],
+            attention=config["attention"],
+            seed=config["seed"],
         )
         self.policy = self.llm.model
         tokenizer = self.llm.tokenizer
@@ -75,11 +82,16 @@ class LLMRanker(SequentialRecommender):
     def _check_context(self) -> None:
         items = self.max_seq_length
         if (needed := self.prompt.longest(1)) > self.llm.context:
-            raise UserError(f"--llm={self.config['llm']}: its context is {self.llm.context} tokens, and one item of history with one answer takes {needed}. "
-                            "Lower --item_text_max_tokens, or use another LLM or a shorter --prompt.")
+            raise UserError(
+                f"--llm={self.config['llm']}: its context is {self.llm.context} tokens, and one item of "
+                f"history with one answer takes {needed}. "
+                "Lower --item_text_max_tokens, or use another LLM or a shorter --prompt."
+            )
         if (needed := self.prompt.longest(items)) > self.llm.context:
-            self.logger.warning(f"{items} items of history (MAX_ITEM_LIST_LENGTH) can take {needed} tokens, over the LLM's context "
-                                f"of {self.llm.context}: the oldest items of such histories are left out.")
+            self.logger.warning(
+                f"{items} items of history (MAX_ITEM_LIST_LENGTH) can take {needed} tokens, over the LLM's context "
+                f"of {self.llm.context}: the oldest items of such histories are left out."
+            )
 
     # ---- training
 
@@ -106,14 +118,20 @@ class LLMRanker(SequentialRecommender):
             return LossSum(sft_loss(chosen_logps=logps[:, 0]).sum(), tokens, {})
         reference = torch.tensor([r for w in windows for r in w.reference], device=logps.device)
         result = PREFERENCE_LOSSES[loss](
-            policy_chosen_logps=logps[:, 0], policy_rejected_logps=logps[:, 1:], ref_chosen_logps=reference[:, 0],
-            ref_rejected_logps=reference[:, 1:], beta=self.config["beta"],
+            policy_chosen_logps=logps[:, 0],
+            policy_rejected_logps=logps[:, 1:],
+            ref_chosen_logps=reference[:, 0],
+            ref_rejected_logps=reference[:, 1:],
+            beta=self.config["beta"],
         )
         margin = result.chosen_rewards[:, None] - result.rejected_rewards
         logged = {
-            "rewards/chosen": result.chosen_rewards, "rewards/rejected": result.rejected_rewards.mean(1),
-            "rewards/margins": margin.mean(1), "rewards/accuracies": (margin > 0).float().mean(1),
-            "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1:].mean(1),
+            "rewards/chosen": result.chosen_rewards,
+            "rewards/rejected": result.rejected_rewards.mean(1),
+            "rewards/margins": margin.mean(1),
+            "rewards/accuracies": (margin > 0).float().mean(1),
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1:].mean(1),
         }
         return LossSum(result.loss.sum(), len(logps), {k: float(v.detach().sum()) for k, v in logged.items()})
 
@@ -153,7 +171,10 @@ class LLMRanker(SequentialRecommender):
         for row, items in enumerate(hidden):
             base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
         top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
-        histories = [h[:n] for h, n in zip(interaction[self.ITEM_SEQ].tolist(), interaction[self.ITEM_SEQ_LEN].tolist(), strict=True)]
+        histories = [
+            h[:n]
+            for h, n in zip(interaction[self.ITEM_SEQ].tolist(), interaction[self.ITEM_SEQ_LEN].tolist(), strict=True)
+        ]
         llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
         return rerank(base, llm, top).view(-1)
 
@@ -172,7 +193,9 @@ class LLMRanker(SequentialRecommender):
         """Log-prob of every title after an empty history ``[n_items]``; kept until the policy trains again."""
         if self.prior is None:
             everything = list(range(1, self.n_items))
-            (logps,) = candidate_logps(self.policy, self.prompt, [[]], [everything], token_budget=self.config["token_budget"])
+            (logps,) = candidate_logps(
+                self.policy, self.prompt, [[]], [everything], token_budget=self.config["token_budget"]
+            )
             self.prior = torch.cat([logps.new_zeros(1), logps])
         return self.prior
 

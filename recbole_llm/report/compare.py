@@ -22,8 +22,18 @@ MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
 EXAMPLE = "--models=Pop,SASRec,LLMRanker"
 # Two models whose values of these differ are never asked the same.
 SHARED = (
-    "dataset", "data_path", "eval_args", "eval_users", "candidate_seed", "mask_history", "TIME_FIELD",
-    "USER_ID_FIELD", "ITEM_ID_FIELD", "user_inter_num_interval", "item_inter_num_interval", "val_interval",
+    "dataset",
+    "data_path",
+    "eval_args",
+    "eval_users",
+    "candidate_seed",
+    "mask_history",
+    "TIME_FIELD",
+    "USER_ID_FIELD",
+    "ITEM_ID_FIELD",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "val_interval",
     "rm_dup_inter",
 )
 
@@ -73,9 +83,12 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def compare(models: str | Sequence[str], dataset: str | None = None,
-            config_dict: dict[str, Any] | None = None,
-            per_model: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def compare(
+    models: str | Sequence[str],
+    dataset: str | None = None,
+    config_dict: dict[str, Any] | None = None,
+    per_model: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Run every model and write the table.
 
     A run that finished before with the same configuration, data and version is not run again. A run that
@@ -114,8 +127,7 @@ def compare(models: str | Sequence[str], dataset: str | None = None,
 def _per_model(given: Any) -> dict[str, dict[str, Any]]:
     """The ``per_model`` table, which may come from a file of the user's."""
     if not isinstance(given or {}, dict) or not all(isinstance(v, dict) for v in (given or {}).values()):
-        raise ConfigError([f"--per_model={given!r}: must be a table of tables, as in "
-                           "{'SASRec': {'epochs': 50}}."])
+        raise ConfigError([f"--per_model={given!r}: must be a table of tables, as in {{'SASRec': {{'epochs': 50}}}}."])
     problems = []
     for model in given or {}:  # a file's table may hold more models than are asked for now
         try:
@@ -127,8 +139,7 @@ def _per_model(given: Any) -> dict[str, dict[str, Any]]:
     return given or {}
 
 
-def _check_all(entries: list[Entry], dataset: str | None,
-               settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
+def _check_all(entries: list[Entry], dataset: str | None, settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
     """Every model's configuration, or the problems of all of them at once."""
     configs: dict[str, LLMConfig] = {}
     problems: dict[str, list[str]] = {}
@@ -139,8 +150,10 @@ def _check_all(entries: list[Entry], dataset: str | None,
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(entry.label)
-    told = [p if set(labels) == set(settings) else f"{', '.join(dict.fromkeys(labels))}: {p}"
-            for p, labels in problems.items()]
+    told = [
+        p if set(labels) == set(settings) else f"{', '.join(dict.fromkeys(labels))}: {p}"
+        for p, labels in problems.items()
+    ]
     for key in SHARED:
         values = {label: config[key] for label, config in configs.items()}
         if len(set(map(content_hash, values.values()))) > 1:

@@ -29,8 +29,10 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
     hashes = {run["candidate_hash"] for run in finished}
     if len(hashes) > 1:
         told = ", ".join(f"{run['label']} {run['candidate_hash'][:12]}" for run in finished)
-        raise UserError(f"These runs were evaluated on different candidates, and share no table: {told}. "
-                        "Run them with the same data, --eval_args, --eval_users and --candidate_seed.")
+        raise UserError(
+            f"These runs were evaluated on different candidates, and share no table: {told}. "
+            "Run them with the same data, --eval_args, --eval_users and --candidate_seed."
+        )
     if metrics is None:
         first = finished[0]["metrics"] if finished else []
         metrics = [m for m in first if all(m in run["metrics"] for run in finished)]
@@ -39,8 +41,12 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
         line: dict[str, Any] = {"model": run["label"]}
         line.update({m: run["metrics"][m] if "metrics" in run else None for m in metrics})
         timings = run.get("timings", {})
-        line |= {"trainable parameters": run.get("trainable_parameters"), "train s": timings.get("train_s"),
-                 "test s": timings.get("test_s"), "note": f"failed: {run['error']}" if "error" in run else ""}
+        line |= {
+            "trainable parameters": run.get("trainable_parameters"),
+            "train s": timings.get("train_s"),
+            "test s": timings.get("test_s"),
+            "note": f"failed: {run['error']}" if "error" in run else "",
+        }
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -78,25 +84,27 @@ def conditions(runs: Sequence[dict[str, Any]]) -> str:
     if not finished:
         return "No run finished."
     run = finished[0]
-    users = [f"few-shot: {r['training_users']} training users" if r["few_shot"] else "all training users"
-             for r in finished]
+    users = [
+        f"few-shot: {r['training_users']} training users" if r["few_shot"] else "all training users" for r in finished
+    ]
     events = [f"{r['training_interactions']:,}" for r in finished]
-    return " · ".join((
-        run["dataset"],
-        f"{_each(users)}, {_each(events)} training interactions",
-        f"test: {run['rows']} rows, {run['mode']}, candidate hash {run['candidate_hash'][:12]}",
-        f"seed {_each(r['seed'] for r in finished)}",
-        f"recbole_llm {_each(r['versions']['recbole_llm'] for r in finished)}, "
-        f"torch {_each(r['versions']['torch'] for r in finished)}",
-    ))
+    return " · ".join(
+        (
+            run["dataset"],
+            f"{_each(users)}, {_each(events)} training interactions",
+            f"test: {run['rows']} rows, {run['mode']}, candidate hash {run['candidate_hash'][:12]}",
+            f"seed {_each(r['seed'] for r in finished)}",
+            f"recbole_llm {_each(r['versions']['recbole_llm'] for r in finished)}, "
+            f"torch {_each(r['versions']['torch'] for r in finished)}",
+        )
+    )
 
 
 def _each(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder: Path,
-                     name: str) -> list[Path]:
+def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     """Write ``<name>.md`` and ``<name>.csv`` (full precision); returns their paths.
 
     Raises:
@@ -108,6 +116,8 @@ def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder
         write_text(markdown, to_markdown(table, runs))
         write_text(csv, table.to_csv(index=False))
     except OSError as error:
-        raise UserError(f"--checkpoint_dir={folder}: could not write the table ({error}). Free some space "
-                        "and give the same command again; finished runs are kept.") from error
+        raise UserError(
+            f"--checkpoint_dir={folder}: could not write the table ({error}). Free some space "
+            "and give the same command again; finished runs are kept."
+        ) from error
     return [markdown, csv]
