@@ -13,7 +13,7 @@ from typing import Any
 
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it ("must be ..."), or None
 
-LOSSES = ("SFT", "DPO", "DMPO", "SDPO")
+LOSSES = ("SFT", "DPO", "DMPO", "SDPO", "RosePO")
 REJECTED = ("uniform", "popularity", "low_rating")
 SCORE_NORMS = ("sum", "mean", "pmi")
 LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
@@ -116,6 +116,7 @@ LLM_KEYS: dict[str, Check] = {
     "prompt": text,
     "loss": one_of(*LOSSES),
     "beta": number(above=True),
+    "smoothing": number(0, 0.5),
     "rejected": one_of(*REJECTED),
     "rejected_num": integer(0),
     "rating_threshold": number(-math.inf),

@@ -263,4 +263,4 @@ def _log_ratios(
     return policy_chosen.to(dtype) - ref_chosen.to(dtype), policy_rejected.to(dtype) - ref_rejected.to(dtype)
 
 
-PREFERENCE_LOSSES = {"DPO": dpo_loss, "DMPO": dmpo_loss, "SDPO": sdpo_loss}
+PREFERENCE_LOSSES = {"DPO": dpo_loss, "DMPO": dmpo_loss, "SDPO": sdpo_loss, "RosePO": rosepo_loss}

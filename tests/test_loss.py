@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import expit, logsumexp, softmax
 
-from recbole_llm.loss import PREFERENCE_LOSSES, dmpo_loss, dpo_loss, sdpo_loss, sft_loss
+from recbole_llm.loss import PREFERENCE_LOSSES, dmpo_loss, dpo_loss, rosepo_loss, sdpo_loss, sft_loss
+
+# RosePO has an argument of its own; its values are in test_rosepo_loss.py.
+LOSSES = {**PREFERENCE_LOSSES, "RosePO": partial(rosepo_loss, smoothing=0.1)}
 
 # Every form with several rejected completions, switches included.
 MULTI = {
@@ -136,7 +139,7 @@ def test_start_values(n, beta):
     logps |= named(*list(logps.values())[2:] * 2)
     starts = {"DPO": math.log(2), "DMPO": math.log(2), "SDPO": math.log(1 + n)}
     for name in ["DPO", "DMPO", "SDPO"] if n == 1 else ["DMPO", "SDPO"]:
-        result = PREFERENCE_LOSSES[name](**logps, beta=beta)
+        result = LOSSES[name](**logps, beta=beta)
         assert result.loss.tolist() == pytest.approx([starts[name]] * 2, abs=1e-12)
         assert not result.chosen_rewards.any() and not result.rejected_rewards.any()
         assert result.rejected_rewards.shape == (2, n)
@@ -386,12 +389,12 @@ WRONG_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("shapes", "message"), WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_wrong_shapes_are_refused(name, shapes, message):
     """Most of these would broadcast without a word."""
     with pytest.raises(ValueError, match=message):
-        PREFERENCE_LOSSES[name](**named(*(torch.zeros(shape) for shape in shapes)), beta=0.1)
+        LOSSES[name](**named(*(torch.zeros(shape) for shape in shapes)), beta=0.1)
 
 
 @multi
@@ -408,11 +411,11 @@ def test_dpo_refuses_several_rejected_completions():
         dpo_loss(**normal(b=2, n=3), beta=0.1)
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
 def test_beta_must_be_positive_and_finite(name, beta):
     with pytest.raises(ValueError, match=f"beta must be a positive finite number, got {beta}"):
-        PREFERENCE_LOSSES[name](**normal(n=1), beta=beta)
+        LOSSES[name](**normal(n=1), beta=beta)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 1)])
@@ -421,11 +424,11 @@ def test_sft_refuses_wrong_shapes(shape):
         sft_loss(chosen_logps=torch.zeros(shape))
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_arguments_have_names(name):
     """Four tensors in a row are easy to swap, so positions are not accepted."""
     with pytest.raises(TypeError, match="positional"):
-        PREFERENCE_LOSSES[name](*normal(n=1).values(), 0.1)
+        LOSSES[name](*normal(n=1).values(), 0.1)
 
 
 # An independent source
@@ -501,7 +504,7 @@ def test_against_trl(trl_batch, name):
     policy_logps = completion_logps(policy, ids, mask).chunk(2)
     with torch.no_grad():
         ref_logps = completion_logps(ref, ids, mask).chunk(2)
-    ours = PREFERENCE_LOSSES[name](
+    ours = LOSSES[name](
         policy_chosen_logps=policy_logps[0],
         policy_rejected_logps=policy_logps[1][:, None],
         ref_chosen_logps=ref_logps[0],

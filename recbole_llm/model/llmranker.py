@@ -117,12 +117,14 @@ class LLMRanker(SequentialRecommender):
             tokens = sum(len(self.prompt.answers[w.items[t]]) for w in windows for t in w.targets)
             return LossSum(sft_loss(chosen_logps=logps[:, 0]).sum(), tokens, {})
         reference = torch.tensor([r for w in windows for r in w.reference], device=logps.device)
+        own = {"smoothing": self.config["smoothing"]} if loss == "RosePO" else {}
         result = PREFERENCE_LOSSES[loss](
             policy_chosen_logps=logps[:, 0],
             policy_rejected_logps=logps[:, 1:],
             ref_chosen_logps=reference[:, 0],
             ref_rejected_logps=reference[:, 1:],
             beta=self.config["beta"],
+            **own,
         )
         margin = result.chosen_rewards[:, None] - result.rejected_rewards
         logged = {
