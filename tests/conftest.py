@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threads wait (OMP_WAIT)
+import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threads wait
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.quick_start import trainer_for
