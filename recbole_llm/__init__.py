@@ -2,9 +2,9 @@
 
 import os
 
-# Before torch is loaded. By default GNU OpenMP's threads spin long while they wait for each other; where another program
-# holds a core, that made small models many times slower (GRU4Rec few-shot, 2 cores, one of them busy: 24 s an epoch at
-# 30,000 spins, 6.5 s at 3,000; 3.5 s at either on a quiet machine).
+# Before torch is loaded. By default GNU OpenMP's threads spin long while they wait for each other; where another
+# program holds a core, that made small models many times slower (GRU4Rec few-shot, 2 cores, one of them busy: 24 s an
+# epoch at 30,000 spins, 6.5 s at 3,000; 3.5 s at either on a quiet machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from recbole_llm import compat  # noqa: E402

@@ -83,7 +83,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             else:
                 best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
             self.facts["stages"].append(record)
-        if best[1] is None and valid_data:  # nothing was trained: zero-shot
+        if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
             best = self._valid_epoch(valid_data, show_progress)
         if self.config["finetune"] != "none":
             save_adapter(self.model.llm, self.run_folder)
@@ -131,7 +131,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "positions": positions,
             "steps": steps,
             "tokens": self.tokens,
-            "best_valid_score": best[0],
+            "best_valid_score": None if best[1] is None else best[0],
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
             "seconds": time.perf_counter() - clock,

@@ -114,6 +114,7 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     _, items = read_items(config.final_config_dict, config["dataset"])
     title = 2 + sum(len(next(iter(row.values()))) for row in items.values()) / max(1, len(items)) / 3
     rounds = (config["epochs"] if with_sft else 0) + (config["preference_epochs"] if config["loss"] != "SFT" else 0)
+    rounds *= config["eval_step"] > 0
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
         answers = int(mode[3:]) + 1 if mode != "full" else config["rerank_topk"]

@@ -196,6 +196,14 @@ def test_every_trainable_weight_moves_and_nothing_else(tiny: dict[str, Any], tmp
         assert torch.equal(before[name], weight) != weight.requires_grad, name
 
 
+def test_without_validation_the_last_epoch_counts(tiny: dict[str, Any]) -> None:
+    """eval_step 0: nothing is selected, and the adapter is that of the last step."""
+    result = run_recbole_llm(config_dict={**tiny, "eval_step": 0, "epochs": 2})
+    record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
+    assert result["best_valid_result"] is None and record["stages"][0]["best_valid_score"] is None
+    assert len(record["stages"][0]["train_loss"]) == 2 and record["metrics"] == result["test_result"]
+
+
 def test_zero_shot_trains_nothing(tiny: dict[str, Any]) -> None:
     result = run_recbole_llm(config_dict={**tiny, "finetune": "none"})
     record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
