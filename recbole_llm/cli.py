@@ -133,7 +133,7 @@ def compare_models(settings: dict[str, Any]) -> int:
     for file in done["files"]:
         print(f"written: {file}")
     if merged.get("eval_users") is not None:
-        print("next   : the same command with --eval_users=none (all users; finished stages are reused)")
+        print("next   : the same command with --eval_users=none (all users)")
     if done["failed"]:
         print(f"failed : {', '.join(done['failed'])} (see the log in log/)", file=sys.stderr)
         return 1

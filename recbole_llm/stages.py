@@ -64,5 +64,6 @@ def stages(
 def sft_folder(config: Config, protocol: Protocol, prompt: Prompt, base: str) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in SFT_KEYS}
-    what = [settings, base, data_hash(config), protocol.valid.digest, prompt.prefix, prompt.suffix, versions()]
+    selected_on = protocol.valid.digest if config["eval_step"] else None
+    what = [settings, base, data_hash(config), selected_on, prompt.prefix, prompt.suffix, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
