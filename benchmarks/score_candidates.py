@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.data.atomic import read_items
 from recbole_llm.data.prompt import plain_tokens
 from recbole_llm.llm.logps import batch_logps
@@ -56,7 +57,7 @@ def packed_tree(prompt: list[int], titles: list[list[int]]) -> TokenTree:
 
 def material(tokenizer: object, prompt_tokens: int, candidates: int) -> tuple[list[int], list[list[int]]]:
     """A prompt of real titles cut to length, and real titles to score."""
-    _, rows = read_items({"field_separator": "\t", "ITEM_ID_FIELD": "item_id"}, "ml-100k")
+    _, rows = read_items(LLMConfig("LLMRanker", "ml-100k").final_config_dict, "ml-100k")
     titles = plain_tokens(tokenizer, [f"{row['movie_title']} ({row['release_year']})\n" for row in rows.values()])
     titles = [titles[i] for i in torch.randperm(len(titles), generator=torch.Generator().manual_seed(0)).tolist()]
     prompt = [token for title in titles[candidates:] for token in title][:prompt_tokens]

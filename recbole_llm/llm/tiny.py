@@ -63,16 +63,16 @@ def _title_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("\n"), "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    titles = Path(recbole_file).parent / "dataset_example" / "ml-100k" / "ml-100k.item"
-    lines = [line.split("\t")[1] for line in titles.read_text(encoding="utf-8").splitlines()[1:]]
+    films = Path(recbole_file).parent / "dataset_example" / "ml-100k" / "ml-100k.item"
+    rows = [line.split("\t") for line in films.read_text(encoding="utf-8").splitlines()[1:]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
-        lines, trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
+        [f"{title} ({year})" for _, title, year, *_ in rows],
+        trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
