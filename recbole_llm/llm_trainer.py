@@ -42,6 +42,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         super().start(protocol, run_folder)
         self.run_folder = run_folder
         self.stage: Stage | None = None
+        self.global_step = 0  # over all stages
         self.metrics_file = run_folder / "metrics.jsonl"
         self.metrics_file.unlink(missing_ok=True)
         llm = self.model.llm
@@ -109,6 +110,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
+        self.train_loss_dict = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
         steps = stage.epochs * sum(1 for _ in self._steps(stage.windows, 0))
         warmup = int(steps * self.config["warmup_ratio"])
@@ -226,13 +228,13 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         return trunk + branches + (0 if prompt.every_position else len(prompt.answers[window.items[-1]]))
 
     def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
-        self.global_step = getattr(self, "global_step", -1) + 1
         values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
         with open(self.metrics_file, "a", encoding="utf-8") as out:
             line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
             out.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
+        self.global_step += 1
 
     # ---- checkpoints: adapters alone
 

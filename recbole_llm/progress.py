@@ -30,9 +30,8 @@ class WholeRun:
     def __init__(self, runs: Sequence[tuple[str, Config]]) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
-        llms = [
-            config for _, config in runs if _kind(config) == "llm"
-        ]  # later ones may share the first one's SFT stage
+        # Later LLM runs may share the first one's SFT stage.
+        llms = [config for _, config in runs if _kind(config) == "llm"]
         self.seconds = [_guess(config, config is llms[0] if llms else False) for _, config in runs]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.at, self.began = 0, time.monotonic()

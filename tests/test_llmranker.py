@@ -151,6 +151,16 @@ def test_reference_is_the_sft_adapter_and_stays(tiny: dict[str, Any], tmp_path: 
     assert any(not torch.equal(before[name], now) for name, now in adapter_state(model.llm).items())
 
 
+def test_each_stage_records_its_own_losses(tiny: dict[str, Any]) -> None:
+    """Three SFT epochs leave nothing in the record of a preference stage of one."""
+    settings = {**tiny, "loss": "DMPO", "rejected_num": 2, "epochs": 3, "stopping_step": 20}
+    folder = Path(run_recbole_llm(config_dict=settings)["run_folder"])
+    sft, dmpo = json.loads((folder / "result.json").read_text())["stages"]
+    assert sorted(sft["train_loss"]) == ["0", "1", "2"] and sorted(dmpo["train_loss"]) == ["0"]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(sft["steps"] + dmpo["steps"]))
+
+
 def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
     settings = {**tiny, "loss": "DMPO", "rejected_num": 2}
     run_recbole_llm(config_dict=tiny)
