@@ -33,7 +33,7 @@ READ_WITH = (
 )
 EVAL_ARGS = ("split", "group_by", "order", "mode")
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
-MODE = re.compile(r"full|(uni|pop)[1-9]\d{0,8}")
+MODE = re.compile(r"full|(uni|pop|low)[1-9]\d{0,8}")
 VALID_METRIC = re.compile(r"(?P<name>\w+)@(?P<k>\d{1,9})|gauc", re.IGNORECASE)
 
 
@@ -98,7 +98,7 @@ def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
     problems += [f"mode has the entries valid and test, not {s!r}" for s in modes if s not in ("valid", "test")]
     for mode in modes.values():
         if not (isinstance(mode, str) and MODE.fullmatch(mode)):
-            problems.append(f"mode {mode!r} must be full, uniN or popN (N whole, >= 1), for example uni99")
+            problems.append(f"mode {mode!r} must be full, uniN, popN or lowN (N whole, >= 1), for example uni99")
     return [f"--eval_args: {problem}" + ("" if problem.endswith((".", "?")) else ".") for problem in problems]
 
 

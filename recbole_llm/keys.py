@@ -13,8 +13,8 @@ from typing import Any
 
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it ("must be ..."), or None
 
-LOSSES = ("SFT", "DPO", "DMPO", "SDPO", "RosePO")
-REJECTED = ("uniform", "popularity", "low_rating")
+LOSSES = ("SFT", "DPO", "DMPO", "SDPO", "RosePO", "MultDPO")
+REJECTED = ("uniform", "popularity", "low_rating", "self_hard", "semantic", "from_model")
 SCORE_NORMS = ("sum", "mean", "pmi")
 LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 
@@ -58,6 +58,11 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "must be text"
 
 
+def optional_text(value: Any) -> str | None:
+    """Text, or nothing."""
+    return None if value is None else text(value)
+
+
 def flag(value: Any) -> str | None:
     """True or False."""
     return None if isinstance(value, bool) else "must be True or False"
@@ -82,6 +87,27 @@ def learner(value: Any) -> str | None:
     return None if fine else f"must be one of {', '.join(LEARNERS)}"
 
 
+def mixed(*choices: str) -> Check:
+    """One of the values given, or several different ones joined by ``+``."""
+    told = f"must be one of {', '.join(choices)}, or several joined by +, as in {choices[0]}+{choices[1]}"
+
+    def check(value: Any) -> str | None:
+        parts = value.split("+") if isinstance(value, str) else []
+        return None if parts and set(parts) <= set(choices) and len(set(parts)) == len(parts) else told
+
+    return check
+
+
+def smoothing(value: Any) -> str | None:
+    """RosePO's epsilon: a number, or the oracle's."""
+    return None if value == "oracle" or number(0, 0.5)(value) is None else "must be oracle, or a number >= 0 and <= 0.5"
+
+
+def table(value: Any) -> str | None:
+    """Settings in a table, or empty."""
+    return None if value is None or isinstance(value, dict) else "must be a table, for example {'key': 'value'}"
+
+
 def clipping(value: Any) -> str | None:
     """RecBole's table for torch's ``clip_grad_norm_``, or empty."""
     fine = value is None or (
@@ -99,6 +125,13 @@ PROTOCOL_KEYS: dict[str, Check] = {
     "eval_users": integer(1, optional=True),
     "few_shot": integer(1, optional=True),
     "few_shot_seed": integer(),
+    "liked_only": flag,
+    "rating_threshold": number(-math.inf),
+    "min_disliked": integer(),
+    "disjoint_users": flag,
+    "valid_users": integer(1, optional=True),
+    "encoder": text,
+    "look_alikes": integer(1),
 }
 # Keys of LLMRanker (properties/model/LLMRanker.yaml).
 LLM_KEYS: dict[str, Check] = {
@@ -116,10 +149,23 @@ LLM_KEYS: dict[str, Check] = {
     "prompt": text,
     "loss": one_of(*LOSSES),
     "beta": number(above=True),
-    "smoothing": number(0, 0.5),
-    "rejected": one_of(*REJECTED),
+    "pairwise_mean": flag,
+    "reference_free": flag,
+    "sft_weight": number(),
+    "smoothing": smoothing,
+    "smoothing_max": number(0, 0.5),
+    "robust": flag,
+    "oracle_model": text,
+    "oracle_folds": integer(2),
+    "boundary_negatives": flag,
+    "dynamic_beta": flag,
+    "dynamic_margin": number(-math.inf),
+    "chosen_num": integer(1),
+    "rejected": mixed(*REJECTED),
     "rejected_num": integer(0),
-    "rating_threshold": number(-math.inf),
+    "rejected_pool": integer(1),
+    "popularity_exponent": number(),
+    "from_model": text,
     "preference_epochs": integer(0),
     "preference_learning_rate": number(above=True),
     "preference_positions": integer(0),
@@ -130,6 +176,9 @@ LLM_KEYS: dict[str, Check] = {
     "score_norm": one_of(*SCORE_NORMS),
     "rerank_model": text,
     "rerank_topk": integer(1),
+    "generate_users": integer(),
+    "eval_dataset": optional_text,
+    "eval_config": table,
 }
 # RecBole's keys whose wrong values RecBole would meet late, or never tell.
 RECBOLE_KEYS: dict[str, Check] = {
