@@ -1,12 +1,24 @@
-"""Training losses as pure functions of completion log-probabilities: SFT, DPO, DMPO, S-DPO.
+"""Training losses as pure functions of completion log-probabilities: SFT, DPO, DMPO, S-DPO, RosePO, Mult-DPO.
 
 A log-probability here is that of a whole completion given its prompt: the sum over the completion's tokens,
 in nats, never divided by its length. The preference losses share one shape, one chosen completion per example
-and N rejected ones, so that DPO is the N = 1 case of both DMPO and S-DPO.
+and N rejected ones, so that DPO is the N = 1 case of all of them; Mult-DPO alone takes several chosen ones.
 
 Notation: D(y) = log pi(y|x) - log ref(y|x) is the log-ratio of the trained policy to the frozen reference,
-y_w the chosen completion, y_1..y_N the rejected ones, s the logistic function. Losses come per example; the
-mean over the batch is the caller's.
+y_w the chosen completion, y_1..y_N the rejected ones, s the logistic function, h_i = beta_i * (D(y_w) - D(y_i)).
+Losses come per example; the mean over the batch is the caller's.
+
+What all preference losses take, by name:
+    policy_chosen_logps: [B], nats.
+    policy_rejected_logps: [B, N], nats.
+    ref_chosen_logps, ref_rejected_logps: the same shapes, nats; computed without gradient.
+    beta: strength of the pull towards the reference, > 0: one number, or [B, N], one for each rejected completion,
+        which gets no gradient.
+    kept: [B, N] bool, the rejected completions that take part, at least one in each row; None: all. The others
+        change neither loss nor gradient, whatever their log-probs are.
+
+They return a PreferenceLoss, at least float32, and raise ValueError if the shapes do not fit, beta is not positive and
+finite, or a row keeps nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +36,9 @@ class PreferenceLoss(NamedTuple):
 
     Attributes:
         loss: [B], nats; differentiable.
-        chosen_rewards: [B], nats; beta * D(y_w), detached, for logging.
-        rejected_rewards: [B, N], nats; beta * D(y_i), detached, for logging.
+        chosen_rewards: [B], nats; beta * D(y_w), detached, for logging. Where each rejected completion has its beta,
+            their mean over those kept; where there are several chosen completions, the mean over them.
+        rejected_rewards: [B, N], nats; beta_i * D(y_i), detached, for logging; also of those not kept.
     """
 
     loss: Tensor
@@ -33,24 +46,27 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
+class _Pairs(NamedTuple):
+    """The chosen completion of each example against its rejected ones."""
+
+    margins: Tensor  # [B, N]; h_i, and 0 with gradient 0 where not kept
+    beta: Tensor  # [B, N]
+    kept: Tensor  # [B, N]
+    chosen_rewards: Tensor  # [B]
+    rejected_rewards: Tensor  # [B, N]
+
+    def result(self, loss: Tensor) -> PreferenceLoss:
+        return PreferenceLoss(loss, self.chosen_rewards, self.rejected_rewards)
+
+
 def sft_loss(*, chosen_logps: Tensor) -> Tensor:
-    """Negative log-likelihood of the observed completions.
+    """Negative log-likelihood of the observed completions: [B] nats in, [B] nats out, at least float32.
 
     It grows with the number of tokens. For the usual loss per token, the trainer sums this over the batch and
     divides by the number of supervised tokens (those of every accumulation step and process together).
 
-    Args:
-        chosen_logps: [B], nats; log-probability of each completion under the policy.
-
-    Returns:
-        [B], nats; at least float32.
-
     Raises:
         ValueError: `chosen_logps` is not [B] with B >= 1.
-
-    Example:
-        >>> sft_loss(chosen_logps=torch.tensor([-3.0, -0.5]))
-        tensor([3.0000, 0.5000])
     """
     if chosen_logps.ndim != 1 or len(chosen_logps) == 0:
         raise ValueError(f"chosen_logps must be [B] with B >= 1, got shape {list(chosen_logps.shape)}")
@@ -63,42 +79,20 @@ def dpo_loss(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | Tensor,
+    kept: Tensor | None = None,
 ) -> PreferenceLoss:
-    """Direct preference optimization: -log s(beta * (D(y_w) - D(y_1))).
+    """Direct preference optimization: -log s(h_1). N must be 1. It starts at ln 2, the policy being the reference.
 
     Source: Rafailov et al., NeurIPS 2023, arXiv 2305.18290, Eq. 7.
-
-    Args:
-        policy_chosen_logps: [B], nats.
-        policy_rejected_logps: [B, 1], nats.
-        ref_chosen_logps: [B], nats; computed without gradient.
-        ref_rejected_logps: [B, 1], nats; computed without gradient.
-        beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        Loss and rewards, at least float32. The loss is ln 2 while the policy equals the reference.
-
-    Raises:
-        ValueError: the shapes do not fit, N is not 1, or beta is not a positive finite number.
-
-    Example:
-        >>> dpo_loss(
-        ...     policy_chosen_logps=torch.tensor([-4.0]), policy_rejected_logps=torch.tensor([[-9.0]]),
-        ...     ref_chosen_logps=torch.tensor([-5.0]), ref_rejected_logps=torch.tensor([[-8.0]]), beta=0.5,
-        ... ).loss
-        tensor([0.3133])
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    if rejected.shape[1] != 1:
+    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    if pairs.margins.shape[1] != 1:
         raise ValueError(
-            f"DPO takes one rejected completion per chosen one, got N = {rejected.shape[1]} "
-            f"(rejected log-probs {list(rejected.shape)}). Use SDPO or DMPO for several, or keep one for DPO."
+            f"DPO takes one rejected completion per chosen one, got N = {pairs.margins.shape[1]} "
+            f"(rejected log-probs {list(pairs.margins.shape)}). Use SDPO or DMPO for several, or keep one for DPO."
         )
-    loss = -F.logsigmoid(beta * (chosen - rejected[:, 0]))
-    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    return pairs.result(-F.logsigmoid(pairs.margins[:, 0]))
 
 
 def dmpo_loss(
@@ -107,47 +101,34 @@ def dmpo_loss(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | Tensor,
+    kept: Tensor | None = None,
     pairwise_mean: bool = False,
     reference_free: bool = False,
 ) -> PreferenceLoss:
-    """Direct multi-preference optimization: -log s(beta * (D(y_w) - mean_i D(y_i))).
+    """Direct multi-preference optimization: -log s(mean_i h_i). It starts at ln 2 (not with `reference_free`).
 
-    In the gradient every rejected completion weighs 1/N, however hard it is.
+    In the gradient every rejected completion weighs beta_i / N, however hard it is.
 
     Source: arXiv 2405.16127 (CIKM 2024), Eq. 3, as two independent restatements give it. The code released
     with the paper differs in two ways that have a switch here. It also adds the mean token NLL of the chosen
     completion, which is not part of this loss.
 
     Args:
-        policy_chosen_logps: [B], nats.
-        policy_rejected_logps: [B, N], nats.
-        ref_chosen_logps: [B], nats; computed without gradient.
-        ref_rejected_logps: [B, N], nats; computed without gradient.
-        beta: strength of the pull towards the reference, > 0.
-        pairwise_mean: take the mean outside, mean_i of -log s(beta * (D(y_w) - D(y_i))). The released code
-            does: N rejected completions become N rows of plain DPO. By convexity never below the default.
+        pairwise_mean: take the mean outside, mean_i of -log s(h_i). The released code does: N rejected completions
+            become N rows of plain DPO. By convexity never below the default.
         reference_free: compute the loss with log pi in place of D. The released code does: it subtracts the
             chosen completion's reference on both sides, where it cancels. Rewards stay beta * D.
-
-    Returns:
-        Loss and rewards, at least float32. The loss is ln 2 for every N while the policy equals the reference
-        (not with `reference_free`).
-
-    Raises:
-        ValueError: the shapes do not fit, or beta is not a positive finite number.
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    margins = chosen[:, None] - rejected  # [B, N]
+    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    margins = pairs.margins
     if reference_free:
         # Cast first: the difference of two long sums of log-probs needs the digits that half precision lacks.
-        margins = policy_chosen_logps.to(margins)[:, None] - policy_rejected_logps.to(margins)
-    if not pairwise_mean:
-        margins = margins.mean(dim=1, keepdim=True)  # [B, 1]
-    loss = -F.logsigmoid(beta * margins).mean(dim=1)
-    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+        gaps = policy_chosen_logps.to(margins)[:, None] - policy_rejected_logps.to(margins)
+        margins = (pairs.beta * gaps).masked_fill(~pairs.kept, 0)
+    if pairwise_mean:
+        return pairs.result(_mean(-F.logsigmoid(margins), pairs.kept))
+    return pairs.result(-F.logsigmoid(_mean(margins, pairs.kept)))
 
 
 def sdpo_loss(
@@ -156,36 +137,22 @@ def sdpo_loss(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | Tensor,
+    kept: Tensor | None = None,
 ) -> PreferenceLoss:
-    """Softmax DPO: -log s(-log sum_i exp(beta * (D(y_i) - D(y_w)))).
+    """Softmax DPO: log(1 + sum_i exp(-h_i)). It starts at ln(1 + N), N counting those kept.
 
-    This is the cross-entropy of picking y_w among all 1 + N completions with logits beta * D. In the gradient
-    the rejected completions are weighted by a softmax over beta * D(y_i): hard ones count most.
+    With one beta this is the cross-entropy of picking y_w among all 1 + N completions with logits beta * D. In the
+    gradient the rejected completions are weighted by a softmax over beta * D(y_i): hard ones count most.
 
     Source: Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024,
-    arXiv 2406.09215.
-
-    Args:
-        policy_chosen_logps: [B], nats.
-        policy_rejected_logps: [B, N], nats.
-        ref_chosen_logps: [B], nats; computed without gradient.
-        ref_rejected_logps: [B, N], nats; computed without gradient.
-        beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        Loss and rewards, at least float32. The loss is ln(1 + N) while the policy equals the reference.
-
-    Raises:
-        ValueError: the shapes do not fit, or beta is not a positive finite number.
+    arXiv 2406.09215, there written as -log s(-log sum_i exp(-h_i)).
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    # As published, the exp overflows float32 once beta times a rejected completion's lead exceeds 88 nats. It
-    # equals log(1 + sum exp), that is logsumexp over {0, ...}, which takes the largest term out before exp.
-    logits = F.pad(beta * (rejected - chosen[:, None]), (1, 0))  # [B, 1 + N], the zero in front
-    return PreferenceLoss(torch.logsumexp(logits, dim=1), beta * chosen.detach(), beta * rejected.detach())
+    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    # As published, the exp overflows float32 once a rejected completion leads by more than 88 nats of reward.
+    # logsumexp over {0, ...} takes the largest term out before exp.
+    logits = F.pad((-pairs.margins).masked_fill(~pairs.kept, -math.inf), (1, 0))  # [B, 1 + N], the zero in front
+    return pairs.result(torch.logsumexp(logits, dim=1))
 
 
 def rosepo_loss(
@@ -194,73 +161,151 @@ def rosepo_loss(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | Tensor,
+    kept: Tensor | None = None,
     smoothing: Tensor | float,
     robust: bool = False,
 ) -> PreferenceLoss:
-    """Smoothed DPO, mean over pairs of -(1 - eps) * log s(h_i) - eps * log s(-h_i), h_i = beta * (D(y_w) - D(y_i)).
+    """Smoothed DPO: mean_i of -(1 - eps) * log s(h_i) - eps * log s(-h_i). It starts at ln 2.
 
     eps is the probability that the pair's label is wrong, that is that this user would prefer the rejected item. The
-    loss has its minimum at h = log((1 - eps) / eps) in place of infinity; eps = 0 is DPO.
+    loss has its minimum at h = log((1 - eps) / eps) in place of infinity; eps = 0 is DPO on each pair.
 
     Source: RosePO, arXiv 2410.12519. The paper says: a DPO form smoothed by a personalised factor. Its equation could
     not be read; this is our reading (label smoothing, as in conservative DPO), and ``robust`` the other usual one.
 
     Args:
-        policy_chosen_logps: [B], nats.
-        policy_rejected_logps: [B, N], nats.
-        ref_chosen_logps: [B], nats; computed without gradient.
-        ref_rejected_logps: [B, N], nats; computed without gradient.
-        beta: strength of the pull towards the reference, > 0.
         smoothing: eps in [0, 1/2], one number, [B], or [B, N]; computed without gradient.
         robust: the form that is unbiased under wrong labels, [(1 - eps) L(w, i) - eps L(i, w)] / (1 - 2 eps); it may
             be negative, and eps must be below 1/2.
 
-    Returns:
-        Loss and rewards, at least float32. The loss is ln 2 while the policy equals the reference.
-
     Raises:
-        ValueError: the shapes do not fit, beta is not a positive finite number, or eps is out of range.
+        ValueError: also if eps is out of range or of another shape.
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    eps = torch.as_tensor(smoothing, dtype=rejected.dtype, device=rejected.device).detach()
-    if eps.dim() == 1:
-        eps = eps[:, None]
-    if (
-        eps.dim() == 2
-        and (eps.shape[0] != rejected.shape[0] or eps.shape[1] not in (1, rejected.shape[1]))
-        or eps.dim() > 2
-    ):
-        raise ValueError(f"smoothing must be a number, [B] or [B, N]; got {list(eps.shape)} for {list(rejected.shape)}")
+    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    h, (b, n) = pairs.margins, pairs.margins.shape
+    eps = torch.as_tensor(smoothing, dtype=h.dtype, device=h.device).detach()
+    if list(eps.shape) not in ([], [b], [b, 1], [b, n]):
+        raise ValueError(f"smoothing must be a number, [B] or [B, N]; got {list(eps.shape)} for {[b, n]}")
     if not ((eps >= 0) & (eps < 0.5 if robust else eps <= 0.5)).all():
         raise ValueError(f"smoothing must lie in [0, 1/2{')' if robust else ']'}, got {eps.min():g} to {eps.max():g}")
-    h = beta * (chosen[:, None] - rejected)  # [B, N]
+    eps = eps[:, None] if eps.dim() == 1 else eps
     right, wrong = -F.logsigmoid(h), -F.logsigmoid(-h)
     loss = ((1 - eps) * right - eps * wrong) / (1 - 2 * eps) if robust else (1 - eps) * right + eps * wrong
-    return PreferenceLoss(loss.mean(dim=1), beta * chosen.detach(), beta * rejected.detach())
+    return pairs.result(_mean(loss, pairs.kept))
+
+
+def multdpo_loss(
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    kept: Tensor | None = None,
+) -> PreferenceLoss:
+    """Set-wise DPO with P chosen completions: sum_p of -log(w_p / sum_j w_j), w = exp(beta * D), j over all P + N.
+
+    A sum over the chosen ones, not a mean: it starts at P * ln(P + N). P = 1 is S-DPO.
+
+    The loss less log(P!) is never below the Plackett-Luce loss of ranking the P chosen ones first in whatever order,
+    -log of the sum over their P! orders: the exact form takes the weights already ranked out of each denominator, this
+    one leaves them in. The two are equal for P = 1 and meet as the rejected ones outweigh the chosen ones.
+
+    Source: Mult-DPO, arXiv 2606.10078. Its equation could not be read; this one has the properties that the abstract
+    names (that upper bound, S-DPO for one chosen completion).
+
+    Args:
+        policy_chosen_logps: [B, P], nats, or [B] for P = 1; ref_chosen_logps alike.
+        beta: one number.
+    """
+    if isinstance(beta, Tensor):
+        raise ValueError(f"Mult-DPO takes one beta for all completions, got a tensor of shape {list(beta.shape)}")
+    chosen, rejected = _log_ratios(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, several_chosen=True
+    )
+    strength, kept = _beta(beta, rejected)[:, :1], _kept(kept, rejected)
+    chosen_rewards, rejected_rewards = strength * chosen.reshape(len(chosen), -1), strength * rejected
+    rivals = torch.cat([chosen_rewards, rejected_rewards.masked_fill(~kept, -math.inf)], dim=1)  # [B, P + N]
+    # Subtract first: a chosen completion's own term is then an exact 0, however large the rewards are.
+    loss = torch.logsumexp(rivals[:, None, :] - chosen_rewards[:, :, None], dim=2).sum(dim=1)
+    return PreferenceLoss(loss, chosen_rewards.detach().mean(dim=1), rejected_rewards.detach())
+
+
+def _pairs(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float | Tensor,
+    kept: Tensor | None,
+) -> _Pairs:
+    """Margins, rewards and the checked arguments of a loss with one chosen completion."""
+    chosen, rejected = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    beta, kept = _beta(beta, rejected), _kept(kept, rejected)
+    # Masked before any loss: 0 times an infinite slope would be NaN in the gradient.
+    margins = (beta * (chosen[:, None] - rejected)).masked_fill(~kept, 0)
+    return _Pairs(margins, beta, kept, _mean(beta, kept) * chosen.detach(), beta * rejected.detach())
 
 
 def _log_ratios(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    several_chosen: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Check what all preference losses need; return D(y_w) [B] and D(y_i) [B, N], at least float32."""
+    """Check the shapes; return D of the chosen, in their shape, and of the rejected [B, N], at least float32."""
     # Broadcasting would take a wrong tensor in silence: [B, N] - [B] is legal if N = B, [B] - [B, 1] always.
     chosen, rejected = list(policy_chosen.shape), list(policy_rejected.shape)
-    fits = len(rejected) == 2 and 0 not in rejected and chosen == rejected[:1]
+    dims = len(rejected) == 2 and (len(chosen) == 1 or several_chosen and len(chosen) == 2)
+    fits = dims and chosen[0] == rejected[0] and 0 not in chosen + rejected
     if not fits or list(ref_chosen.shape) != chosen or list(ref_rejected.shape) != rejected:
         raise ValueError(
-            "chosen log-probs must have shape [B], rejected ones [B, N], with B >= 1 and N >= 1; got "
+            f"chosen log-probs must have shape [B]{' or [B, P]' if several_chosen else ''}, rejected ones [B, N], "
+            "with B >= 1 and N >= 1; got "
             f"policy_chosen_logps {chosen}, policy_rejected_logps {rejected}, "
             f"ref_chosen_logps {list(ref_chosen.shape)}, ref_rejected_logps {list(ref_rejected.shape)}"
         )
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be a positive finite number, got {beta}")
     dtype = torch.float32
     for logps in (policy_chosen, policy_rejected, ref_chosen, ref_rejected):
         dtype = torch.promote_types(dtype, logps.dtype)
     return policy_chosen.to(dtype) - ref_chosen.to(dtype), policy_rejected.to(dtype) - ref_rejected.to(dtype)
 
 
-PREFERENCE_LOSSES = {"DPO": dpo_loss, "DMPO": dmpo_loss, "SDPO": sdpo_loss, "RosePO": rosepo_loss}
+def _beta(beta: float | Tensor, rejected: Tensor) -> Tensor:
+    """Check beta; return it for each rejected completion, [B, N], detached."""
+    if not isinstance(beta, Tensor):
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta must be a positive finite number, got {beta}")
+        return torch.full_like(rejected, beta, requires_grad=False)
+    if beta.shape != rejected.shape:
+        raise ValueError(f"beta must be a number or [B, N]; got {list(beta.shape)} for {list(rejected.shape)}")
+    if not ((beta > 0) & (beta < math.inf)).all():
+        raise ValueError(f"beta must be positive and finite, got {beta.min():g} to {beta.max():g}")
+    return beta.detach().to(rejected)
+
+
+def _kept(kept: Tensor | None, rejected: Tensor) -> Tensor:
+    """Check the mask; return it, or one that keeps all, [B, N]."""
+    if kept is None:
+        return torch.ones_like(rejected, dtype=torch.bool)
+    if kept.dtype != torch.bool or kept.shape != rejected.shape:
+        raise ValueError(f"kept must be bool [B, N]; got {kept.dtype} {list(kept.shape)} for {list(rejected.shape)}")
+    if not kept.any(dim=1).all():
+        raise ValueError(f"kept must be True for one rejected completion a row at least, got {kept.tolist()}")
+    return kept
+
+
+def _mean(values: Tensor, kept: Tensor) -> Tensor:
+    """Mean over the kept rejected completions, [B]."""
+    return values.masked_fill(~kept, 0).sum(dim=1) / kept.sum(dim=1)
+
+
+PREFERENCE_LOSSES = {
+    "DPO": dpo_loss,
+    "DMPO": dmpo_loss,
+    "SDPO": sdpo_loss,
+    "RosePO": rosepo_loss,
+    "MultDPO": multdpo_loss,
+}

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import expit, logsumexp, softmax
 
-from recbole_llm.loss import PREFERENCE_LOSSES, dmpo_loss, dpo_loss, rosepo_loss, sdpo_loss, sft_loss
+from recbole_llm.loss import PREFERENCE_LOSSES, dmpo_loss, dpo_loss, multdpo_loss, rosepo_loss, sdpo_loss, sft_loss
 
-# RosePO has an argument of its own; its values are in test_rosepo_loss.py.
+# RosePO has an argument of its own; its values are in test_rosepo_loss.py, those of Mult-DPO in test_multdpo.py.
 LOSSES = {**PREFERENCE_LOSSES, "RosePO": partial(rosepo_loss, smoothing=0.1)}
 
 # Every form with several rejected completions, switches included.
@@ -27,6 +27,13 @@ MULTI = {
     "DMPO-pairs": partial(dmpo_loss, pairwise_mean=True),
     "DMPO-free": partial(dmpo_loss, reference_free=True),
     "DMPO-pairs-free": partial(dmpo_loss, pairwise_mean=True, reference_free=True),
+}
+# Every form that takes a beta for each rejected completion.
+FORMS = {
+    "DPO": dpo_loss,
+    **MULTI,
+    "RosePO": LOSSES["RosePO"],
+    "RosePO-robust": partial(rosepo_loss, smoothing=0.1, robust=True),
 }
 multi = pytest.mark.parametrize("loss_fn", MULTI.values(), ids=MULTI)
 ARGUMENTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -152,8 +159,9 @@ def test_start_values(n, beta):
 @given(batches(max_n=1), BETA)
 def test_one_rejected_completion_is_dpo(logps, beta):
     expected = dpo_loss(**logps, beta=beta)
-    for name in ("SDPO", "DMPO", "DMPO-pairs"):
-        for got, want in zip(MULTI[name](**logps, beta=beta), expected, strict=True):
+    others = [MULTI["SDPO"], MULTI["DMPO"], MULTI["DMPO-pairs"], multdpo_loss, partial(rosepo_loss, smoothing=0.0)]
+    for other in others:
+        for got, want in zip(other(**logps, beta=beta), expected, strict=True):
             close(got, want)
 
 
@@ -242,6 +250,80 @@ def test_sdpo_is_finite_where_the_published_form_overflows():
     logps = named([-100.0], [[0.0, -100.0]], [0.0], [[0.0, 0.0]], torch.float32)
     assert torch.exp(torch.tensor(100.0)).isinf()
     assert sdpo_loss(**logps, beta=1.0).loss.item() == pytest.approx(100.0)
+
+
+# A mask, and a beta for each rejected completion
+
+KEPT = torch.tensor([[True, False, True, True], [False, False, True, False], [True, True, True, True]])
+BETAS = torch.tensor([[0.2, 0.9, 1.3, 0.4], [1.1, 0.3, 0.6, 0.7], [0.5, 1.5, 0.8, 0.1]], dtype=torch.float64)
+
+
+def sized(name):
+    """Random log-probs, mask and betas for a form: one column for DPO, which cannot leave any out."""
+    if name == "DPO":
+        return normal(n=1), KEPT[:, 2:3], BETAS[:, 2:3]
+    return normal(), KEPT, BETAS
+
+
+def test_a_beta_for_each_by_hand():
+    """D(y_w) = 1; D(y_i) = -1, 3, 7 with betas 1, 1/2, 4, the last not kept: h = 2 and -1.
+
+    DMPO log(1 + e^-0.5); mean of pairs [log(1 + e^-2) + log(1 + e^1)] / 2; S-DPO log(1 + e^-2 + e^1).
+    Rewards: chosen (1 + 1/2) / 2; rejected -1, 3/2, 28.
+    """
+    logps = named([-4.0], [[-9.0, -6.0, -1.0]], [-5.0], [[-8.0, -9.0, -8.0]])
+    given_also = {
+        "beta": torch.tensor([[1.0, 0.5, 4.0]], dtype=torch.float64),
+        "kept": torch.tensor([[True, True, False]]),
+    }
+    expected = {"DMPO": 0.474077, "DMPO-pairs": 0.720095, "SDPO": 1.349012}
+    for name, loss in expected.items():
+        result = MULTI[name](**logps, **given_also)
+        assert result.loss.tolist() == pytest.approx([loss], abs=2e-6), name
+        assert result.chosen_rewards.tolist() == [0.75]
+        assert result.rejected_rewards.tolist() == [[-1.0, 1.5, 28.0]]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_keeping_all_and_one_beta_everywhere_change_nothing(name):
+    logps, kept, _ = sized(name)
+    plain = FORMS[name](**logps, beta=0.7)
+    same = FORMS[name](**logps, beta=torch.full_like(logps["policy_rejected_logps"], 0.7), kept=torch.ones_like(kept))
+    for got, want in zip(same, plain, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("lost", [-3.0, math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("name", [n for n in FORMS if n != "DPO"])
+def test_masking_equals_leaving_out(name, lost):
+    """Loss, chosen reward and gradients; whatever stands in the masked places gets an exact zero."""
+    logps = normal()
+    rejected = logps["policy_rejected_logps"].masked_fill(~KEPT, lost)
+    full = {**logps, "policy_rejected_logps": rejected}
+    result = FORMS[name](**full, beta=BETAS, kept=KEPT)
+    masked_form = partial(FORMS[name], kept=KEPT)
+    grad_chosen, grad_rejected = with_gradients(masked_form, full, BETAS)
+    assert (grad_rejected[~KEPT] == 0).all()
+    for b, keep in enumerate(KEPT):
+        row = {k: t[b : b + 1, keep] if t.ndim == 2 else t[b : b + 1] for k, t in logps.items()}
+        alone = FORMS[name](**row, beta=BETAS[b : b + 1, keep])
+        close(result.loss[b : b + 1], alone.loss)
+        close(result.chosen_rewards[b : b + 1], alone.chosen_rewards)
+        want_chosen, want_rejected = with_gradients(FORMS[name], row, BETAS[b : b + 1, keep])
+        close(grad_chosen[b : b + 1], want_chosen)
+        close(grad_rejected[b, keep], want_rejected[0])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_gradcheck_with_a_mask_and_betas(name):
+    logps, kept, betas = sized(name)
+    betas = betas.clone().requires_grad_()
+    result = FORMS[name](**logps, beta=betas, kept=kept)
+    assert not any(t.requires_grad for t in result), "no gradient reaches beta"
+    assert torch.autograd.gradcheck(
+        lambda *args: FORMS[name](**dict(zip(ARGUMENTS, args, strict=True)), beta=betas, kept=kept).loss,
+        [t.requires_grad_() for t in logps.values()],
+    )
 
 
 # Gradients
@@ -389,7 +471,7 @@ WRONG_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "MultDPO"])
 @pytest.mark.parametrize(("shapes", "message"), WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_wrong_shapes_are_refused(name, shapes, message):
     """Most of these would broadcast without a word."""
@@ -416,6 +498,32 @@ def test_dpo_refuses_several_rejected_completions():
 def test_beta_must_be_positive_and_finite(name, beta):
     with pytest.raises(ValueError, match=f"beta must be a positive finite number, got {beta}"):
         LOSSES[name](**normal(n=1), beta=beta)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": torch.ones(3)}, r"beta must be a number or \[B, N\]; got \[3\] for \[3, [14]\]"),
+        ({"beta": torch.tensor(0.5)}, r"beta must be a number or \[B, N\]; got \[\]"),
+        ({"beta": 0.0}, "beta must be positive and finite, got 0 to 1"),
+        ({"beta": math.inf}, "beta must be positive and finite, got 1 to inf"),
+        ({"beta": math.nan}, "beta must be positive and finite"),
+        ({"kept": torch.tensor([True, False, True])}, r"kept must be bool \[B, N\]; got torch.bool \[3\]"),
+        ({"kept": torch.ones(3, 4, dtype=torch.long)}, r"kept must be bool \[B, N\]; got torch.int64"),
+        ({"kept": False}, "kept must be True for one rejected completion a row at least"),
+    ],
+)
+def test_unfit_masks_and_betas_are_refused(name, change, message):
+    """One bad entry is enough: the last row's beta, or the last row of the mask."""
+    logps, kept, betas = sized(name)
+    rest = {"beta": torch.ones_like(betas), "kept": torch.ones_like(kept)}
+    for key, value in change.items():
+        if not isinstance(value, torch.Tensor):
+            rest[key][-1] = value
+            change = {key: rest[key]}
+    with pytest.raises(ValueError, match=message):
+        FORMS[name](**logps, **(rest | change))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 1)])
