@@ -16,6 +16,7 @@ from recbole.evaluator.collector import DataStruct
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.errors import UserError
+from recbole_llm.pair_metrics import pair_metrics, paired_accuracy
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Ranking:
         tied: answers scored equal to it, itself included ``[R]``.
         answers: how many answers were ranked ``[R]``.
         top: item ids of the best K, ties in an order that says nothing ``[R, K]``; 0 where there are fewer.
+        pairs: scores of the target and of the other ``[R, 2]``, where there are two columns.
     """
 
     above: list[np.ndarray] = field(default_factory=list)
     tied: list[np.ndarray] = field(default_factory=list)
     answers: list[np.ndarray] = field(default_factory=list)
     top: list[np.ndarray] = field(default_factory=list)
+    pairs: list[np.ndarray] = field(default_factory=list)
 
     def add(self, scores: torch.Tensor, target_column: torch.Tensor, item_ids: torch.Tensor, topk: int) -> None:
         """Rank a batch.
@@ -58,6 +61,9 @@ class Ranking:
         best, columns = scores.topk(width, dim=1)
         top = torch.where(best == -torch.inf, 0, item_ids.gather(1, columns)).cpu().numpy()
         self.top.append(np.pad(top, ((0, 0), (0, topk - width))))
+        if scores.shape[1] == 2:
+            other = scores.gather(1, 1 - target_column[:, None])
+            self.pairs.append(torch.cat([target, other], dim=1).double().cpu().numpy())
 
 
 class PerUserEvaluator(Evaluator):
@@ -76,8 +82,8 @@ class PerUserEvaluator(Evaluator):
             item_counter: training interactions of each item, for the popularity metrics.
 
         Returns:
-            Metric name -> mean, rounded by RecBole, and a table with user, target, expected rank, ties, and every
-            top-K metric of each row.
+            Metric name -> mean, rounded as RecBole does, and a table with user, target, expected rank, ties, and
+            every top-K metric of each row. With two candidates the pair metrics come first.
         """
         above, tied, answers = (np.concatenate(x) for x in (ranking.above, ranking.tied, ranking.answers))
         table = pd.DataFrame(
@@ -96,6 +102,10 @@ class PerUserEvaluator(Evaluator):
         struct.set("data.num_users", len(rows.user_tokens))
         struct.set("data.count_items", item_counter)
         result: OrderedDict[str, float] = OrderedDict()
+        if rows.candidates is not None and rows.candidates.shape[1] == 2:
+            target, other = np.concatenate(ranking.pairs).T
+            table["paired_accuracy"] = paired_accuracy(target, other)
+            result.update(pair_metrics(target, other, self.config["metric_decimal_place"]))
         for metric in self.metric_class.values():
             if isinstance(metric, TopkMetric):
                 result.update(self._expected(metric, above, tied, table))
