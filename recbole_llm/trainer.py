@@ -19,6 +19,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
+from recbole_llm.harm import harm_metrics, title_embeddings
 from recbole_llm.progress import bar
 
 SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
@@ -54,7 +55,8 @@ class ProtocolEvaluation:
             load_best_model: load the checkpoint of the best epoch first (or ``model_file``).
 
         Returns:
-            Metric name -> mean. ``self.per_user`` holds the rows.
+            Metric name -> mean, with harm metrics after those of RecBole for the test rows. ``self.per_user`` holds
+            the rows.
         """
         if load_best_model:
             self._load_checkpoint(model_file)
@@ -72,6 +74,11 @@ class ProtocolEvaluation:
         counter = self.protocol.item_counter
         num_items = self.protocol.dataset.item_num
         result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
+        if eval_data.split == "test":  # validation selects by accuracy, and pays for nothing else
+            top, embeddings = np.concatenate(ranking.top), title_embeddings(self.protocol.dataset)
+            harm, by_row = harm_metrics(self.config, eval_data, top, self.protocol.popularity, embeddings)
+            result.update(harm)
+            self.per_user = self.per_user.join(by_row)
         return result
 
     def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from recbole.evaluator.register import smaller_metrics
 
 from recbole_llm.errors import UserError
+from recbole_llm.harm import HARM
 from recbole_llm.run_folder import write_text
 
 NOT_METRICS = ("model", "trainable parameters", "train s", "test s", "note")
@@ -52,13 +54,9 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
 
 
 def to_markdown(table: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> str:
-    """The table with its conditions above it; the best of each metric in bold."""
-    shown = table.copy().astype(object)
-    for column in (c for c in table.columns if c not in NOT_METRICS):
-        values = pd.to_numeric(table[column])
-        smaller = column.split("@")[0].lower() in smaller_metrics
-        best = values.min() if smaller else values.max()
-        shown[column] = [_metric(v, v == best) for v in values]
+    """Accuracy and cost, and below it the harm metrics at their largest K; conditions above, the best in bold."""
+    harm = [c for c in table.columns if c.split("@")[0] in HARM]
+    shown = _best_in_bold(table.drop(columns=harm))
     for column in ("train s", "test s"):
         shown[column] = [f"{v:.1f}" if pd.notna(v) else "" for v in table[column]]
     weights = table["trainable parameters"]
@@ -67,9 +65,38 @@ def to_markdown(table: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> str:
         shown[column] = [" ".join(str(text).split()).replace("|", "\\|") for text in table[column]]
     if not table["note"].any():
         shown = shown.drop(columns="note")
+    parts = [conditions(runs), _aligned(shown)]
+    if harm:
+        finished = table[harm].notna().any(axis=1)
+        below = _best_in_bold(table.loc[finished, _largest_k(harm)])
+        below.insert(0, "model", shown.loc[finished, "model"])
+        parts += ["Harm", _aligned(below)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _best_in_bold(table: pd.DataFrame) -> pd.DataFrame:
+    """Metrics as text, the best of each column in bold; other columns as they are."""
+    shown = table.copy().astype(object)
+    for column in (c for c in table.columns if c not in NOT_METRICS):
+        values = pd.to_numeric(table[column])
+        name = column.split("@")[0].lower()
+        goodness = {"larger": values, "smaller": -values, "zero": -values.abs(), None: values * np.nan}
+        merit = goodness[HARM.get(name, "smaller" if name in smaller_metrics else "larger")]
+        shown[column] = [_metric(v, good) for v, good in zip(values, merit == merit.max(), strict=True)]
+    return shown
+
+
+def _largest_k(columns: Sequence[str]) -> list[str]:
+    """Of the columns ``name@K`` of each name the one of the largest K, in the order of the names."""
+    largest: dict[str, str] = {}
+    for column in sorted(columns, key=lambda c: int(c.partition("@")[2] or 0)):
+        largest[column.split("@")[0]] = column
+    return [largest[name] for name in dict.fromkeys(c.split("@")[0] for c in columns)]
+
+
+def _aligned(shown: pd.DataFrame) -> str:
     right = ["right"] * (len(shown.columns) - 1)
-    body = shown.to_markdown(index=False, disable_numparse=True, colalign=["left", *right])
-    return f"{conditions(runs)}\n\n{body}\n"
+    return shown.to_markdown(index=False, disable_numparse=True, colalign=["left", *right])
 
 
 def _metric(value: float, best: bool) -> str:
