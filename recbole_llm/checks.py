@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ READ_WITH = (
     "RATING_FIELD",
     "item_text",
     "prompt",
+    "liked_only",
+    "min_disliked",
 )
 EVAL_ARGS = ("split", "group_by", "order", "mode")
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
@@ -144,31 +147,89 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
 
 
 def wrong_together(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of an LLM ranker that are fine alone and wrong together."""
+    """Settings that are fine alone and wrong together."""
+    ill_typed = {k for k, v in settings.items() if k in keys.CHECKS and keys.CHECKS[k](v)}
+    problems = _wrong_users(settings) if not ill_typed & {"few_shot", "disjoint_users", "liked_only"} else []
     if "llm" not in settings:
-        return []
-    loss, rejected, finetune = (settings.get(k) for k in ("loss", "rejected_num", "finetune"))
-    preference, quantized = loss in keys.LOSSES and loss != "SFT", settings.get("quantization") == "4bit"
+        return problems
+    if not ill_typed & (set(keys.LLM_KEYS) | {"epochs"}):
+        problems += [told for told, wrong in _wrong_training(settings).items() if wrong]
+        problems += _wrong_switches(settings)
     base = settings["rerank_model"]
-    found = {
+    if base == "LLMRanker":
+        problems.append(
+            f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop."
+        )
+    for key in ("rerank_model", "from_model", "oracle_model"):
+        if isinstance(settings[key], str) and settings[key]:
+            told = _told(partial(model_class, settings[key]))
+            problems += [p.replace("--model", f"--{key}", 1) for p in told]
+    return problems
+
+
+def _wrong_users(settings: Mapping[str, Any]) -> list[str]:
+    """Who is trained and asked."""
+    mode = settings["eval_args"].get("mode") if isinstance(settings["eval_args"], dict) else None
+    modes = mode.values() if isinstance(mode, dict) else [mode]
+    problems = []
+    if any(str(m).startswith("low") for m in modes) and not settings["liked_only"]:
+        problems.append(
+            "--eval_args: mode lowN asks for an item that the user liked against items that they rated low, so these "
+            "must not stand in the history; set --liked_only=True."
+        )
+    if settings["disjoint_users"] and settings["few_shot"] is None:
+        problems.append("--disjoint_users=True: say how many users train, for example --few_shot=100.")
+    return problems
+
+
+def _wrong_training(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Sentence -> whether it is true, for the stages of an LLM."""
+    loss, rejected, finetune = (settings[k] for k in ("loss", "rejected_num", "finetune"))
+    preference, quantized = loss != "SFT", settings["quantization"] == "4bit"
+    pooled = {"self_hard", "semantic", "from_model"} & set(settings["rejected"].split("+"))
+    return {
         f"--rejected_num=0: {loss} needs a rejected item in each pair; set --rejected_num=3, or --loss=SFT.": preference
         and rejected == 0,
         f"--rejected_num={rejected}: DPO compares one pair; set --rejected_num=1, or --loss=DMPO or SDPO.": loss
         == "DPO"
-        and keys.integer(2)(rejected) is None,
+        and rejected > 1,
+        f"--rejected_pool={settings['rejected_pool']}: --rejected_num={rejected} items cannot be taken out of so few; "
+        f"set --rejected_pool={max(20, rejected)}.": preference
+        and bool(pooled)
+        and settings["rejected_pool"] < rejected,
+        "--rejected=semantic compares titles; it needs an encoder: set --encoder=minilm, or tfidf.": preference
+        and "semantic" in pooled
+        and settings["encoder"] == "none",
         f"--preference_epochs=0: {loss} would never be trained; set --preference_epochs=1, or --loss=SFT.": preference
-        and settings.get("preference_epochs") == 0,
+        and settings["preference_epochs"] == 0,
         f"--finetune=none: {loss} trains weights; use --finetune=lora, or --loss=SFT for zero-shot.": preference
         and finetune == "none",
         "--finetune=full: 4-bit weights cannot be trained; use --finetune=lora, or drop --quantization.": quantized
         and finetune == "full",
-        "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings.get("llm") == "tiny",
-        f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop.": base
-        == "LLMRanker",
+        "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings["llm"] == "tiny",
     }
-    problems = [told for told, wrong in found.items() if wrong]
-    if isinstance(base, str) and base:
-        problems += [p.replace("--model", "--rerank_model", 1) for p in _told(lambda: model_class(base))]
+
+
+def _wrong_switches(settings: Mapping[str, Any]) -> list[str]:
+    """Switches that the loss at hand does not read."""
+    loss, many = settings["loss"], ("DMPO", "SDPO", "RosePO")
+    readers = {
+        "pairwise_mean": ("DMPO",),
+        "reference_free": ("DMPO",),
+        "robust": ("RosePO",),
+        "boundary_negatives": many,
+        "dynamic_beta": many,
+    }
+    problems = [
+        f"--{key}=True: {loss} does not read it; it belongs to {' and '.join(losses)}. Leave it out, or set --loss."
+        for key, losses in readers.items()
+        if settings[key] and loss not in losses
+    ]
+    if settings["chosen_num"] > 1 and loss != "MultDPO":
+        problems.append(f"--chosen_num={settings['chosen_num']}: {loss} takes one chosen item; set --loss=MultDPO.")
+    most = settings["smoothing_max"] if settings["smoothing"] == "oracle" else settings["smoothing"]
+    if settings["robust"] and most >= 0.5:
+        problems.append("--robust=True divides by 1 - 2 epsilon; set --smoothing_max=0.49, or a --smoothing below 0.5.")
     return problems
 
 
@@ -185,12 +246,51 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         lacks = [c for c in needed if c not in load["inter"]]
         if lacks:
             problems.append(f"--load_col: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
+    problems += _needs_ratings(settings, dataset)
     if "llm" not in settings:
         return problems
     if Path(settings["data_path"]).is_dir():  # a missing folder is told once
         wanted = settings["item_text"]
         problems += _told(lambda: text_template(wanted, item_columns(settings, dataset), dataset))
-    return problems + _told(lambda: load_template(settings["prompt"], properties))
+    return problems + (
+        _told(lambda: load_template(settings["prompt"], properties)) or _wrong_pairs(settings, properties)
+    )
+
+
+def _needs_ratings(settings: Mapping[str, Any], dataset: str) -> list[str]:
+    """Settings that read ratings, of a data set that has none."""
+    wanted = {
+        "--liked_only=True": settings["liked_only"] is True,
+        "--min_disliked": settings["min_disliked"] != 0,
+        f"--rejected={settings.get('rejected')}": "low_rating" in str(settings.get("rejected"))
+        and settings.get("loss") != "SFT",
+    }
+    if _told(lambda: inter_columns(settings, dataset)) or settings["RATING_FIELD"] in inter_columns(settings, dataset):
+        return []
+    name = settings["RATING_FIELD"]
+    return [f"{key}: {dataset}.inter has no rating column {name!r}; name it with --RATING_FIELD, or leave this out."
+            for key, is_wanted in wanted.items() if is_wanted]  # fmt: skip
+
+
+def _wrong_pairs(settings: Mapping[str, Any], properties: Path) -> list[str]:
+    """What a prompt that lists two candidates cannot do."""
+    if load_template(settings["prompt"], properties)["family"] != "pair":
+        return []
+    mode = settings["eval_args"].get("mode", "full") if isinstance(settings["eval_args"], dict) else ""
+    asked = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}
+    found = {
+        f"--eval_args: a pair prompt ranks two candidates; set mode low1, uni1 or pop1, not {asked}.": not all(
+            re.fullmatch("(low|uni|pop)1", str(m)) for m in asked.values()
+        ),
+        "--score_norm: a pair prompt's answers hold both titles, so they are compared by their sum.": settings[
+            "score_norm"
+        ]
+        != "sum",
+        "--loss=MultDPO: a pair prompt lists one liked item; use --prompt=stream.": settings["loss"] == "MultDPO",
+        "--generate_users: a pair prompt's answer is no single title; use --prompt=stream.": settings["generate_users"]
+        != 0,
+    }
+    return [told for told, wrong in found.items() if wrong]
 
 
 def _told(check: Callable[[], Any]) -> list[str]:

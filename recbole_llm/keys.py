@@ -166,6 +166,7 @@ LLM_KEYS: dict[str, Check] = {
     "rejected_pool": integer(1),
     "popularity_exponent": number(),
     "from_model": text,
+    "recommender_config": table,
     "preference_epochs": integer(0),
     "preference_learning_rate": number(above=True),
     "preference_positions": integer(0),

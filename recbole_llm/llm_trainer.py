@@ -20,6 +20,7 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import load_adapter, save_adapter
 from recbole_llm.llm.token_tree import batches_by_budget
+from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.run_folder import content_hash, write_json
 from recbole_llm.stages import Stage, stages
@@ -95,7 +96,13 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         model = self.model
         base = content_hash([model.llm.revision, model.texts])
         return stages(
-            self.config, self.protocol, model.prompt, context=model.llm.context, base=base, run_folder=self.run_folder
+            self.config,
+            self.protocol,
+            model.prompt,
+            context=model.llm.context,
+            base=base,
+            run_folder=self.run_folder,
+            policy=model.reference_logps,
         )
 
     def _run_stage(
@@ -122,7 +129,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         )
         if stage.loss != "SFT":
             self._fill_reference(stage, show_progress)
-        self.tokens = 0
+        self.tokens, self.displacement = 0, Displacement()
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
         ) as self.bar:
@@ -137,7 +144,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
             "seconds": time.perf_counter() - clock,
+            **stage.facts,
         }
+        if stage.loss != "SFT":
+            record["displacement"] = self.displacement.facts()
         write_json(stage.folder / "stage.json", record)
         return best, record
 
@@ -177,16 +187,28 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         for number, windows in enumerate(self._steps(self.stage.windows, epoch_idx)):
             loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
             total, count = total + loss_sum, count + step_count
-            self._log_step(epoch_idx, loss_sum / step_count, {k: v / step_count for k, v in logged.items()})
+            logged = {name: value / step_count for name, value in logged.items()}
+            self._log_step(epoch_idx, loss_sum / step_count, logged)
+            self._watch(logged)
             self.bar.update(sum(len(w.targets) for w in windows))
             self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
         return total / count
+
+    def _watch(self, logged: dict[str, float]) -> None:
+        """Warn once a stage when the chosen titles' log-prob collapses."""
+        if self.stage.loss == "SFT" or not self.displacement.add(logged["logps/chosen_shift"]):
+            return
+        self.logger.warning(
+            f"Stage {self.stage.loss}: the chosen titles have become e^{-Displacement.LEAST:.0f} times less likely "
+            "than under the reference, on average over the last steps. The margin may grow all the same, and the "
+            "ranking suffer: raise --beta, lower --preference_learning_rate, or set --sft_weight=1."
+        )
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
         """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
         loss_name, budget = self.stage.loss, self.config["token_budget"]
         self.optimizer.zero_grad(set_to_none=True)
-        sizes = [self._size(w) for w in windows]
+        sizes = [self.model.prompt.window_size(w) for w in windows]
         self.tokens += sum(sizes)
         whole = self._count(windows)
         total, logged = 0.0, {}
@@ -219,13 +241,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """What a step's loss is averaged over: title tokens (SFT) or pairs."""
         if self.stage.loss != "SFT":
             return sum(len(w.targets) for w in windows)
-        return sum(len(self.model.prompt.answers[w.items[t]]) for w in windows for t in w.targets)
-
-    def _size(self, window: Window) -> int:
-        prompt = self.model.prompt
-        trunk = len(prompt.trunk(window.items[: max(window.targets) + prompt.every_position]))
-        branches = sum(len(prompt.answers[i]) - 1 for items in window.rejected for i in items)
-        return trunk + branches + (0 if prompt.every_position else len(prompt.answers[window.items[-1]]))
+        return sum(sum(self.model.prompt.chosen_lengths(w)) for w in windows)
 
     def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
         values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}

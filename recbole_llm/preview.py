@@ -11,7 +11,7 @@ from recbole_llm.data.rejected import rejected_items
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.model.llmranker import LLMRanker
-from recbole_llm.quick_start import explained
+from recbole_llm.run_log import explained
 
 
 def preview_user(config: LLMConfig, user: str | None) -> str:

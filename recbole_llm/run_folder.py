@@ -21,7 +21,7 @@ import yaml
 from recbole.config import Config
 
 from recbole_llm import __version__
-from recbole_llm.data.atomic import atomic_file
+from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.errors import UserError
 
 PACKAGES = (
@@ -60,12 +60,18 @@ def content_hash(value: Any) -> str:
 
 
 def data_hash(config: Config) -> str:
-    """SHA-256 of the data set's atomic files."""
+    """SHA-256 of the atomic files of the data set, and of ``eval_dataset`` where another one is ranked."""
+    sources = [(config.final_config_dict, config["dataset"])]
+    if other := config["eval_dataset"]:
+        given = {**config.external_config_dict, **(config["eval_config"] or {})}
+        path = given.get("data_path", config.internal_config_dict["data_path"])
+        sources.append(({"data_path": str(dataset_folder(path, other))}, other))
     told = hashlib.sha256()
-    for suffix in ("inter", "item", "user"):
-        file = atomic_file(config.final_config_dict, config["dataset"], suffix)
-        if file.is_file():
-            told.update(suffix.encode() + file.read_bytes())
+    for settings, dataset in sources:
+        for suffix in ("inter", "item", "user"):
+            file = atomic_file(settings, dataset, suffix)
+            if file.is_file():
+                told.update(suffix.encode() + file.read_bytes())
     return told.hexdigest()
 
 

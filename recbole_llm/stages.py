@@ -3,67 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from recbole.config import Config
 
+from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.data.rejected import rejected_items
+from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
+from recbole_llm.harm import title_vectors
+from recbole_llm.oracle import train_oracle
+from recbole_llm.recommender import train_recommender
 from recbole_llm.run_folder import content_hash, data_hash, versions
 
-# What determines the SFT adapter, besides data, model and protocol. A preference loss shares the stage of all others.
+# What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
 SFT_KEYS = tuple(
     """
     llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
-    prompt score_norm epochs learning_rate sft_positions train_batch_size learner weight_decay lr_scheduler
-    warmup_ratio clip_grad_norm stopping_step eval_step seed few_shot few_shot_seed eval_args valid_metric
-    MAX_ITEM_LIST_LENGTH rerank_model rerank_topk
+    prompt score_norm epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio
+    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH rerank_model rerank_topk
+    recommender_config
 """.split()
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``."""
+    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``; ``facts`` go to its record."""
 
     loss: str
     epochs: int
     learning_rate: float
     windows: list[Window]
     folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def stages(
-    config: Config, protocol: Protocol, prompt: Prompt, *, context: int, base: str, run_folder: Path
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    *,
+    context: int,
+    base: str,
+    run_folder: Path,
+    policy: Policy,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
+
+    The pairs of the preference stage are made when it is asked for, by the policy as it is then.
 
     Args:
         context: tokens of a prompt with its answer at most.
         base: fingerprint of the base weights and the item texts, which name the SFT stage together with the settings.
         run_folder: where the preference stage keeps its best epoch; an SFT stage has a folder that runs share.
+        policy: log-probs of windows by the policy.
     """
     if config["finetune"] == "none":
         return
-    sequences = protocol.training_sequences()
-    cut = {"history": config["MAX_ITEM_LIST_LENGTH"], "most_tokens": context}
     if config["epochs"] > 0:
-        windows = training_windows(sequences, prompt, last=config["sft_positions"], **cut)
-        folder = sft_folder(config, protocol, prompt, base)
+        windows = sft_windows(config, protocol, prompt, context)
+        folder = sft_folder(config, protocol, prompt, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-        windows = training_windows(sequences, prompt, last=config["preference_positions"], **cut)
-        windows = rejected_items(config, protocol).fill(windows)
+        windows, facts = preference_windows(config, protocol, prompt, context, policy)
         rate = config["preference_learning_rate"]
-        yield Stage(config["loss"], config["preference_epochs"], rate, windows, run_folder)
+        yield Stage(config["loss"], config["preference_epochs"], rate, windows, run_folder, facts)
 
 
-def sft_folder(config: Config, protocol: Protocol, prompt: Prompt, base: str) -> Path:
+def sft_windows(config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int) -> list[Window]:
+    """What SFT trains on; a prompt that lists two candidates needs one rejected item in each window."""
+    windows = training_windows(
+        protocol.training_sequences(),
+        prompt,
+        history=config["MAX_ITEM_LIST_LENGTH"],
+        last=config["sft_positions"],
+        most_tokens=context,
+    )
+    if not isinstance(prompt, PairPrompt):
+        return windows
+    strategy = "low_rating" if "low_rating" in config["rejected"].split("+") else "uniform"
+    return RejectedItems(config, protocol, Sources(), strategies=(strategy,), number=1).fill(windows)
+
+
+def preference_windows(
+    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int, policy: Policy
+) -> tuple[list[Window], dict[str, Any]]:
+    """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them."""
+    windows = training_windows(
+        protocol.training_sequences(),
+        prompt,
+        history=config["MAX_ITEM_LIST_LENGTH"],
+        last=config["preference_positions"],
+        most_tokens=context,
+        chosen=config["chosen_num"] if config["loss"] == "MultDPO" else 1,
+    )
+    strategies = config["rejected"].split("+")
+    sources = Sources(
+        policy=policy,
+        vectors=title_vectors(config, protocol.dataset) if "semantic" in strategies else None,
+        recommend=train_recommender(config, config["from_model"]).scores if "from_model" in strategies else None,
+    )
+    windows = RejectedItems(config, protocol, sources).fill(windows, config["show_progress"])
+    if config["loss"] != "RosePO" or config["smoothing"] != "oracle":
+        return windows, {}
+    oracle = train_oracle(config, protocol)
+    smoothing = oracle.smoothing(windows)
+    mean = [e for window in smoothing for target in window for e in target]
+    facts = {"oracle": {**asdict(oracle.calibration), "mean_epsilon": sum(mean) / len(mean)}}
+    return [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)], facts
+
+
+def sft_folder(
+    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, base: str, windows: list[Window]
+) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in SFT_KEYS}
     selected_on = protocol.valid.digest if config["eval_step"] else None
-    what = [settings, base, data_hash(config), selected_on, prompt.prefix, prompt.suffix, versions()]
+    trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
+    what = [settings, base, data_hash(config), trained, selected_on, prompt.prefix, prompt.suffix, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"

@@ -24,9 +24,8 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
-from recbole_llm.harm import HARM
 from recbole_llm.quick_start import run_recbole_llm
-from tests.conftest import prepared, random_events, started, write_events
+from tests.conftest import accuracy, prepared, random_events, started, write_events
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOPK_METRICS = ["Hit", "NDCG", "MRR", "MAP", "Recall", "Precision"]
@@ -90,11 +89,6 @@ def rank(
             ranking.add(scores[part], columns[part], items[part], max(config["topk"]))
     evaluator = PerUserEvaluator(config)
     return evaluator.evaluate_ranking(ranking, rows, scores.shape[1] + 1, counter or Counter())
-
-
-def accuracy(result: dict[str, float]) -> dict[str, float]:
-    """A test result without the harm metrics, which have tests of their own."""
-    return {name: value for name, value in result.items() if name.split("@")[0] not in HARM}
 
 
 # Against RecBole and independent formulas

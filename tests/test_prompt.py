@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_llm.config import PROPERTIES, LLMConfig
-from recbole_llm.data.prompt import Prompt, load_template, plain_tokens
+from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
 from recbole_llm.llm import tiny as tiny_module
 from recbole_llm.llm.tiny import tiny_llm
@@ -153,16 +153,38 @@ def test_chat_templates_that_cannot_ask(template: str) -> None:
         Prompt(load_template("instruct", PROPERTIES), TITLES, odd)
 
 
+def test_window_size_is_what_is_fed() -> None:
+    """For batches: nodes of the tree that are no leaves."""
+    items = (3, 1, 2, 8)
+    windows = {
+        "stream": [
+            Window(1, items, (1, 3)),
+            Window(1, items, (1, 2)),
+            Window(1, items, (2, 3), ((4, 5), (6, 9))),
+            Window(1, items, (1, 3), ((4,), (5,)), ((9,), (6,))),
+        ],
+        "instruct": [
+            Window(1, items, (3,)),
+            Window(1, items, (3,), ((4, 5),)),
+            Window(1, items, (3,), ((4,),), ((9,),)),
+        ],
+    }
+    for family, prompt in PROMPTS.items():
+        for window in windows[family]:
+            assert prompt.window_size(window) == len(prompt.window_tree(window).without_leaves())
+            assert prompt.chosen_lengths(window) == [len(prompt.answers[items[t]]) for t in window.targets]
+
+
 # Templates of the user's
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "needs `family: stream` or `family: instruct`"),
-        ("family: chat", "needs `family: stream` or `family: instruct`"),
-        ("family: [stream]", "needs `family: stream` or `family: instruct`"),
-        ("- stream", "needs `family: stream` or `family: instruct`"),
+        ("", "needs `family: stream`, `family: instruct` or `family: pair`"),
+        ("family: chat", "needs `family: stream`, `family: instruct` or `family: pair`"),
+        ("family: [stream]", "needs `family: stream`, `family: instruct` or `family: pair`"),
+        ("- stream", "needs `family: stream`, `family: instruct` or `family: pair`"),
         ("family: stream\nline: '{title}\n\n'", "wrong or missing header; a stream template has header, line"),
         ("family: stream\nheader: 3\nline: '{title}\n\n'", "wrong or missing header"),
         ("family: stream\nheader: a\nline: '{titel}\n\n'", "wrong or missing line"),
@@ -171,6 +193,16 @@ def test_chat_templates_that_cannot_ask(template: str) -> None:
         ("family: stream\nheader: a\nline: '{title}\n\n'\nfooter: b\n3: 4", "wrong or missing footer, 3"),
         ("family: instruct\nquestion: a\nline: '{title}'", "wrong or missing question"),
         ("family: instruct\nquestion: '{history} {history}'\nline: '{title}'", "wrong or missing question"),
+        ("family: pair\nquestion: '{history} {first} {second}'\nline: '{title}'", "wrong or missing answer; a pair"),
+        (
+            "family: pair\nquestion: '{first} {history} {second}'\nline: '{title}'\nanswer: '{chosen} {rejected}'",
+            "wrong or missing question; a pair template has question, line, answer, and holds once, in this order: "
+            "`line` {title}; `question` {history}, {first}, {second}; `answer` {chosen}, {rejected}.",
+        ),
+        (
+            "family: pair\nquestion: '{history} {first} {second} {first}'\nline: ''\nanswer: '{rejected} {chosen}'",
+            "wrong or missing line, question, answer",
+        ),
         ("family: stream\nheader: !!python/name:os.system a", "is not plain YAML"),
         ("a: [", "is not plain YAML"),
         ("a: 2020-13-45", "is not plain YAML"),
@@ -194,7 +226,7 @@ def test_a_template_of_the_users_own(tiny: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("prompt", ["none", ".", "properties/prompt/none.yaml"])
 def test_no_such_template(tiny: dict[str, Any], prompt: str) -> None:
-    with pytest.raises(UserError, match=f"--prompt={prompt}: no such template; use instruct, stream, or"):
+    with pytest.raises(UserError, match=f"--prompt={prompt}: no such template; use instruct, pair, stream, or"):
         LLMConfig(config_dict={**tiny, "prompt": prompt})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from hypothesis import strategies as st
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.data.protocol import prepare_data
-from recbole_llm.data.rejected import RejectedItems
 from recbole_llm.data.windows import training_windows
-from recbole_llm.errors import UserError
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.model.llmranker import LLMRanker
 
@@ -114,78 +111,3 @@ def test_history_is_cut_by_whole_oldest_items(length: int, most: int) -> None:
     assert len(prompt.trunk(kept)) + longest <= most
     if len(kept) < length:
         assert len(prompt.trunk(history[length - len(kept) - 1 :])) + longest > most
-
-
-# ---- rejected items
-
-
-def sampler(config: LLMConfig, strategy: str, number: int = 3, seed: int = 1) -> RejectedItems:
-    protocol = prepare_data(config)
-    counts = np.bincount(protocol.events.item, minlength=protocol.dataset.item_num)
-    return RejectedItems(
-        strategy,
-        number,
-        protocol.events,
-        protocol.train_ends,
-        counts,
-        protocol.dataset.field2id_token["user_id"],
-        threshold=3,
-        seed=seed,
-    )
-
-
-@pytest.mark.parametrize("strategy", ["uniform", "popularity", "low_rating"])
-def test_rejected_are_distinct_and_not_liked(tiny: dict[str, Any], strategy: str) -> None:
-    draws = sampler(LLMConfig(config_dict=tiny), strategy)
-    for user in range(1, 20):
-        own, ratings = draws._training(user)
-        low = set(own[ratings <= 3].tolist())
-        for position in range(1, 5):
-            drawn = draws.draw(user, position)
-            assert len(set(drawn)) == 3 and 0 not in drawn
-            assert drawn == draws.draw(user, position)
-            foreign = set(drawn) - set(own.tolist())
-            assert len(foreign) == (3 if strategy != "low_rating" else max(0, 3 - len(low)))
-            assert set(drawn) - foreign <= low
-    assert draws.draw(1, 1) != draws.draw(1, 2)
-
-
-def test_low_rating_trains_liked_items_alone(tiny: dict[str, Any]) -> None:
-    draws = sampler(LLMConfig(config_dict=tiny), "low_rating")
-    items, ratings = draws._training(1)
-    window = Window(1, tuple(int(i) for i in items), tuple(range(1, len(items))))
-    assert draws.liked(window) == tuple(t for t in window.targets if ratings[t] > 3)
-    assert all(r > 3 for w in draws.fill([window]) for r in ratings[list(w.targets)])
-    with pytest.raises(UserError, match="rating_threshold"):
-        draws.threshold = 9
-        draws.fill([window])
-
-
-def test_popularity_draws_by_count(tiny: dict[str, Any]) -> None:
-    draws = sampler(LLMConfig(config_dict=tiny), "popularity", number=1)
-    own, _ = draws._training(1)
-    popular = int(next(i for i in draws.catalogue if i not in own))
-    draws.counts = np.ones_like(draws.counts)
-    draws.counts[popular] = 10_000
-    assert np.mean([draws.draw(1, p) == (popular,) for p in range(100)]) > 0.95
-
-
-def test_rejected_never_look_at_held_out_events(tiny: dict[str, Any]) -> None:
-    """Changing the user's validation and test items changes no draw."""
-    draws = sampler(LLMConfig(config_dict=tiny), "uniform")
-    before = [draws.draw(1, p) for p in range(5)]
-    held_out = slice(draws.events.start[1] + draws.train_ends[1], draws.events.start[2])
-    draws.events = replace(draws.events, item=draws.events.item.copy())
-    draws.events.item[held_out] = draws.events.item[0]
-    assert before == [draws.draw(1, p) for p in range(5)]
-
-
-def test_errors(toy: dict[str, Any], tiny: dict[str, Any]) -> None:
-    draws = sampler(LLMConfig(config_dict=tiny), "uniform", number=59)
-    with pytest.raises(UserError, match="rejected_num"):
-        draws.draw(1, 1)
-    draws.events.rating[:] = np.nan
-    with pytest.raises(UserError, match="low_rating"):
-        RejectedItems(
-            "low_rating", 1, draws.events, draws.train_ends, draws.counts, draws.user_tokens, threshold=3, seed=0
-        )

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,13 @@ class EvalRows:
 
     Attributes:
         split: "valid" or "test".
-        mode: "full", "uniN" or "popN".
+        mode: "full", "uniN", "popN" or "lowN".
         visible: what a model may see of each row: user and history, no target, label, rating or time of it ``[R]``.
         users, targets: internal ids ``[R]``.
         candidates: internal item ids in an order that says nothing ``[R, N + 1]``; None for "full".
         hidden: items that are no answers in "full" mode, for each row.
         digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
+        history: items of the user before each row, oldest first, uncut; for measures, not for models.
     """
 
     split: str
@@ -44,6 +45,7 @@ class EvalRows:
     user_tokens: np.ndarray
     item_tokens: np.ndarray
     digest: str = ""
+    history: list[np.ndarray] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -74,29 +76,33 @@ class EvalRows:
                 out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
-def freeze_rows(config: Config, part: Dataset, split: str, events: Events, train_ends: np.ndarray) -> EvalRows:
+def freeze_rows(
+    config: Config, part: Dataset, split: str, events: Events, train_ends: np.ndarray, asked: np.ndarray
+) -> EvalRows:
     """Evaluation rows of a split, with candidates drawn once.
 
-    Candidates are distinct, never in the user's whole history (before or after the row), and drawn by a generator
-    seeded with (candidate_seed, split, user token, row of the user): never with the target, which is left out of
-    the draw and moves nothing else in it, nor the order.
+    Candidates are distinct, never met by the user (before or after the row), or with lowN disliked at any time, and
+    drawn by a generator seeded with (candidate_seed, split, user token, row of the user): never with the target,
+    which is left out of the draw and moves nothing else in it, nor the order.
 
     Args:
         part: the split of the sequential data set.
         train_ends: training events of each user, for the popularity of popN ``[n_users]``.
+        asked: internal ids of the users whose rows are kept.
 
     Raises:
         UserError: a user has fewer than N never-seen items, or no user has a row.
     """
-    feat = _sampled_rows(config, part, split)
+    feat = _rows_of(part, split, asked)
     users, targets = feat[part.uid_field].numpy(), feat[part.iid_field].numpy()
     positions = feat[POSITION].numpy()
     mode = config["eval_args"]["mode"][split]
     user_tokens, item_tokens = part.field2id_token[part.uid_field], part.field2id_token[part.iid_field]
     rows = EvalRows(split, mode, _visible(part, feat), users, targets, None, [], user_tokens, item_tokens)
+    rows.history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
     if mode == "full":
-        history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
-        rows.hidden = [h[h != t] if config["mask_history"] else h[:0] for h, t in zip(history, targets, strict=True)]
+        masked = config["mask_history"]
+        rows.hidden = [h[h != t] if masked else h[:0] for h, t in zip(rows.history, targets, strict=True)]
     else:
         rows.candidates = _draw(config, rows, positions, events, train_ends)
     rows.digest = _digest(rows, config["mask_history"])
@@ -109,22 +115,14 @@ def popularity(events: Events, train_ends: np.ndarray, n_items: int) -> np.ndarr
     return np.bincount(events.item[position < train_ends[events.user]], minlength=n_items)
 
 
-def _sampled_rows(config: Config, part: Dataset, split: str) -> Interaction:
+def _rows_of(part: Dataset, split: str, users: np.ndarray) -> Interaction:
+    """Rows of these users, by user and position."""
     feat = part.inter_feat
-    users = feat[part.uid_field].numpy()
-    if len(users) == 0:
+    if len(feat) == 0:
         raise UserError(
             f"--eval_args: the split leaves no {split} interactions; leave-one-out needs users with at least 4 events."
         )
-    if config["eval_users"] is not None:
-        tokens = part.field2id_token[part.uid_field]
-        pool = np.unique(users)
-        pool = pool[np.argsort(tokens[pool])]
-        # The same users in validation and test where both have them: one permutation by token, cut at eval_users.
-        order = np.random.default_rng(config["candidate_seed"]).random(len(tokens))
-        rank = order[np.searchsorted(np.sort(tokens), tokens[pool])]
-        kept = pool[np.argsort(rank)][: config["eval_users"]]
-        feat = feat[torch.as_tensor(np.isin(users, kept))]
+    feat = feat[torch.as_tensor(np.isin(feat[part.uid_field].numpy(), users))]
     order = np.lexsort((feat[POSITION].numpy(), feat[part.uid_field].numpy()))
     return feat[torch.as_tensor(order)]
 
@@ -141,25 +139,28 @@ def _visible(part: Dataset, feat: Interaction) -> Interaction:
 def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events, train_ends: np.ndarray) -> np.ndarray:
     """Candidates of each row, the target among them ``[R, N + 1]``."""
     wanted = int(rows.mode[3:])
-    universe = np.unique(events.item)
+    universe = events.catalogue
     universe = universe[np.argsort(rows.item_tokens[universe])]  # by token: internal ids may differ between models
     weight = popularity(events, train_ends, len(rows.item_tokens))[universe] if rows.mode.startswith("pop") else None
     drawn = np.zeros((len(rows), wanted + 1), dtype=np.int64)
     for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):
         told = f"{config['candidate_seed']}|{rows.split}|{rows.user_tokens[user]}|{position}"
         rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
-        unseen = ~np.isin(universe, events.items_of(user))
+        if rows.mode.startswith("low"):
+            free = np.isin(universe, events.disliked(user, len(events.items_of(user))))
+        else:
+            free = ~np.isin(universe, events.met(user))
         if weight is not None:
-            unseen &= weight > 0
-        if unseen.sum() < wanted:
+            free &= weight > 0
+        if free.sum() < wanted:
             raise UserError(
                 f"--eval_args: mode {rows.mode} needs {wanted} items that user {rows.user_tokens[user]} never met, "
-                f"but there are {unseen.sum()}. Use mode uni{unseen.sum()} or less, or full."
+                f"but there are {free.sum()}. Use mode uni{free.sum()} or less, or full."
             )
         # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
         # same odds as drawing one after the other, but an item that is left out moves no other.
         wait = rng.exponential(size=len(universe)) / (1 if weight is None else np.maximum(weight, 1))
-        wait[~unseen] = np.inf
+        wait[~free] = np.inf
         first = np.argpartition(wait, wanted - 1)[:wanted]
         items = universe[first[np.argsort(wait[first])]]
         drawn[row] = rng.permutation(np.append(items, rows.targets[row]))

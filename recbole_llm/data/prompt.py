@@ -1,8 +1,8 @@
 """History -> prompt tokens, item -> answer tokens; templates from ``properties/prompt/*.yaml``.
 
 *Stream*: a header, then one line a title; the answer is the next line. *Instruct*: a chat question that holds the
-history; the answer is the title and the end of the turn. Titles are tokenised apart from the template and with
-special tokens switched off, so that no title can end a turn.
+history; the answer is the title and the end of the turn. *Pair*: see ``pair_prompt.py``. Titles are tokenised apart
+from the template and with special tokens switched off, so that no title can end a turn.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 
 import yaml
 from jinja2 import TemplateError
+from torch import Tensor
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
 
-HISTORY_MARK = "\u2983history\u2984"  # rare enough to stand in no template
-REQUIRED = {"stream": {"header": str, "line": str}, "instruct": {"question": str, "line": str}}
+REQUIRED = {
+    "stream": {"header": str, "line": str},
+    "instruct": {"question": str, "line": str},
+    "pair": {"question": str, "line": str, "answer": str},
+}
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,23 @@ class Window:
         items: internal ids ``[L]``.
         targets: places in ``items`` that are predicted, each >= 1.
         rejected: for each target its rejected items (all of one length k; none for SFT).
+        also: for each target more items that are chosen in its place (all of one length P - 1).
         reference: for each target the reference log-probs, chosen first, then rejected, nats; filled by the trainer.
+        smoothing: for each target and rejected item the probability that the pair is wrongly labelled.
     """
 
     user: int
     items: tuple[int, ...]
     targets: tuple[int, ...]
     rejected: tuple[tuple[int, ...], ...] = ()
+    also: tuple[tuple[int, ...], ...] = ()
     reference: list[list[float]] = field(default_factory=list)
+    smoothing: list[list[float]] = field(default_factory=list)
+
+    def branches(self) -> list[tuple[int, ...]]:
+        """For each target the items scored beside it: those also chosen, then the rejected ones."""
+        nothing = ((),) * len(self.targets)
+        return [a + r for a, r in zip(self.also or nothing, self.rejected or nothing, strict=True)]
 
 
 class Prompt:
@@ -63,11 +76,10 @@ class Prompt:
                 self.prefix = self.prefix[:-1]
             self.lines = self.answers = plain_tokens(tokenizer, [line.replace("{title}", t) for t in texts])
         else:
-            self.prefix, self.suffix, end = _chat_parts(template["question"], tokenizer)
+            self.prefix, self.suffix = chat_parts(template["question"], ("history",), tokenizer)
             self.lines = plain_tokens(tokenizer, [line.replace("{title}", t) for t in texts])
-            self.answers = [ids + end for ids in plain_tokens(tokenizer, texts)]
-        if not self.prefix:  # a completion's first token needs something before it
-            self.prefix = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+            self.answers = [[*ids, tokenizer.eos_token_id] for ids in plain_tokens(tokenizer, texts)]
+        self.prefix = self.prefix or start_tokens(tokenizer)
 
     def trunk(self, history: Sequence[int]) -> list[int]:
         """Prompt tokens for a history of item ids, oldest first."""
@@ -85,10 +97,7 @@ class Prompt:
             most: tokens of prompt and answer together.
         """
         room = most - len(self.prefix) - len(self.suffix) - max(map(len, self.answers))
-        kept = len(history)
-        while kept and sum(len(self.lines[i]) for i in history[len(history) - kept :]) > room:
-            kept -= 1
-        return history[len(history) - kept :]
+        return newest([len(self.lines[i]) for i in history], history, room)
 
     def candidate_tree(self, history: Sequence[int], candidates: Sequence[int]) -> TokenTree:
         """The prompt as trunk, each candidate's answer as a branch; completions in the order of the candidates."""
@@ -99,35 +108,51 @@ class Prompt:
         return tree.build()
 
     def window_tree(self, window: Window) -> TokenTree:
-        """A window's targets with their rejected items: completions are target after target, chosen first.
+        """A window's targets with their branches: completions are target after target, chosen first, rejected last.
 
-        With a stream prompt the chosen title is the trunk itself and the rejected ones hang off it; with an
-        instruct prompt a window has one target.
+        With a stream prompt the target's title is the trunk itself and all others hang off it; with an instruct
+        prompt a window has one target.
         """
         if not self.every_position:
-            (target,), rejected = window.targets, window.rejected[0] if window.rejected else ()
-            return self.candidate_tree(window.items[:target], (window.items[target], *rejected))
+            (target,), (others,) = window.targets, window.branches()
+            return self.candidate_tree(window.items[:target], (window.items[target], *others))
         tree = TreeBuilder()
         end = tree.chain(-1, self.prefix)[-1]
-        places = dict(zip(window.targets, window.rejected or ((),) * len(window.targets), strict=True))
-        # A completion is numbered when its nodes are known, and the chosen title comes after its rejected branches.
-        chosen_of, rejected_of = [], []
+        places = dict(zip(window.targets, window.branches(), strict=True))
+        # A completion is numbered when its nodes are known, and the target's title comes after its branches.
+        chosen_of, others_of = [], []
         for place, item in enumerate(window.items[: max(window.targets) + 1]):
             branches = [tree.chain(end, self.answers[r]) for r in places.get(place, ())]
             nodes = tree.chain(end, self.lines[item])
             end = nodes[-1]
             if place in places:
                 chosen_of.append(nodes)
-                rejected_of.append(branches)
-        for nodes, branches in zip(chosen_of, rejected_of, strict=True):
+                others_of.append(branches)
+        for nodes, branches in zip(chosen_of, others_of, strict=True):
             tree.completion(nodes)
             for branch in branches:
                 tree.completion(branch)
         return tree.build()
 
+    def window_size(self, window: Window) -> int:
+        """Tokens of a window's tree that go through the model."""
+        last = max(window.targets)
+        trunk = len(self.trunk(window.items[: last + self.every_position]))
+        answer = 0 if self.every_position else len(self.answers[window.items[last]])
+        branches = sum(len(self.answers[i]) - 1 for items in window.branches() for i in items)
+        return trunk + answer - 1 + branches  # leaves are not fed
+
+    def chosen_lengths(self, window: Window) -> list[int]:
+        """Tokens of each target's title, which SFT trains."""
+        return [len(self.answers[window.items[t]]) for t in window.targets]
+
+    def combined(self, logps: Tensor) -> Tensor:
+        """Log-probs of a window's completions as the losses take them: as they are ``[T, P + k]``."""
+        return logps
+
 
 def load_template(name: str, folder: Path) -> dict[str, Any]:
-    """A template by name (``stream``, ``instruct``) or by path of a YAML file.
+    """A template by name (``stream``, ``instruct``, ``pair``) or by path of a YAML file.
 
     Raises:
         UserError: no such template, or one with missing, unknown or ill-typed entries.
@@ -146,15 +171,19 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"--prompt={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
     family = template.get("family") if isinstance(template, dict) else None
     if not isinstance(family, str) or family not in REQUIRED:
-        raise UserError(f"--prompt={name}: {file} needs `family: stream` or `family: instruct`.")
+        raise UserError(f"--prompt={name}: {file} needs `family: stream`, `family: instruct` or `family: pair`.")
     wrong = [k for k, kind in REQUIRED[family].items() if not isinstance(template.get(k), kind)]
     wrong += [str(k) for k in template if k not in REQUIRED[family] and k != "family"]
-    holes = {"line": "{title}", "question": "{history}"}
-    wrong += [k for k, hole in holes.items() if k in REQUIRED[family] and str(template.get(k)).count(hole) != 1]
+    holes = {"line": ["title"], "question": ["history"]}
+    if family == "pair":
+        holes |= {"question": ["history", "first", "second"], "answer": ["chosen", "rejected"]}
+    holes = {k: names for k, names in holes.items() if k in REQUIRED[family]}
+    wrong += [k for k, names in holes.items() if not _has_holes(str(template.get(k)), names)]
     if wrong:
+        told = "; ".join(f"`{k}` {', '.join(f'{{{n}}}' for n in names)}" for k, names in holes.items())
         raise UserError(
             f"--prompt={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
-            f"{', '.join(REQUIRED[family])}, `line` holds {{title}} once and `question` holds {{history}} once."
+            f"{', '.join(REQUIRED[family])}, and holds once, in this order: {told}."
         )
     if family == "stream" and template["line"].endswith("{title}"):
         raise UserError(
@@ -164,14 +193,43 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
     return template
 
 
+def _has_holes(text: str, names: Sequence[str]) -> bool:
+    """Whether each of ``{name}`` stands in the text once, in this order."""
+    places = [text.find(f"{{{name}}}") for name in names]
+    return -1 not in places and places == sorted(places) and all(text.count(f"{{{name}}}") == 1 for name in names)
+
+
+def newest(sizes: Sequence[int], history: Sequence[int], room: int) -> Sequence[int]:
+    """The history without as many of its oldest items as it takes for the others' sizes to fit."""
+    first, used = 0, sum(sizes)
+    while first < len(history) and used > room:
+        used -= sizes[first]
+        first += 1
+    return history[first:]
+
+
 def plain_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts as plain text: no special token is added, and none is recognised inside a text."""
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def _chat_parts(question: str, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """Tokens before and after the history, and the end of the answer."""
-    question = question.replace("{history}", HISTORY_MARK)
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What a prompt without words begins with: a completion's first token needs something before it."""
+    return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+
+
+def chat_parts(question: str, holes: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of a question put to a chat model, before, between and after its holes.
+
+    Args:
+        holes: names of the ``{holes}``, each once in the question, in this order.
+
+    Raises:
+        UserError: the chat template refuses the question or changes it.
+    """
+    marks = [f"\u2983{name}\u2984" for name in holes]  # rare enough to stand in no template
+    for name, mark in zip(holes, marks, strict=True):
+        question = question.replace(f"{{{name}}}", mark)
     if tokenizer.chat_template:
         try:
             text = tokenizer.apply_chat_template(
@@ -183,10 +241,12 @@ def _chat_parts(question: str, tokenizer: Any) -> tuple[list[int], list[int], li
             ) from error
     else:  # a base model: plain question and answer
         text = f"{tokenizer.bos_token or ''}Question: {question}\nAnswer:\n"
-    if text.count(HISTORY_MARK) != 1:
-        raise UserError(
-            "--prompt: the LLM's chat template does not show a question once, as it is; use --prompt=stream."
-        )
-    before, after = text.split(HISTORY_MARK)
-    prefix, suffix = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-    return prefix, suffix, [tokenizer.eos_token_id]
+    parts = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            raise UserError(
+                "--prompt: the LLM's chat template does not show a question once, as it is; use --prompt=stream."
+            )
+        part, text = text.split(mark)
+        parts.append(part)
+    return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (*parts, text)]

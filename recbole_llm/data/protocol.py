@@ -25,9 +25,10 @@ class Protocol:
         train_data: RecBole's training loader for this model.
         valid, test: frozen rows.
         events: all interactions, uncut; only the first ``train_ends[u]`` of a user may be learned from.
-        train_users: internal ids of the few-shot users, or None for all.
-        item_counter: training interactions of each item id, after few-shot.
+        train_users: internal ids of the training users (few-shot, ``min_disliked``, ``users``), or None for all.
+        item_counter: training interactions of each item id, of the training users alone.
         dataset: the whole RecBole data set (fields, tokens).
+        popularity: training interactions of each item over all users, so that few-shot does not move it ``[n_items]``.
     """
 
     dataset: Dataset
@@ -38,6 +39,7 @@ class Protocol:
     train_ends: np.ndarray
     train_users: np.ndarray | None
     item_counter: Counter[int]
+    popularity: np.ndarray
 
     @property
     def candidate_hash(self) -> str:
@@ -50,28 +52,38 @@ class Protocol:
         return {int(u): self.events.items_of(u)[: self.train_ends[u]] for u in users}
 
 
-def prepare_data(config: Config) -> Protocol:
+def prepare_data(config: Config, users: np.ndarray | None = None) -> Protocol:
     """Load, split, sample and freeze.
 
     The sequential data set makes the split; a model of another kind trains on exactly the interactions
     that it leaves for training.
+
+    Args:
+        users: internal ids; of the training users only these train, and nothing else changes. Internal ids are the
+            same in every call with the same data and settings.
+
+    Raises:
+        UserError: the data or the users do not suffice for the settings.
     """
-    sequences = create_dataset(config, sequential=config["MODEL_TYPE"] != ModelType.SEQUENTIAL)
+    sequences = create_dataset(config, sequential=config["MODEL_TYPE"] != ModelType.SEQUENTIAL, only_users=users)
     parts = sequences.build()
     dataset = sequences
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
-        dataset = create_dataset(config, follow=sequences.split_table)
+        dataset = create_dataset(config, follow=sequences.split_table, only_users=users)
     train_data = _train_loader(config, dataset)
-    events, ends = sequences.events, sequences.split_table.ends[:, 0]
+    events, split_table = sequences.events, sequences.split_table
+    ends = split_table.ends[:, 0]
     kept = ends.copy()
     if sequences.train_users is not None:
         kept[np.setdiff1d(np.arange(len(kept)), sequences.train_users)] = 0
     valid, test = (
-        freeze_rows(config, part, split, events, ends) for part, split in zip(parts[1:], ("valid", "test"), strict=True)
+        freeze_rows(config, part, split, events, ends, split_table.users[split])
+        for part, split in zip(parts[1:], ("valid", "test"), strict=True)
     )
     counts = popularity(events, kept, dataset.item_num)
     counter = Counter({int(i): int(n) for i, n in enumerate(counts) if n})
-    return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter)
+    everyone = popularity(events, ends, dataset.item_num)
+    return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter, everyone)
 
 
 def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:

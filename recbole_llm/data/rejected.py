@@ -1,121 +1,196 @@
-"""Who is rejected: k items for each trained position, drawn without a look at the target or at held-out events."""
+"""Who is rejected: k items for each trained position, by one strategy or several that take turns.
+
+A strategy is an order of items, the first of which are rejected. No draw looks at the target or at held-out events: it
+is seeded with (seed, user token, number of the position), and what is left out are the user's training items alone.
+Held-out items of the user may be drawn, as in any training on implicit data: to leave them out would tell them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from recbole.config import Config
 
-from recbole_llm.data.dataset import Events
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
+from recbole_llm.progress import bar
+
+WINDOWS_AT_ONCE = 64
+
+Policy = Callable[[Sequence[Window]], list[list[list[float]]]]  # windows -> log-probs of each target, chosen first
+Recommend = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories -> scores of all items [B, n_items]
 
 
-def rejected_items(config: Config, protocol: Protocol) -> RejectedItems:
-    """The sampler that a configuration asks for; popularity is that of the training users who are kept."""
-    dataset = protocol.dataset
-    counts = np.array([protocol.item_counter[i] for i in range(dataset.item_num)])
-    return RejectedItems(
-        config["rejected"],
-        config["rejected_num"],
-        protocol.events,
-        protocol.train_ends,
-        counts,
-        dataset.field2id_token[dataset.uid_field],
-        threshold=config["rating_threshold"],
-        seed=config["seed"],
-    )
+@dataclass(frozen=True)
+class Sources:
+    """What strategies draw on besides the data.
+
+    Attributes:
+        policy: the SFT policy's log-probs of windows, for ``self_hard``.
+        vectors: unit vectors of the titles by item id ``[n_items, d]``, for ``semantic``.
+        recommend: scores of a recommender trained on training data, for ``from_model``.
+    """
+
+    policy: Policy | None = None
+    vectors: np.ndarray | None = None
+    recommend: Recommend | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A trained position of a user, and what strategies may know of it.
+
+    Attributes:
+        user: internal id.
+        history: items before the target, oldest first.
+        rng: seeded with (seed, user token, number of the position).
+        own: the user's training items.
+        free: all other items of the catalogue.
+        scores: of all items after this history, for ``from_model``.
+        hard: wrong items by the SFT policy's log-prob, best first, for ``self_hard``.
+    """
+
+    user: int
+    history: tuple[int, ...]
+    rng: np.random.Generator
+    own: np.ndarray
+    free: np.ndarray
+    scores: np.ndarray | None = None
+    hard: np.ndarray | None = None
 
 
 class RejectedItems:
-    """Draws rejected items by one strategy.
+    """Fills windows with rejected items as a configuration asks for (``rejected``, ``rejected_num``), or as told here.
 
-    ``uniform``: any item of the catalogue that is not among the user's training items. ``popularity``: the same, with
-    odds in proportion to training interactions. ``low_rating``: items the user rated at or below the threshold in
-    training (filled up uniformly where there are fewer than k); then only items rated above it are chosen.
-
-    Held-out items of the user may be drawn, as in any training on implicit data: to leave them out would tell them.
-
-    Args:
-        strategy: one of the above.
-        number: rejected items for each position, k.
-        events: all interactions; only the first ``train_ends[u]`` of a user are read.
-        counts: training interactions of each item ``[n_items]``.
-        user_tokens: user token of each internal id; seeds the draw together with the position.
-        threshold: ratings above it are liked.
+    ``uniform``: any item but the user's training items. ``popularity``: the same, with odds by training count to
+    the power ``popularity_exponent``. ``low_rating``: what the user rated at or below ``rating_threshold`` in
+    training; then only items rated above it are chosen. ``self_hard``: of ``rejected_pool`` uniform draws those that
+    the SFT policy finds likeliest, whether or not it ranks the target above them. ``semantic``: of the ``rejected_pool`` free items
+    nearest to the history's mean title vector. ``from_model``: of the ``rejected_pool`` free items that a recommender
+    scores highest. What a strategy lacks is filled up uniformly.
 
     Raises:
-        UserError: low_rating without ratings, or a catalogue smaller than k.
+        UserError: low_rating without ratings.
     """
 
     def __init__(
         self,
-        strategy: str,
-        number: int,
-        events: Events,
-        train_ends: np.ndarray,
-        counts: np.ndarray,
-        user_tokens: np.ndarray,
+        config: Config,
+        protocol: Protocol,
+        sources: Sources,
         *,
-        threshold: float,
-        seed: int,
+        strategies: Sequence[str] | None = None,
+        number: int | None = None,
     ) -> None:
-        if strategy == "low_rating" and np.isnan(events.rating).all():
+        self.config, self.protocol, self.sources = config, protocol, sources
+        self.strategies = strategies or config["rejected"].split("+")
+        self.number, self.pool = number or config["rejected_num"], config["rejected_pool"]
+        self.events, self.train_ends = protocol.events, protocol.train_ends
+        if "low_rating" in self.strategies and np.isnan(self.events.rating).all():
             raise UserError(
                 "--rejected=low_rating: the data set has no rating column; use --rejected=uniform or popularity."
             )
-        self.strategy, self.number, self.threshold, self.seed = strategy, number, threshold, seed
-        self.events, self.train_ends, self.counts, self.user_tokens = events, train_ends, counts, user_tokens
-        self.catalogue = np.unique(events.item)
+        self.user_tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
+        self.catalogue = self.events.catalogue
+        self.counts = np.array([protocol.item_counter[i] for i in range(protocol.dataset.item_num)], dtype=float)
 
-    def liked(self, window: Window) -> tuple[int, ...]:
-        """The targets of a window that may be chosen: all, or those rated above the threshold."""
-        if self.strategy != "low_rating":
-            return window.targets
-        items, ratings = self._training(window.user)
-        rating = dict(zip(items.tolist(), ratings.tolist(), strict=True))
-        return tuple(t for t in window.targets if rating[window.items[t]] > self.threshold)
+    def fill(self, windows: Sequence[Window], show_progress: bool = False) -> list[Window]:
+        """The windows with their rejected items; targets that are not liked go (low_rating), and empty windows.
 
-    def fill(self, windows: Sequence[Window]) -> list[Window]:
-        """The windows with their rejected items; windows left without a liked target are dropped."""
-        filled, seen = [], {}
-        for window in windows:
-            targets = self.liked(window)
-            if not targets:
-                continue
-            drawn = []
-            for _ in targets:
-                seen[window.user] = seen.get(window.user, 0) + 1
-                drawn.append(self.draw(window.user, seen[window.user]))
-            filled.append(replace(window, targets=targets, rejected=tuple(drawn)))
-        if not filled:
-            raise UserError(f"--rating_threshold={self.threshold}: no training interaction is rated above it.")
+        Raises:
+            UserError: no target is left, or a user has fewer than k items to reject.
+        """
+        windows = [liked for w in windows if (liked := self.liked(w)).targets]
+        if not windows:
+            raise UserError(
+                f"--rating_threshold={self.config['rating_threshold']}: no training interaction is rated above it."
+            )
+        filled: list[Window] = []
+        numbers: dict[int, int] = {}
+        firsts = range(0, len(windows), WINDOWS_AT_ONCE)
+        for first in bar(iterable=firsts, desc="Rejected items", disable=not show_progress):
+            some = windows[first : first + WINDOWS_AT_ONCE]
+            drawn = iter([self.draw(place) for place in self._places(some, numbers)])
+            filled += [replace(w, rejected=tuple(next(drawn) for _ in w.targets)) for w in some]
         return filled
 
-    def draw(self, user: int, position: int) -> tuple[int, ...]:
-        """k distinct items for a user's trained position, seeded by (seed, user token, position)."""
-        told = f"{self.seed}|{self.user_tokens[user]}|{position}"
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
-        own, ratings = self._training(user)
-        chosen: np.ndarray = np.empty(0, dtype=np.int64)
-        if self.strategy == "low_rating":
-            low = np.unique(own[ratings <= self.threshold])
-            chosen = rng.permutation(low)[: self.number]
-        free = np.setdiff1d(self.catalogue, own)
-        odds = self.counts[free].astype(float) if self.strategy == "popularity" else np.ones(len(free))
-        missing = self.number - len(chosen)
-        if (odds > 0).sum() < missing:
+    def liked(self, window: Window) -> Window:
+        """The window with the targets that may be chosen: all, or with low_rating those not rated low."""
+        if "low_rating" not in self.strategies:
+            return window
+        disliked = set(self.events.disliked(window.user, int(self.train_ends[window.user])).tolist())
+        kept = [i for i, t in enumerate(window.targets) if window.items[t] not in disliked]
+        also = tuple(window.also[i] for i in kept) if window.also else ()
+        return replace(window, targets=tuple(window.targets[i] for i in kept), also=also)
+
+    def draw(self, place: Place) -> tuple[int, ...]:
+        """k distinct items for a position; each of m strategies gives about k / m, in turns from a random first one."""
+        turn = int(place.rng.integers(len(self.strategies)))
+        slots = [self.strategies[(turn + slot) % len(self.strategies)] for slot in range(self.number)]
+        chosen: list[int] = []
+        for strategy in dict.fromkeys(slots):
+            order = self._order(strategy, place)
+            fresh = order[~np.isin(order, chosen)]
+            chosen += [int(i) for i in fresh[: slots.count(strategy)]]
+        rest = place.rng.permutation(place.free)
+        chosen += [int(i) for i in rest[~np.isin(rest, chosen)][: self.number - len(chosen)]]
+        if len(chosen) < self.number:
             raise UserError(
-                f"--rejected_num={self.number}: user {self.user_tokens[user]} has only {int((odds > 0).sum())} items "
+                f"--rejected_num={self.number}: user {self.user_tokens[place.user]} has only {len(chosen)} items that "
                 "could be rejected; set a smaller number."
             )
-        more = rng.choice(free, missing, replace=False, p=odds / odds.sum()) if missing else []
-        return tuple(int(i) for i in (*chosen, *more))
+        return tuple(chosen)
 
-    def _training(self, user: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = slice(self.events.start[user], self.events.start[user] + self.train_ends[user])
-        return self.events.item[rows], self.events.rating[rows]
+    def _order(self, strategy: str, place: Place) -> np.ndarray:
+        """Items in the order in which a strategy rejects them."""
+        if strategy == "popularity":
+            # An exponential race: shorter waits for popular items, the same odds as drawing one after the other.
+            odds = self.counts[place.free] ** self.config["popularity_exponent"] * (self.counts[place.free] > 0)
+            wait = place.rng.exponential(size=len(place.free))[odds > 0] / odds[odds > 0]
+            return place.free[odds > 0][np.argsort(wait)]
+        if strategy == "low_rating":
+            return place.rng.permutation(self.events.disliked(place.user, int(self.train_ends[place.user])))
+        if strategy == "semantic":
+            vectors = self.sources.vectors
+            return self._from_top(vectors[place.free] @ vectors[list(place.history)].mean(0), place)
+        if strategy == "from_model":
+            return self._from_top(place.scores[place.free], place)
+        if strategy == "self_hard":
+            return place.hard
+        return place.rng.permutation(place.free)
+
+    def _from_top(self, scores: np.ndarray, place: Place) -> np.ndarray:
+        """The ``rejected_pool`` best free items in random order."""
+        best = np.argsort(-scores, kind="stable")[: self.pool]
+        return place.rng.permutation(place.free[best])
+
+    def _places(self, windows: Sequence[Window], numbers: dict[int, int]) -> Iterator[Place]:
+        """Every trained position of some windows, with what the strategies need to know of it."""
+        places = [self._place(w, t, numbers) for w in windows for t in w.targets]
+        if "from_model" in self.strategies:
+            scores = self.sources.recommend([p.history for p in places])
+            places = [replace(p, scores=s) for p, s in zip(places, scores, strict=True)]
+        if "self_hard" in self.strategies:
+            places = [replace(p, hard=h) for p, h in zip(places, self._hard(windows, places), strict=True)]
+        yield from places
+
+    def _place(self, window: Window, target: int, numbers: dict[int, int]) -> Place:
+        user = window.user
+        numbers[user] = numbers.get(user, 0) + 1
+        told = f"{self.config['seed']}|{self.user_tokens[user]}|{numbers[user]}"
+        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
+        own = self.events.items_of(user)[: self.train_ends[user]]
+        return Place(user, window.items[:target], rng, own, np.setdiff1d(self.catalogue, own))
+
+    def _hard(self, windows: Sequence[Window], places: Sequence[Place]) -> Iterator[np.ndarray]:
+        """For each position its pool, ordered by the SFT policy's log-prob, best first."""
+        pools = [p.rng.choice(p.free, min(self.pool, len(p.free)), replace=False) for p in places]
+        drawn = iter(pools)
+        asked = [replace(w, rejected=tuple(tuple(map(int, next(drawn))) for _ in w.targets)) for w in windows]
+        logps = (np.array(target[1:]) for window in self.sources.policy(asked) for target in window)
+        for pool, found in zip(pools, logps, strict=True):
+            yield pool[np.argsort(-found, kind="stable")]

@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window
 
 
 def training_windows(
-    sequences: Mapping[int, np.ndarray], prompt: Prompt, *, history: int, last: int, most_tokens: int
+    sequences: Mapping[int, np.ndarray],
+    prompt: Prompt | PairPrompt,
+    *,
+    history: int,
+    last: int,
+    most_tokens: int,
+    chosen: int = 1,
 ) -> list[Window]:
     """Windows that train each position of each user once, the first item of a user excepted (it has no history).
 
@@ -23,22 +30,32 @@ def training_windows(
         history: items of history at most (RecBole's MAX_ITEM_LIST_LENGTH).
         last: train only the last so many positions of a user; 0 = all.
         most_tokens: tokens of a prompt with its answer at most; oldest items go first.
+        chosen: items chosen for each position, the target and those after it; positions with fewer are left out.
     """
     windows = []
-    for user, items in sequences.items():
-        items = tuple(int(i) for i in items)
+    for user, all_items in sequences.items():
+        all_items = tuple(int(i) for i in all_items)
+        items = all_items[: len(all_items) - chosen + 1]
         first = max(1, len(items) - last) if last else 1
         if prompt.every_position:
-            windows += _stretches(user, items, first, history, prompt, most_tokens)
+            windows += _stretches(user, items, first, history, prompt, most_tokens, all_items, chosen)
         else:
             for target in range(first, len(items)):
                 kept = prompt.fit(items[max(0, target - history) : target], most_tokens)
-                windows.append(Window(user, (*kept, items[target]), (len(kept),)))
+                also = (all_items[target + 1 : target + chosen],)
+                windows.append(Window(user, (*kept, items[target]), (len(kept),), also=also))
     return windows
 
 
 def _stretches(
-    user: int, items: Sequence[int], first: int, history: int, prompt: Prompt, most_tokens: int
+    user: int,
+    items: Sequence[int],
+    first: int,
+    history: int,
+    prompt: Prompt | PairPrompt,
+    most_tokens: int,
+    all_items: Sequence[int],
+    chosen: int,
 ) -> list[Window]:
     windows, end = [], len(items) - 1
     # From the end backwards: the latest titles, closest to what is asked later, get the longest histories.
@@ -48,6 +65,7 @@ def _stretches(
         while start < end - 1 and len(prompt.trunk(items[start : end + 1])) > most_tokens:
             start += 1
         targets = tuple(t for t in range(1, end - start + 1) if start + t >= first)
-        windows.append(Window(user, items[start : end + 1], targets))
+        also = tuple(all_items[start + t + 1 : start + t + chosen] for t in targets)
+        windows.append(Window(user, items[start : end + 1], targets, also=also))
         end = start
     return windows[::-1]

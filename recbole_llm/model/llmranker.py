@@ -14,12 +14,14 @@ from recbole.model.abstract_recommender import AbstractRecommender, SequentialRe
 from recbole.utils import InputType
 
 from recbole_llm.data.item_text import item_texts
+from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
 from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
-from recbole_llm.loss import PREFERENCE_LOSSES, sft_loss
+from recbole_llm.loss import sft_loss
+from recbole_llm.preference import preference_loss
 from recbole_llm.scoring import candidate_logps, normalise, rerank
 
 
@@ -36,6 +38,19 @@ class LossSum:
     total: torch.Tensor
     count: int
     logged: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What an LLM reads of a data set's items.
+
+    Attributes:
+        texts: text of each internal item id, entry 0 empty.
+        prompt: prompts and answers made of them.
+    """
+
+    texts: list[str]
+    prompt: Prompt | PairPrompt
 
 
 class LLMRanker(SequentialRecommender):
@@ -57,7 +72,6 @@ class LLMRanker(SequentialRecommender):
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.config = config
-        template = load_template(config["prompt"], config.properties)
         self.llm = load_llm(
             llm=config["llm"],
             device=config["device"],
@@ -72,22 +86,35 @@ class LLMRanker(SequentialRecommender):
             seed=config["seed"],
         )
         self.policy = self.llm.model
-        tokenizer = self.llm.tokenizer
-        self.texts = item_texts(config, dataset, lambda texts: [len(ids) for ids in plain_tokens(tokenizer, texts)])
-        self.prompt = Prompt(template, self.texts, tokenizer)
-        self._check_context()
-        self.prior: torch.Tensor | None = None
         self.base: AbstractRecommender | None = None
+        self.rank_items_of(self.read_items(config, dataset))
 
-    def _check_context(self) -> None:
+    def read_items(self, config: Config, dataset: Dataset) -> Catalogue:
+        """The texts and prompts of a data set, which need not be the one the model is trained on.
+
+        Raises:
+            UserError: no item text, or prompts that do not fit the LLM's context.
+        """
+        tokenizer = self.llm.tokenizer
+        texts = item_texts(config, dataset, lambda texts: [len(ids) for ids in plain_tokens(tokenizer, texts)])
+        prompt = make_prompt(load_template(config["prompt"], config.properties), texts, tokenizer)
+        self._check_context(prompt)
+        return Catalogue(texts, prompt)
+
+    def rank_items_of(self, catalogue: Catalogue) -> None:
+        """Rank these items from now on; the weights stay."""
+        self.texts, self.prompt, self.n_items = catalogue.texts, catalogue.prompt, len(catalogue.texts)
+        self.prior: torch.Tensor | None = None
+
+    def _check_context(self, prompt: Prompt | PairPrompt) -> None:
         items = self.max_seq_length
-        if (needed := self.prompt.longest(1)) > self.llm.context:
+        if (needed := prompt.longest(1)) > self.llm.context:
             raise UserError(
                 f"--llm={self.config['llm']}: its context is {self.llm.context} tokens, and one item of "
                 f"history with one answer takes {needed}. "
                 "Lower --item_text_max_tokens, or use another LLM or a shorter --prompt."
             )
-        if (needed := self.prompt.longest(items)) > self.llm.context:
+        if (needed := prompt.longest(items)) > self.llm.context:
             self.logger.warning(
                 f"{items} items of history (MAX_ITEM_LIST_LENGTH) can take {needed} tokens, over the LLM's context "
                 f"of {self.llm.context}: the oldest items of such histories are left out."
@@ -106,43 +133,36 @@ class LLMRanker(SequentialRecommender):
         return loss.total / loss.count
 
     def window_logps(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Log-probs of windows that fit one pass: ``[T, 1 + k]`` nats over all their targets, chosen first."""
-        wide = 1 + (len(windows[0].rejected[0]) if windows[0].rejected else 0)
-        return batch_logps(self.policy, [self.prompt.window_tree(w) for w in windows]).view(-1, wide)
+        """Log-probs of windows that fit one pass: ``[T, P + k]`` nats over all their targets, chosen first."""
+        targets = sum(len(w.targets) for w in windows)
+        logps = batch_logps(self.policy, [self.prompt.window_tree(w) for w in windows])
+        return self.prompt.combined(logps.view(targets, -1))
 
     def window_loss(self, windows: Sequence[Window], loss: str) -> LossSum:
         """SFT or a preference loss over windows that fit one pass."""
         logps = self.window_logps(windows)
         if loss == "SFT":
-            tokens = sum(len(self.prompt.answers[w.items[t]]) for w in windows for t in w.targets)
+            tokens = sum(n for w in windows for n in self.prompt.chosen_lengths(w))
             return LossSum(sft_loss(chosen_logps=logps[:, 0]).sum(), tokens, {})
         reference = torch.tensor([r for w in windows for r in w.reference], device=logps.device)
-        own = {"smoothing": self.config["smoothing"]} if loss == "RosePO" else {}
-        result = PREFERENCE_LOSSES[loss](
-            policy_chosen_logps=logps[:, 0],
-            policy_rejected_logps=logps[:, 1:],
-            ref_chosen_logps=reference[:, 0],
-            ref_rejected_logps=reference[:, 1:],
-            beta=self.config["beta"],
-            **own,
-        )
-        margin = result.chosen_rewards[:, None] - result.rejected_rewards
-        logged = {
-            "rewards/chosen": result.chosen_rewards,
-            "rewards/rejected": result.rejected_rewards.mean(1),
-            "rewards/margins": margin.mean(1),
-            "rewards/accuracies": (margin > 0).float().mean(1),
-            "logps/chosen": logps[:, 0],
-            "logps/rejected": logps[:, 1:].mean(1),
-        }
-        return LossSum(result.loss.sum(), len(logps), {k: float(v.detach().sum()) for k, v in logged.items()})
+        smoothing = [e for w in windows for e in w.smoothing]
+        given = torch.tensor(smoothing, device=logps.device) if smoothing else None
+        result, logged = preference_loss(self.config, loss, logps, reference, given)
+        total = result.loss.sum()
+        if self.config["sft_weight"]:
+            lengths = torch.tensor([n for w in windows for n in self.prompt.chosen_lengths(w)], device=logps.device)
+            nll = sft_loss(chosen_logps=logps[:, 0]) / lengths  # mean nats a token of each chosen title
+            total = total + self.config["sft_weight"] * nll.sum()
+            logged["sft"] = nll.detach()
+        return LossSum(total, len(logps), {name: float(value.sum()) for name, value in logged.items()})
 
     @torch.no_grad()
     def reference_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:
         """Log-probs of the policy as it is now, for each window and target: chosen first, then rejected, nats."""
         trees = [self.prompt.window_tree(w) for w in windows]
         logps = completion_logps(self.policy, trees, token_budget=self.config["token_budget"])
-        return [p.view(len(w.targets), -1).tolist() for p, w in zip(logps, windows, strict=True)]
+        by_target = [p.view(len(w.targets), -1) for p, w in zip(logps, windows, strict=True)]
+        return [self.prompt.combined(p).tolist() for p in by_target]
 
     # ---- ranking
 

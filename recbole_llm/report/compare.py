@@ -15,8 +15,10 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.recommender import check_recommenders
 from recbole_llm.report.table import comparison, to_markdown, write_comparison
 from recbole_llm.run_folder import content_hash, run_folder_of
+from recbole_llm.transfer import eval_config_of
 
 MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
 EXAMPLE = "--models=Pop,SASRec,LLMRanker"
@@ -28,6 +30,10 @@ SHARED = (
     "eval_users",
     "candidate_seed",
     "mask_history",
+    "liked_only",
+    "rating_threshold",
+    "min_disliked",
+    "disjoint_users",
     "TIME_FIELD",
     "USER_ID_FIELD",
     "ITEM_ID_FIELD",
@@ -100,7 +106,7 @@ def compare(
         per_model: model name -> settings of all its entries; an entry's own settings win over them.
 
     Returns:
-        ``table`` (DataFrame), ``markdown``, ``files`` and ``failed`` (labels).
+        ``table`` (DataFrame), ``markdown``, ``files``, ``runs`` (records) and ``failed`` (labels).
 
     Raises:
         ConfigError: of all models together.
@@ -121,7 +127,7 @@ def compare(
     name = f"compare-{configs[0]['dataset']}-{which[:10]}"
     files = write_comparison(table, runs, Path(configs[0]["checkpoint_dir"]), name)
     failed = [run["label"] for run in runs if "error" in run]
-    return {"table": table, "markdown": to_markdown(table, runs), "files": files, "failed": failed}
+    return {"table": table, "markdown": to_markdown(table, runs), "files": files, "runs": runs, "failed": failed}
 
 
 def _per_model(given: Any) -> dict[str, dict[str, Any]]:
@@ -142,11 +148,14 @@ def _per_model(given: Any) -> dict[str, dict[str, Any]]:
 def _check_all(entries: list[Entry], dataset: str | None, settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
     """Every model's configuration, or the problems of all of them at once."""
     configs: dict[str, LLMConfig] = {}
+    asked: dict[str, LLMConfig] = {}  # how the data to be ranked are read; another data set's where one is named
     problems: dict[str, list[str]] = {}
     for entry in entries:
         try:
             mine = settings[entry.label]
             configs[entry.label] = LLMConfig(entry.model, mine.get("dataset", dataset), None, mine)
+            check_recommenders(configs[entry.label])
+            asked[entry.label] = eval_config_of(configs[entry.label])
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(entry.label)
@@ -155,7 +164,7 @@ def _check_all(entries: list[Entry], dataset: str | None, settings: dict[str, di
         for p, labels in problems.items()
     ]
     for key in SHARED:
-        values = {label: config[key] for label, config in configs.items()}
+        values = {label: config[key] for label, config in asked.items()}
         if len(set(map(content_hash, values.values()))) > 1:
             each = "; ".join(f"{label} {value!r}" for label, value in values.items())
             told.append(f"--{key}: must be the same for every model of a comparison: {each}.")

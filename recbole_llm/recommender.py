@@ -1,0 +1,165 @@
+"""A RecBole recommender that serves an LLM run: base of a re-ranking, source of rejected items, judge of pairs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import AbstractRecommender
+from recbole.utils import ModelType, init_seed
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.errors import ConfigError
+from recbole_llm.model import model_class
+from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions, write_json
+from recbole_llm.trainer import trainer_class
+
+# Settings that it takes over: data, protocol and place. Those of its own training are in `recommender_config`.
+SHARED = (
+    "data_path",
+    "checkpoint_dir",
+    "gpu_id",
+    "seed",
+    "show_progress",
+    "state",
+    "eval_args",
+    "few_shot",
+    "few_shot_seed",
+    "liked_only",
+    "rating_threshold",
+    "min_disliked",
+    "disjoint_users",
+    "candidate_seed",
+    "eval_users",
+    "valid_users",
+    "mask_history",
+    "MAX_ITEM_LIST_LENGTH",
+    "metrics",
+    "topk",
+    "valid_metric",
+    "load_col",
+    "val_interval",
+    "rm_dup_inter",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "USER_ID_FIELD",
+    "ITEM_ID_FIELD",
+    "TIME_FIELD",
+    "RATING_FIELD",
+    "field_separator",
+)
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A trained model with the configuration and the data it was trained under."""
+
+    model: AbstractRecommender
+    config: LLMConfig
+    protocol: Protocol
+
+    @torch.no_grad()
+    def scores(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
+        """Scores of all items after each history of item ids, oldest first ``[B, n_items]``; -inf for padding."""
+        most, found = self.config["MAX_ITEM_LIST_LENGTH"], []
+        for first in range(0, len(histories), 256):
+            kept = [list(h[-most:]) for h in histories[first : first + 256]]
+            rows = Interaction(
+                {
+                    self.model.ITEM_SEQ: torch.tensor([h + [0] * (most - len(h)) for h in kept]),
+                    self.model.ITEM_SEQ_LEN: torch.tensor([len(h) for h in kept]),
+                }
+            ).to(self.config["device"])
+            found.append(self.model.full_sort_predict(rows).view(len(kept), -1).float().cpu().numpy())
+        scores = np.concatenate(found)
+        scores[:, 0] = -np.inf
+        return scores
+
+
+def check_recommenders(config: LLMConfig) -> None:
+    """Everything that is wrong with the models that serve a run, before any work.
+
+    Raises:
+        ConfigError: a model that cannot score the items after a history, or settings that it does not take.
+    """
+    problems: list[str] = []
+    for key in needed_recommenders(config):
+        name = config[key]
+        try:
+            found = model_class(name)
+            if key != "rerank_model" and (found.type != ModelType.SEQUENTIAL or hasattr(found, "rerank_with")):
+                problems.append(
+                    f"--{key}={name}: it must score items after any history; name a sequential model of RecBole, such "
+                    "as SASRec."
+                )
+            else:
+                recommender_config(config, name)
+        except ConfigError as error:
+            problems += [f"--{key}={name}, --recommender_config: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def needed_recommenders(config: LLMConfig) -> list[str]:
+    """The keys that name a model which this run will train first."""
+    if "llm" not in config:
+        return []
+    needed = {
+        "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
+        "from_model": config["loss"] != "SFT" and "from_model" in config["rejected"].split("+"),
+        "rerank_model": "full" in str(config["eval_args"]["mode"]),
+    }
+    return [key for key, is_needed in needed.items() if is_needed]
+
+
+def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
+    """The configuration of a model that serves a run.
+
+    Raises:
+        ConfigError: what is wrong with ``recommender_config`` for this model.
+    """
+    shared = {k: v for k, v in config.external_config_dict.items() if k in SHARED}
+    return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
+
+
+def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = None) -> Recommender:
+    """A RecBole model on the training data of a run, under its protocol; trained once, then found on disk.
+
+    Args:
+        config: of the run it serves.
+        users: train on these of the training users alone (internal ids); None = all of them.
+    """
+    own = recommender_config(config, name)
+    protocol = prepare_data(own, users)
+    init_seed(own["seed"], own["reproducibility"])
+    model = own.model_class(own, protocol.train_data._dataset).to(own["device"])
+    folder = _folder(own, protocol, users)
+    trainer = trainer_class(own["MODEL_TYPE"], own["model"])(own, model)
+    trainer.start(protocol, folder)
+    done = folder / "stage.json"
+    if not done.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
+            score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=own["show_progress"])
+        write_json(done, {"model": name, "best_valid_score": score})
+    trainer._load_checkpoint(None)
+    logging.getLogger().info(f"{name} in {folder}: validation {json.loads(done.read_text())['best_valid_score']:.4f}")
+    init_seed(config["seed"], config["reproducibility"])
+    return Recommender(model.eval(), own, protocol)
+
+
+def _folder(config: LLMConfig, protocol: Protocol, users: np.ndarray | None) -> Path:
+    """``<checkpoint_dir>/stages/<Model>-<hash of everything that determines it>``."""
+    settings = {k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}
+    tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
+    kept = None if users is None else sorted(map(str, tokens[users]))
+    told = content_hash([settings, data_hash(config), versions(), kept])
+    return Path(config["checkpoint_dir"]) / "stages" / f"{config['model']}-{told[:12]}"

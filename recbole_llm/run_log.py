@@ -1,0 +1,66 @@
+"""A run's log, and RecBole's failures told in words."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recbole.utils import init_logger
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.errors import UserError
+from recbole_llm.run_folder import write_text
+
+
+@contextmanager
+def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[None]:
+    """RecBole checks many settings by failing in some way where it first uses them; that is told, not raised.
+
+    Args:
+        folder: where the traceback goes; None = nowhere.
+        step: what is done inside, as in "reading the data".
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        where = ""
+        if folder is not None:
+            write_text(folder / "traceback.txt", traceback.format_exc())
+            where = f" ({folder / 'traceback.txt'} says where)"
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise UserError(
+            f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "
+            f"settings that are not the defaults{where}."
+        ) from error
+
+
+def start_log(config: LLMConfig, folder: Path) -> logging.Logger:
+    """RecBole's logger, with the run folder's ``train.log`` added.
+
+    RecBole calls ``basicConfig`` without force: a second run in one process would go on writing the first one's file.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) or type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+            handler.close()
+    init_logger(config)
+    ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
+    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours.setLevel(logging.INFO)
+    root.addHandler(ours)
+    # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
+    root.setLevel(min(root.level, logging.INFO))
+    return logging.getLogger()
