@@ -1,11 +1,11 @@
 """Films to games and back: an adapter trained on one data set ranks the other, beside models trained on that other one.
 
-    python experiments/cross_domain.py --data_path=<folder that holds amazon-games/>   # about 20 minutes on two cores
+    python experiments/cross_domain.py --data_path=<folder that holds amazon-games/>   # 20 minutes on two cores
 
-MovieLens-100K comes with RecBole; amazon-games is a folder with amazon-games.inter and .item (RecBole atomic files). Its
-items with fewer than 50 interactions are left out. Few-shot: 100 training users of whichever data set is trained on.
-The zero-shot LLM and popularity say what transfer has to beat; SASRec and the LLM trained in the domain what it may cost.
-Results go to results/cross-domain/.
+MovieLens-100K comes with RecBole; amazon-games is a folder with amazon-games.inter and .item (RecBole atomic files).
+Its items with fewer than 50 interactions are left out. Few-shot: 100 training users of whichever data set is trained
+on. The zero-shot LLM and popularity say what transfer has to beat; SASRec and the LLM trained in the domain what it may
+cost. Results go to results/cross-domain/.
 """
 
 from __future__ import annotations

@@ -177,8 +177,10 @@ def _wrong_users(settings: Mapping[str, Any]) -> list[str]:
             "--eval_args: mode lowN asks for an item that the user liked against items that they rated low, so these "
             "must not stand in the history; set --liked_only=True."
         )
-    if settings["disjoint_users"] and settings["few_shot"] is None:
-        problems.append("--disjoint_users=True: say how many users train, for example --few_shot=100.")
+    for key in ("few_shot", "eval_users"):
+        if settings["disjoint_users"] and settings[key] is None:
+            told = "train" if key == "few_shot" else "are tested"
+            problems.append(f"--disjoint_users=True: say how many users {told}, for example --{key}=100.")
     return problems
 
 

@@ -187,6 +187,15 @@ class LLMConfig(Config):
         """The settings with ``data_path`` as RecBole will change it: the data set's own folder."""
         return {**settings, "data_path": str(dataset_folder(settings["data_path"], self.dataset))}
 
+    def _set_eval_neg_sample_args(self, phase: str) -> None:
+        """RecBole's, which does not know lowN; its sampler draws nothing here, the rows are frozen by ours."""
+        mode = self.final_config_dict["eval_args"]["mode"][phase]
+        if mode.startswith("low"):
+            args = {"distribution": "uniform", "sample_num": int(mode[3:])}
+            self.final_config_dict[f"{phase}_neg_sample_args"] = args
+        else:
+            super()._set_eval_neg_sample_args(phase)
+
     def _eval_args(self) -> dict[str, Any]:
         """RecBole's four entries; what the user leaves out stays, in ``mode`` as well."""
         default = self.internal_config_dict["eval_args"]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Window
-from recbole_llm.data.protocol import prepare_data
-from recbole_llm.data.rejected import rejected_items
-from recbole_llm.data.windows import training_windows
+from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
 from recbole_llm.model.llmranker import LLMRanker
+from recbole_llm.recommender import check_recommenders
 from recbole_llm.run_log import explained
+from recbole_llm.stages import preference_windows, sft_windows
 
 
 def preview_user(config: LLMConfig, user: str | None) -> str:
     """The last training window of a user as text: prompt, chosen title, rejected titles, token counts.
+
+    Strategies that ask the policy (self_hard) ask the LLM as it is before training; those that ask a recommender train
+    it first.
 
     Args:
         config: of LLMRanker.
@@ -26,41 +30,66 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     """
     if config["model"] != "LLMRanker":
         raise UserError(f"--model={config['model']}: only LLMRanker reads prompts.")
+    check_recommenders(config)
     with explained(config, None, "reading the data"):
         protocol = prepare_data(config)
-    model = LLMRanker(config, protocol.train_data._dataset)
-    tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
-    sequences = protocol.training_sequences()
+    tokens, sequences = protocol.dataset.field2id_token[protocol.dataset.uid_field], protocol.training_sequences()
     names = {str(tokens[u]): u for u in sequences}
     if user is not None and user not in names:
         some = ", ".join(sorted(names)[:5])
         raise UserError(f"--user={user}: not a training user; there are {len(names)}, for example {some}.")
     internal = names[user] if user is not None else next(iter(sequences))
-    stage = "sft" if config["loss"] == "SFT" else "preference"
-    windows = training_windows(
-        {internal: sequences[internal]},
-        model.prompt,
-        last=config[f"{stage}_positions"],
-        history=config["MAX_ITEM_LIST_LENGTH"],
-        most_tokens=model.llm.context,
-    )
-    if stage == "preference":
-        windows = rejected_items(config, protocol).fill(windows)
-    window = windows[-1]
+    model = LLMRanker(config, protocol.train_data._dataset)
+    window = _window(config, protocol, model, internal)
     return _shown(model, window, str(tokens[internal]), len(sequences[internal]))
 
 
+def _window(config: LLMConfig, protocol: Protocol, model: LLMRanker, user: int) -> Window:
+    """The user's last window in the stage that the loss names.
+
+    Raises:
+        UserError: none of the user's items is trained.
+    """
+    if config["loss"] == "SFT":
+        windows = sft_windows(config, protocol, model.prompt, model.llm.context, users=[user])
+    else:
+        windows, _ = preference_windows(
+            config, protocol, model.prompt, model.llm.context, model.reference_logps, users=[user]
+        )
+    return windows[-1]
+
+
 def _shown(model: LLMRanker, window: Window, user: str, trained: int) -> str:
-    decode, target = model.llm.tokenizer.decode, window.targets[-1]
+    target = window.targets[-1]
     prompt = model.prompt.trunk(window.items[:target])
     told = f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens"
-    lines = [told, "", decode(prompt), ""]
-    rejected = window.rejected[-1] if window.rejected else ()
-    asked = [("chosen", window.items[target]), *(("rejected", item) for item in rejected)]
-    for kind, item in asked:
-        answer = model.prompt.answers[item]
-        lines.append(f"{kind:<9}{decode(answer)!r}  ({len(answer)} tokens)")
+    answers = _pairs(model, window) if isinstance(model.prompt, PairPrompt) else _titles(model, window)
+    lines = [told, "", model.llm.tokenizer.decode(prompt), "", *answers]
+    for place, epsilon in enumerate(window.smoothing[-1] if window.smoothing else ()):
+        lines.append(f"epsilon   {epsilon:.3f}: the oracle's chance that the user prefers rejected title {place + 1}")
     longest = int(np.argmax([len(a) for a in model.prompt.answers]))
     size = len(model.prompt.answers[longest])
-    lines += ["", f"longest title of the catalogue: {model.texts[longest]!r} ({size} tokens)"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"longest title of the catalogue: {model.texts[longest]!r} ({size} tokens)"])
+
+
+def _titles(model: LLMRanker, window: Window) -> list[str]:
+    """The last target's title and those beside it."""
+    also = window.also[-1] if window.also else ()
+    rejected = window.rejected[-1] if window.rejected else ()
+    asked = [("chosen", i) for i in (window.items[window.targets[-1]], *also)] + [("rejected", i) for i in rejected]
+    return [_line(model, kind, model.prompt.answers[item]) for kind, item in asked]
+
+
+def _pairs(model: LLMRanker, window: Window) -> list[str]:
+    """Each rejected item's listing with its two answers."""
+    chosen, lines = window.items[window.targets[-1]], []
+    for place, item in enumerate(window.rejected[-1]):
+        listed = model.prompt.listing(*model.prompt.order(window, place))
+        lines.append(f"pair {place + 1}: {model.llm.tokenizer.decode(listed)}")
+        lines.append(_line(model, "chosen", model.prompt.answer(chosen, item)))
+        lines.append(_line(model, "rejected", model.prompt.answer(item, chosen)))
+    return lines
+
+
+def _line(model: LLMRanker, kind: str, answer: list[int]) -> str:
+    return f"{kind:<9}{model.llm.tokenizer.decode(answer)!r}  ({len(answer)} tokens)"

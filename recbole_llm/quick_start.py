@@ -23,6 +23,7 @@ from recbole_llm.run_folder import (
     data_hash,
     environment,
     make_run_folder,
+    plain,
     versions,
     write_json,
     write_table,
@@ -213,7 +214,8 @@ def save_run(
         protocol.valid.save(folder / "candidates-valid.jsonl.gz")
         asked.test.save(folder / "candidates-test.jsonl.gz")
         if samples:
-            write_text(folder / "generated.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+            lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
+            write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
         write_json(folder / "result.json", record)
     except OSError as error:
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt
 from recbole_llm.llm.logps import completion_logps
 
@@ -14,7 +15,7 @@ from recbole_llm.llm.logps import completion_logps
 @torch.no_grad()
 def candidate_logps(
     model: nn.Module,
-    prompt: Prompt,
+    prompt: Prompt | PairPrompt,
     histories: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],
     *,
@@ -40,8 +41,12 @@ def candidate_logps(
     return [torch.cat([p for p, o in zip(logps, owner, strict=True) if o == user]) for user in range(len(histories))]
 
 
-def _chunks(prompt: Prompt, history: Sequence[int], items: Sequence[int], budget: int) -> list[Sequence[int]]:
-    """Candidates in groups whose tree keeps to the budget, at least one each."""
+def _chunks(
+    prompt: Prompt | PairPrompt, history: Sequence[int], items: Sequence[int], budget: int
+) -> list[Sequence[int]]:
+    """Candidates in groups whose tree keeps to the budget, at least one each; a pair is asked for together."""
+    if isinstance(prompt, PairPrompt):
+        return [items]
     used = start = len(prompt.trunk(history))
     chunks, first = [], 0
     for place, item in enumerate(items):
@@ -54,7 +59,7 @@ def _chunks(prompt: Prompt, history: Sequence[int], items: Sequence[int], budget
 
 
 def normalise(
-    logps: torch.Tensor, items: Sequence[int], prompt: Prompt, norm: str, prior: torch.Tensor | None
+    logps: torch.Tensor, items: Sequence[int], prompt: Prompt | PairPrompt, norm: str, prior: torch.Tensor | None
 ) -> torch.Tensor:
     """Scores from title log-probs: ``sum``, ``mean`` a token, or ``pmi``, less the title's log-prob without history.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from recbole.config import Config
 
 from recbole_llm.data.pair_prompt import PairPrompt
-from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
@@ -66,7 +66,7 @@ def stages(
         return
     if config["epochs"] > 0:
         windows = sft_windows(config, protocol, prompt, context)
-        folder = sft_folder(config, protocol, prompt, base, windows)
+        folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
         windows, facts = preference_windows(config, protocol, prompt, context, policy)
@@ -74,33 +74,49 @@ def stages(
         yield Stage(config["loss"], config["preference_epochs"], rate, windows, run_folder, facts)
 
 
-def sft_windows(config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int) -> list[Window]:
-    """What SFT trains on; a prompt that lists two candidates needs one rejected item in each window."""
-    windows = training_windows(
-        protocol.training_sequences(),
-        prompt,
-        history=config["MAX_ITEM_LIST_LENGTH"],
-        last=config["sft_positions"],
-        most_tokens=context,
-    )
+def sft_windows(
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    context: int,
+    users: Collection[int] | None = None,
+) -> list[Window]:
+    """What SFT trains on, of some users or all; a prompt that lists two candidates needs one rejected item for each."""
+    windows = _windows(config, protocol, prompt, context, users, last=config["sft_positions"])
     if not isinstance(prompt, PairPrompt):
         return windows
     strategy = "low_rating" if "low_rating" in config["rejected"].split("+") else "uniform"
     return RejectedItems(config, protocol, Sources(), strategies=(strategy,), number=1).fill(windows)
 
 
+def _windows(
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    context: int,
+    users: Collection[int] | None,
+    *,
+    last: int,
+    chosen: int = 1,
+) -> list[Window]:
+    sequences = protocol.training_sequences()
+    kept = sequences if users is None else {u: sequences[u] for u in users}
+    history = config["MAX_ITEM_LIST_LENGTH"]
+    return training_windows(kept, prompt, history=history, last=last, most_tokens=context, chosen=chosen)
+
+
 def preference_windows(
-    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int, policy: Policy
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    context: int,
+    policy: Policy,
+    users: Collection[int] | None = None,
 ) -> tuple[list[Window], dict[str, Any]]:
     """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them."""
-    windows = training_windows(
-        protocol.training_sequences(),
-        prompt,
-        history=config["MAX_ITEM_LIST_LENGTH"],
-        last=config["preference_positions"],
-        most_tokens=context,
-        chosen=config["chosen_num"] if config["loss"] == "MultDPO" else 1,
-    )
+    chosen = config["chosen_num"] if config["loss"] == "MultDPO" else 1
+    last = config["preference_positions"]
+    windows = _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
     strategies = config["rejected"].split("+")
     sources = Sources(
         policy=policy,
@@ -117,12 +133,11 @@ def preference_windows(
     return [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)], facts
 
 
-def sft_folder(
-    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, base: str, windows: list[Window]
-) -> Path:
+def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in SFT_KEYS}
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
-    what = [settings, base, data_hash(config), trained, selected_on, prompt.prefix, prompt.suffix, versions()]
+    template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
+    what = [settings, base, data_hash(config), trained, selected_on, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"

@@ -95,7 +95,7 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ls"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("models: LLMRanker, ") and "SASRec" in told and "xgboost" not in told
-    assert "prompt: instruct, stream" in told and "compare: quick" in told and "dataset: ml-100k" in told
+    assert "prompt: instruct, pair, stream" in told and "compare: dmpo, quick" in told and "dataset: ml-100k" in told
     assert cli.main(["ls", "--keys"]) == 0
     told = capsys.readouterr().out
     assert all(f"\n{key}:" in told for key in keys.PROTOCOL_KEYS | keys.LLM_KEYS)

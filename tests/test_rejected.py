@@ -48,7 +48,9 @@ def world(items: np.ndarray = ITEMS, ratings: np.ndarray = RATINGS, counts: dict
         low_from=low - start[users[low]] + 1,
         low_start=np.searchsorted(users[low], np.arange(4)),
     )
-    dataset = SimpleNamespace(item_num=10, uid_field="user_id", field2id_token={"user_id": np.array(["", "ann", "bob"])})
+    dataset = SimpleNamespace(
+        item_num=10, uid_field="user_id", field2id_token={"user_id": np.array(["", "ann", "bob"])}
+    )
     return SimpleNamespace(
         events=events,
         train_ends=np.array([0, 4, 3]),
@@ -57,8 +59,8 @@ def world(items: np.ndarray = ITEMS, ratings: np.ndarray = RATINGS, counts: dict
     )
 
 
-def filled(protocol: Any, sources: Sources = Sources(), windows: list[Window] | None = None, **changes: Any) -> Any:
-    return RejectedItems(settings(**changes), protocol, sources).fill(windows or [ANN])
+def filled(protocol: Any, sources: Sources | None = None, windows: list[Window] | None = None, **changes: Any) -> Any:
+    return RejectedItems(settings(**changes), protocol, sources or Sources()).fill(windows or [ANN])
 
 
 def items_of(windows: list[Window]) -> list[tuple[int, ...]]:

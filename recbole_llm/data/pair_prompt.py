@@ -106,7 +106,7 @@ class PairPrompt:
         end = tree.chain(-1, self.trunk(window.items[: window.targets[0]]))[-1]
         chosen_first, rejected_first = [], []
         for place, item in enumerate(rejected):
-            asked = tree.chain(end, self.listing(*self._order(window, place)))[-1]
+            asked = tree.chain(end, self.listing(*self.order(window, place)))[-1]
             chosen_first.append(tree.chain(asked, self.answer(target, item)))
             rejected_first.append(tree.chain(asked, self.answer(item, target)))
         for nodes in (*chosen_first, *rejected_first):
@@ -147,7 +147,7 @@ class PairPrompt:
             raise ValueError("a pair prompt needs one target a window, one chosen item and at least one rejected item")
         return window.items[window.targets[0]], rejected
 
-    def _order(self, window: Window, place: int) -> tuple[int, int]:
+    def order(self, window: Window, place: int) -> tuple[int, int]:
         """The two candidates of a listing in an order that is the same whichever of them is chosen."""
         low, high = sorted((window.items[window.targets[0]], window.rejected[0][place]))
         coin = np.random.default_rng([window.user, window.targets[0], place]).integers(2)

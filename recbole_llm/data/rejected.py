@@ -69,9 +69,9 @@ class RejectedItems:
     ``uniform``: any item but the user's training items. ``popularity``: the same, with odds by training count to
     the power ``popularity_exponent``. ``low_rating``: what the user rated at or below ``rating_threshold`` in
     training; then only items rated above it are chosen. ``self_hard``: of ``rejected_pool`` uniform draws those that
-    the SFT policy finds likeliest, whether or not it ranks the target above them. ``semantic``: of the ``rejected_pool`` free items
-    nearest to the history's mean title vector. ``from_model``: of the ``rejected_pool`` free items that a recommender
-    scores highest. What a strategy lacks is filled up uniformly.
+    the SFT policy finds likeliest, whether or not it ranks the target above them. ``semantic``: of the
+    ``rejected_pool`` free items nearest to the history's mean title vector. ``from_model``: of the ``rejected_pool``
+    free items that a recommender scores highest. What a strategy lacks is filled up uniformly.
 
     Raises:
         UserError: low_rating without ratings.

@@ -123,7 +123,13 @@ class LLMRanker(SequentialRecommender):
     # ---- training
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
-        """SFT loss of RecBole's training rows (history -> item), mean nats a title token."""
+        """SFT loss of RecBole's training rows (history -> item), mean nats a title token.
+
+        Raises:
+            UserError: a pair prompt, whose rows need a second candidate.
+        """
+        if isinstance(self.prompt, PairPrompt):
+            raise UserError(f"--prompt={self.config['prompt']}: RecBole's rows have no second candidate to list.")
         lengths, targets = interaction[self.ITEM_SEQ_LEN].tolist(), interaction[self.ITEM_ID].tolist()
         windows = []
         for history, length, target in zip(interaction[self.ITEM_SEQ].tolist(), lengths, targets, strict=True):
@@ -170,6 +176,8 @@ class LLMRanker(SequentialRecommender):
         """Scores of (history, item) rows ``[B]``; consecutive rows of one history share one pass of the prompt."""
         histories, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         change = (histories[1:] != histories[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+        if self.USER_ID in interaction:  # two users may have the same history, and candidates of their own
+            change |= interaction[self.USER_ID][1:] != interaction[self.USER_ID][:-1]
         starts = [0, *(torch.nonzero(change)[:, 0] + 1).tolist(), len(histories)]
         firsts = starts[:-1]
         told = [h[:n] for h, n in zip(histories[firsts].tolist(), lengths[firsts].tolist(), strict=True)]
