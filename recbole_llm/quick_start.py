@@ -76,8 +76,10 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     clock = Clock()
     init_seed(config["seed"], config["reproducibility"])
     with explained(config, folder, "reading the data"):
-        protocol = prepare_data(config)
-        asked = protocol if test_config is config else prepare_data(test_config)  # rows of another data set
+        asked = protocol = prepare_data(config)
+    if test_config is not config:
+        with explained(test_config, folder, "reading the data to be ranked"):
+            asked = prepare_data(test_config)
     _tell(logger, config, protocol, asked, folder)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with explained(config, folder, "building the model"):

@@ -178,7 +178,7 @@ def _run(entry: Entry, config: LLMConfig, dataset: str | None, settings: dict[st
     finished = folder / "result.json"
     try:
         if not finished.is_file():
-            run_recbole_llm(entry.model, dataset, None, settings)
+            run_recbole_llm(entry.model, settings.get("dataset", dataset), None, settings)
         record = json.loads(finished.read_text(encoding="utf-8"))
         return {**record, "label": entry.label, "run_hash": folder.name}
     except UserError as error:

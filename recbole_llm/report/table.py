@@ -14,7 +14,8 @@ from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
 from recbole_llm.run_folder import write_text
 
-NOT_METRICS = ("model", "trainable parameters", "train s", "test s", "note")
+NOT_METRICS = ("model", "trainable parameters", "train s", "test s", "cpu min", "note")
+GENERATED = "generation/"  # metrics of free answers, which only some models give
 
 
 def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -22,7 +23,7 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
 
     Args:
         runs: ``result.json`` records, each with a ``label``; a failed one has ``error``, no ``metrics``.
-        metrics: columns; None = all that every finished run has.
+        metrics: columns; None = all that every finished run has, and those of free answers that any has.
 
     Raises:
         UserError: the runs were evaluated on different candidates.
@@ -36,17 +37,19 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
             "Run them with the same data, --eval_args, --eval_users and --candidate_seed."
         )
     if metrics is None:
-        first = finished[0]["metrics"] if finished else []
-        metrics = [m for m in first if all(m in run["metrics"] for run in finished)]
+        every = dict.fromkeys(m for run in finished for m in run["metrics"])
+        metrics = [m for m in every if m.startswith(GENERATED) or all(m in run["metrics"] for run in finished)]
     lines = []
     for run in runs:
         line: dict[str, Any] = {"model": run["label"]}
-        line.update({m: run["metrics"][m] if "metrics" in run else None for m in metrics})
+        line.update({m: run.get("metrics", {}).get(m) for m in metrics})
         timings = run.get("timings", {})
+        processor = timings.get("total_cpu_s")
         line |= {
             "trainable parameters": run.get("trainable_parameters"),
             "train s": timings.get("train_s"),
             "test s": timings.get("test_s"),
+            "cpu min": None if processor is None else processor / 60,
             "note": f"failed: {run['error']}" if "error" in run else "",
         }
         lines.append(line)
@@ -54,10 +57,10 @@ def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = N
 
 
 def to_markdown(table: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and cost, and below it the harm metrics at their largest K; conditions above, the best in bold."""
-    harm = [c for c in table.columns if c.split("@")[0] in HARM]
+    """Accuracy and cost, below it harm at the largest K and free answers; conditions above, the best in bold."""
+    harm = [c for c in table.columns if c.split("@")[0] in HARM or c.startswith(GENERATED)]
     shown = _best_in_bold(table.drop(columns=harm))
-    for column in ("train s", "test s"):
+    for column in ("train s", "test s", "cpu min"):
         shown[column] = [f"{v:.1f}" if pd.notna(v) else "" for v in table[column]]
     weights = table["trainable parameters"]
     shown["trainable parameters"] = [f"{int(v):,}" if pd.notna(v) else "" for v in weights]

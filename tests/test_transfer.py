@@ -1,0 +1,93 @@
+"""Train on one data set, rank another: the same adapter, the other's rows, and no id that crosses over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
+from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.llm.adapter import load_adapter
+from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.compare import compare
+from recbole_llm.run_folder import data_hash
+from tests.conftest import started, write_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def both(tiny: dict[str, Any]) -> dict[str, Any]:
+    """The made-up data set, and beside it one of other users and another order of items."""
+    write_dataset(Path(tiny["data_path"]), users=25, seed=5, name="other")
+    return {**tiny, "eval_dataset": "other"}
+
+
+def test_the_other_data_set_is_ranked_by_the_adapter_of_this_one(both: dict[str, Any]) -> None:
+    """Per-user rows equal those of a ranker of the other data set into which the adapter was put by hand."""
+    result = run_recbole_llm(config_dict=both)
+    folder = Path(result["run_folder"])
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["dataset"], record["training_dataset"], record["rows"]) == ("other", "toy", 25)
+
+    here = {k: v for k, v in both.items() if k != "eval_dataset"} | {"dataset": "other"}
+    config = LLMConfig(config_dict=here)
+    protocol = prepare_data(config)
+    assert protocol.candidate_hash == record["candidate_hash"]
+    trainer = started(config, protocol)
+    load_adapter(trainer.model.llm, folder)
+    expected = trainer.evaluate(protocol.test, load_best_model=False)
+    assert result["test_result"] == pytest.approx(expected, abs=1e-6)
+    told = pd.read_csv(folder / "per_user.csv.gz")
+    assert told["rank"].to_numpy() == pytest.approx(trainer.per_user["rank"].to_numpy())
+
+
+def test_training_does_not_see_the_other_data_set(both: dict[str, Any], tmp_path: Path) -> None:
+    """The adapter is that of a run without ``eval_dataset``, tensor for tensor."""
+    plain = {k: v for k, v in both.items() if k != "eval_dataset"} | {"checkpoint_dir": str(tmp_path / "plain")}
+    folders = [Path(run_recbole_llm(config_dict=settings)["run_folder"]) for settings in (both, plain)]
+    assert folders[0].name != folders[1].name
+    one, other = ((f / "adapter_model.safetensors").read_bytes() for f in folders)
+    assert one == other
+
+
+def test_a_comparison_may_hold_natives_and_foreigners(both: dict[str, Any]) -> None:
+    """Pop of the other data set and an LLM trained on this one: one candidate hash, one table."""
+    shared = {k: v for k, v in both.items() if k not in ("eval_dataset", "dataset", "model", "llm", "train_batch_size")}
+    entries = ["Pop", "LLMRanker[dataset=toy,eval_dataset=other]"]
+    done = compare(entries, "other", shared, {"LLMRanker": {"llm": "tiny", "train_batch_size": 32}})
+    assert not done["failed"] and len(done["table"]) == 2 and np.isfinite(done["table"]["ndcg@10"]).all()
+    with pytest.raises(ConfigError, match="--dataset: must be the same"):
+        compare(["Pop", "LLMRanker[dataset=toy]"], "other", shared, {"LLMRanker": {"llm": "tiny"}})
+
+
+def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:
+    """Filters come from ``eval_config``, and its data are part of what names the run."""
+    given = {**both, "item_inter_num_interval": "[1,inf)", "eval_config": {"user_inter_num_interval": "[13,inf)"}}
+    with pytest.raises(UserError, match="--dataset=other: reading the data to be ranked"):  # no user has 13 events
+        run_recbole_llm(config_dict=given)
+    before = data_hash(LLMConfig(config_dict=both))
+    file = Path(both["data_path"]) / "other" / "other.inter"
+    file.write_text(file.read_text().replace("\t5\t", "\t4\t"))
+    assert data_hash(LLMConfig(config_dict=both)) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eval_dataset": "nowhere"}, "--eval_dataset=nowhere: .*no file"),
+        ({"eval_config": {"seed": 3}}, "--eval_config: seed must be that of the training run"),
+        ({"eval_config": {"itemtext": "x"}}, "--eval_dataset=other: --itemtext: no such key"),
+        ({"eval_config": 3}, "--eval_config=3: must be a table"),
+    ],
+)
+def test_wrong_settings_are_told_before_any_work(both: dict[str, Any], changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        run_recbole_llm(config_dict={**both, **changes})
+    assert not list(Path(both["checkpoint_dir"]).glob("*/result.json"))
