@@ -188,7 +188,12 @@ def title_texts(dataset: Dataset) -> list[str]:
     """
     name = dataset.config["dataset"]
     columns, rows = read_items(dataset.config.final_config_dict, name)
-    (title, *_) = text_columns(text_template("auto", columns, name))
+    try:
+        (title, *_) = text_columns(text_template("auto", columns, name))
+    except UserError:
+        if "item_text" not in dataset.config or dataset.config["item_text"] == "auto":
+            raise
+        (title, *_) = text_columns(text_template(dataset.config["item_text"], columns, name))
     tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
     return ["", *(clean(rows[t][title]) if t in rows else "" for t in tokens)]
 
@@ -208,8 +213,10 @@ def title_vectors(config: Config, dataset: Dataset) -> np.ndarray:
 def title_embeddings(dataset: Dataset) -> np.ndarray | None:
     """``title_vectors`` for the harm metrics, kept for the last data set; None without titles or with ``encoder=none``.
 
+    The encoder of the defaults may lack, without a network for example: then None, with a warning.
+
     Raises:
-        UserError: the encoder cannot be had.
+        UserError: the encoder that the user named cannot be had.
     """
     if dataset.config["encoder"] == "none":
         logger.info("Harm: hallucination is left out (--encoder=none).")
@@ -219,4 +226,10 @@ def title_embeddings(dataset: Dataset) -> np.ndarray | None:
     except UserError as error:
         logger.info(f"Harm: hallucination is left out, because there are no titles: {error}")
         return None
-    return title_vectors(dataset.config, dataset)
+    try:
+        return title_vectors(dataset.config, dataset)
+    except UserError as error:
+        if "encoder" in dataset.config.external_config_dict:
+            raise
+        logger.warning(f"Harm: hallucination is left out: {error}")
+        return None

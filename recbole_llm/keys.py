@@ -206,6 +206,39 @@ RECBOLE_KEYS: dict[str, Check] = {
     "TIME_FIELD": text,
     "RATING_FIELD": text,
 }
+# RecBole's keys that say how a model trains, not what it is trained on or asked.
+TRAINING_KEYS = {
+    "epochs",
+    "train_batch_size",
+    "eval_batch_size",
+    "learner",
+    "learning_rate",
+    "weight_decay",
+    "clip_grad_norm",
+    "eval_step",
+    "stopping_step",
+    "train_neg_sample_args",
+    "loss_decimal_place",
+    "shuffle",
+}
+# Keys by which a data set is read, which may differ between two data sets of one run (eval_config).
+READING_KEYS = {
+    "data_path",
+    "field_separator",
+    "seq_separator",
+    "encoding",
+    "TIME_FIELD",
+    "RATING_FIELD",
+    "load_col",
+    "unload_col",
+    "val_interval",
+    "rm_dup_inter",
+    "filter_inter_by_user_or_item",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "item_text",
+    "item_text_max_tokens",
+}
 CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS
 
 # Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from recbole.trainer import Trainer
+from recbole.utils import init_seed
 from transformers import get_scheduler
 
 from recbole_llm.data.candidates import EvalRows
@@ -94,7 +95,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     def stages(self) -> Iterator[Stage]:
         """This run's stages, in order."""
         model = self.model
-        base = content_hash([model.llm.revision, model.texts])
+        base = content_hash([model.llm.revision, model.llm.dtype, model.texts])
         return stages(
             self.config,
             self.protocol,
@@ -114,6 +115,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         show_progress: bool,
         callback_fn: Any,
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
+        init_seed(self.config["seed"], self.config["reproducibility"])  # whether or not SFT was trained just now
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
@@ -153,7 +155,6 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
     def _fill_reference(self, stage: Stage, show_progress: bool) -> None:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
-        self.model.eval()
         chunk = 64
         for first in bar(
             iterable=range(0, len(stage.windows), chunk), desc="Reference log-probs", disable=not show_progress

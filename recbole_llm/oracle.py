@@ -62,16 +62,13 @@ class Oracle:
         places = [
             (w.user, w.items[:t], (w.items[t], *r)) for w in windows for t, r in zip(w.targets, w.rejected, strict=True)
         ]
-        scores = iter(self._scores(places))
+        scores = iter(judged(self.judges, self.fold_of, places))
         found = []
         for window in windows:
             mine = [next(scores) for _ in window.targets]
             eps = [expit((s[1:] - s[0]) / self.calibration.tau) for s in mine]
             found.append([np.clip(e, 0, self.most).tolist() for e in eps])
         return found
-
-    def _scores(self, places: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        return judged(self.judges, self.fold_of, places)
 
 
 def judged(

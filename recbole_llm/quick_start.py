@@ -17,8 +17,8 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
 from recbole_llm.generation import generated_answers
-from recbole_llm.harm import title_embeddings
-from recbole_llm.recommender import check_recommenders, train_recommender
+from recbole_llm.harm import title_embeddings, title_vectors
+from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.run_folder import (
     data_hash,
     environment,
@@ -69,8 +69,9 @@ def run_recbole_llm(
 
 
 def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
-    check_recommenders(config)
     test_config = eval_config_of(config)
+    for needed in (config, test_config):
+        check_recommenders(needed)
     folder = make_run_folder(config)
     logger = start_log(config, folder)
     clock = Clock()
@@ -87,10 +88,11 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
         trainer = trainer_for(config, recommender)
     logger.info(recommender)
     trainer.start(protocol, folder)
+    _try_ahead(config, protocol, asked)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
-    if hasattr(recommender, "rerank_with") and "full" in (protocol.valid.mode, protocol.test.mode):
+    ranked_here = (protocol.valid.mode, protocol.test.mode if asked is protocol else None)
+    if hasattr(recommender, "rerank_with") and "full" in ranked_here:
         recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
-    title_embeddings(asked.dataset)  # an encoder that cannot be had is told before any training; evaluation reuses it
     clock.lap("data_and_model")
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
         best_score, best_valid = trainer.fit(
@@ -117,6 +119,18 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     logger.info(f"test result: {test_result}")
     save_run(folder, config, protocol, asked, trainer, result, clock.timings(), samples)
     return result
+
+
+def _try_ahead(config: LLMConfig, protocol: Protocol, asked: Protocol) -> None:
+    """What would fail only after training: models that cannot judge, titles and encoders that cannot be had.
+
+    Raises:
+        UserError: names it.
+    """
+    title_embeddings(asked.dataset)  # kept for the evaluation
+    try_recommenders(config, protocol)
+    if "llm" in config and config["loss"] != "SFT" and "semantic" in config["rejected"].split("+"):
+        title_vectors(config, protocol.dataset)
 
 
 def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dict[str, float]) -> list[dict[str, Any]]:

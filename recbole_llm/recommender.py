@@ -15,47 +15,13 @@ from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType, init_seed
 
-from recbole_llm.config import LLMConfig
+from recbole_llm import checks, keys
+from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
-from recbole_llm.errors import ConfigError
+from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
 from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions, write_json
 from recbole_llm.trainer import trainer_class
-
-# Settings that it takes over: data, protocol and place. Those of its own training are in `recommender_config`.
-SHARED = (
-    "data_path",
-    "checkpoint_dir",
-    "gpu_id",
-    "seed",
-    "show_progress",
-    "state",
-    "eval_args",
-    "few_shot",
-    "few_shot_seed",
-    "liked_only",
-    "rating_threshold",
-    "min_disliked",
-    "disjoint_users",
-    "candidate_seed",
-    "eval_users",
-    "valid_users",
-    "mask_history",
-    "MAX_ITEM_LIST_LENGTH",
-    "metrics",
-    "topk",
-    "valid_metric",
-    "load_col",
-    "val_interval",
-    "rm_dup_inter",
-    "user_inter_num_interval",
-    "item_inter_num_interval",
-    "USER_ID_FIELD",
-    "ITEM_ID_FIELD",
-    "TIME_FIELD",
-    "RATING_FIELD",
-    "field_separator",
-)
 
 
 @dataclass(frozen=True)
@@ -85,13 +51,18 @@ class Recommender:
 
 
 def check_recommenders(config: LLMConfig) -> None:
-    """Everything that is wrong with the models that serve a run, before any work.
+    """Everything that is wrong with the settings of the models that serve a run, before any work.
 
     Raises:
         ConfigError: a model that cannot score the items after a history, or settings that it does not take.
     """
     problems: list[str] = []
-    for key in needed_recommenders(config):
+    needed = needed_recommenders(config)
+    others = checks.shared_keys(PROPERTIES) | set(keys.PROTOCOL_KEYS)
+    fixed = [k for k in config["recommender_config"] or {} if k in others - keys.TRAINING_KEYS] if needed else []
+    if fixed:
+        problems.append(f"--recommender_config: {', '.join(fixed)} must be that of the run; leave it out.")
+    for key in needed:
         name = config[key]
         try:
             found = model_class(name)
@@ -100,7 +71,7 @@ def check_recommenders(config: LLMConfig) -> None:
                     f"--{key}={name}: it must score items after any history; name a sequential model of RecBole, such "
                     "as SASRec."
                 )
-            else:
+            elif not fixed:
                 recommender_config(config, name)
         except ConfigError as error:
             problems += [f"--{key}={name}, --recommender_config: {problem}" for problem in error.problems]
@@ -115,18 +86,52 @@ def needed_recommenders(config: LLMConfig) -> list[str]:
     needed = {
         "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
         "from_model": config["loss"] != "SFT" and "from_model" in config["rejected"].split("+"),
-        "rerank_model": "full" in str(config["eval_args"]["mode"]),
+        "rerank_model": "full" in config["eval_args"]["mode"].values(),
     }
     return [key for key, is_needed in needed.items() if is_needed]
 
 
+def try_recommenders(config: LLMConfig, protocol: Protocol) -> None:
+    """Build what will judge pairs and let it score one history, untrained: some models need more than a history.
+
+    Raises:
+        UserError: it cannot, or there are too few users to judge across.
+    """
+    for key in (k for k in needed_recommenders(config) if k != "rerank_model"):
+        own = recommender_config(config, config[key])
+        try:
+            found = prepare_data(own)
+            model = own.model_class(own, found.train_data._dataset).to(own["device"])
+            Recommender(model.eval(), own, found).scores([[1]])
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UserError(
+                f"--{key}={config[key]}: it cannot score items after a history of items alone ({type(error).__name__}: "
+                f"{error}). Name another sequential model, such as SASRec or GRU4Rec."
+            ) from error
+        users = len(protocol.training_sequences())
+        if key == "oracle_model" and users < 2:
+            raise UserError(
+                f"--few_shot={config['few_shot']}: the oracle of RosePO judges users by others, and there is {users} "
+                "training user. Train on more, or set --smoothing to a number."
+            )
+
+
 def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
-    """The configuration of a model that serves a run.
+    """The configuration of a model that serves a run: data and protocol of the run, training of its own.
 
     Raises:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
-    shared = {k: v for k, v in config.external_config_dict.items() if k in SHARED}
+    own = set(keys.LLM_KEYS) | keys.TRAINING_KEYS | {"model", "dataset"}
+    shared = {k: v for k, v in config.external_config_dict.items() if k not in own}
     return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from recbole.config import Config
 
 from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
+from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import UserError
 
 PACKAGES = (
@@ -60,25 +61,29 @@ def content_hash(value: Any) -> str:
 
 
 def data_hash(config: Config) -> str:
-    """SHA-256 of the atomic files of the data set, and of ``eval_dataset`` where another one is ranked."""
-    sources = [(config.final_config_dict, config["dataset"])]
-    if other := config["eval_dataset"]:
-        given = {**config.external_config_dict, **(config["eval_config"] or {})}
-        path = given.get("data_path", config.internal_config_dict["data_path"])
-        sources.append(({"data_path": str(dataset_folder(path, other))}, other))
+    """SHA-256 of the data set's atomic files."""
+    return _files_hash(config.final_config_dict, config["dataset"])
+
+
+def _files_hash(settings: Mapping[str, Any], dataset: str) -> str:
     told = hashlib.sha256()
-    for settings, dataset in sources:
-        for suffix in ("inter", "item", "user"):
-            file = atomic_file(settings, dataset, suffix)
-            if file.is_file():
-                told.update(suffix.encode() + file.read_bytes())
+    for suffix in ("inter", "item", "user", "kg", "link"):
+        file = atomic_file(settings, dataset, suffix)
+        if file.is_file():
+            told.update(suffix.encode() + file.read_bytes())
     return told.hexdigest()
 
 
 def run_hash(config: Config) -> str:
-    """What determines a run's result: resolved configuration, data, versions and our code."""
-    settings = {k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}
-    return content_hash([settings, data_hash(config), versions()])
+    """What determines a run's result: resolved configuration, prompt, data, versions and our code."""
+    what = [{k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}, data_hash(config), versions()]
+    if "prompt" in config:  # a file of that name may change
+        what.append(load_template(config["prompt"], config.properties))
+    if other := config["eval_dataset"]:
+        given = {**config.external_config_dict, **(config["eval_config"] or {})}
+        path = given.get("data_path", config.internal_config_dict["data_path"])
+        what.append(_files_hash({"data_path": str(dataset_folder(path, other))}, other))
+    return content_hash(what)
 
 
 def run_folder_of(config: Config) -> Path:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 
-# Settings that belong to one data set: the other takes its own from `eval_config`, or the defaults.
-OF_ONE_DATASET = (
-    "dataset",
-    "eval_dataset",
-    "eval_config",
-    "item_text",
-    "load_col",
-    "unload_col",
-    "val_interval",
-    "rm_dup_inter",
-    "user_inter_num_interval",
-    "item_inter_num_interval",
-)
-FIXED = ("USER_ID_FIELD", "ITEM_ID_FIELD", "model", "seed", "llm", "prompt", "MAX_ITEM_LIST_LENGTH", "metrics", "topk")
+# What `eval_config` may hold: how that data set is read, whom it asks and what.
+MAY_DIFFER = keys.READING_KEYS | {"eval_args", "eval_users", "candidate_seed", "min_disliked", "liked_only", "encoder"}
+# What training alone needs; the other data set need not have as many users, nor ratings.
+OF_TRAINING = {"few_shot", "few_shot_seed", "disjoint_users", "valid_users", "loss", "rejected"}
 
 
 def eval_config_of(config: LLMConfig) -> LLMConfig:
@@ -34,10 +25,14 @@ def eval_config_of(config: LLMConfig) -> LLMConfig:
             raise ConfigError([f"--eval_config={config['eval_config']!r}: it needs --eval_dataset=<name>."])
         return config
     own: dict[str, Any] = config["eval_config"] or {}
-    fixed = [key for key in FIXED if key in own]
+    fixed = [key for key in own if key not in MAY_DIFFER]
     if fixed:
-        raise ConfigError([f"--eval_config: {', '.join(fixed)} must be that of the training run; leave it out."])
-    shared = {k: v for k, v in config.external_config_dict.items() if k not in OF_ONE_DATASET}
+        raise ConfigError(
+            [f"--eval_config: {', '.join(fixed)} cannot differ; it may hold {', '.join(sorted(MAY_DIFFER))}."]
+        )
+    # Where the data lie may be said once for both; how they are read belongs to each.
+    left_out = keys.READING_KEYS - {"data_path"} | OF_TRAINING | keys.TRAINING_KEYS | {"dataset", "eval_dataset"}
+    shared = {k: v for k, v in config.external_config_dict.items() if k not in left_out | {"eval_config"}}
     try:
         return LLMConfig(config["model"], config["eval_dataset"], None, {**shared, **own})
     except ConfigError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from recbole.data.interaction import Interaction
 
 from recbole_llm import harm
 from recbole_llm.config import LLMConfig
+from recbole_llm.errors import UserError
 from recbole_llm.harm import (
     HARM,
     catalogue_metrics,
@@ -317,3 +319,17 @@ def test_harm_has_a_table_of_its_own() -> None:
 def test_no_harm_no_second_table() -> None:
     markdown = to_markdown(comparison([record("A", hit_1=0.5)]), [record("A", hit_1=0.5)])
     assert "Harm" not in markdown and len(markdown.split("\n\n")) == 2
+
+
+def test_a_missing_encoder_stops_only_who_named_it(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the default encoder is left out with a warning; one that the user names is an error."""
+
+    def missing(texts: Sequence[str], encoder: str) -> None:
+        raise UserError(f"--encoder={encoder}: no network")
+
+    monkeypatch.setattr(harm, "text_embeddings", missing)
+    by_default = {key: value for key, value in toy.items() if key != "encoder"}
+    found = run_recbole_llm("Pop", config_dict=by_default)["test_result"]
+    assert "popularity_lift@5" in found and not any(name.startswith("hallucination") for name in found)
+    with pytest.raises(UserError, match="no network"):
+        run_recbole_llm("Pop", config_dict={**toy, "encoder": "minilm"})

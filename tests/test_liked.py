@@ -412,3 +412,23 @@ def test_popularity_is_that_of_all_users(many: dict[str, Any]) -> None:
     for protocol in (everyone, few):
         assert {n: int(c) for n, c in zip(protocol.test.item_tokens, protocol.popularity, strict=True) if c} == counted
     assert sum(few.item_counter.values()) < few.popularity.sum()
+
+
+def test_an_item_without_a_rating_is_not_rated_low(toy: dict[str, Any], tmp_path: Path) -> None:
+    """RecBole fills a missing rating with the mean, 1.67 here; that is nobody's opinion."""
+    rows = [("a", "i1", "", 1), ("a", "i2", "1", 2), ("a", "i3", "3", 3), ("a", "i4", "1", 4), ("a", "i5", "", 5)]
+    home = tmp_path / "gaps" / "toy"
+    home.mkdir(parents=True)
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += ["\t".join(map(str, (u + str(k), i, r, t))) for k in range(3) for u, i, r, t in rows]
+    lines += [f"other\ti{k}\t3\t{k}" for k in range(6, 12)]
+    (home / "toy.inter").write_text("\n".join(lines) + "\n")
+    _, protocol = prepared(toy, "Pop", data_path=str(tmp_path / "gaps"), rating_threshold=2, eval_args={"mode": "uni1"})
+    user = protocol.dataset.token2id("user_id", "a0")
+    low = protocol.dataset.id2token("item_id", protocol.events.disliked(user, 5))
+    assert sorted(low.tolist()) == ["i2", "i4"]
+    _, liked = prepared(
+        toy, "Pop", data_path=str(tmp_path / "gaps"), rating_threshold=2, liked_only=True, eval_args={"mode": "uni1"}
+    )
+    user = liked.dataset.token2id("user_id", "a0")
+    assert liked.dataset.id2token("item_id", liked.events.items_of(user)).tolist() == ["i1", "i3", "i5"]

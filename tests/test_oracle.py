@@ -14,7 +14,8 @@ from scipy.special import expit
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import prepare_data
-from recbole_llm.errors import ConfigError
+from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.harm import title_vectors
 from recbole_llm.oracle import Calibration, Oracle, calibrate, train_oracle
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommender import check_recommenders, train_recommender
@@ -119,8 +120,10 @@ def test_no_test_event_reaches_oracle_or_recommender(toy: dict[str, Any], tmp_pa
         config = LLMConfig(config_dict=rosepo(toy, **places, eval_args={"mode": {"valid": "full", "test": "uni9"}}))
         protocol = prepare_data(config)
         users = np.array(sorted(protocol.training_sequences()))
-        found.append((protocol, train_recommender(config, "SASRec", users), train_oracle(config, protocol)))
-    (plain, one, before), (marked, other, after) = found
+        vectors = title_vectors(config, protocol.dataset)
+        found.append((protocol, train_recommender(config, "SASRec", users), train_oracle(config, protocol), vectors))
+    (plain, one, before, told), (marked, other, after, told_marked) = found
+    np.testing.assert_array_equal(told, told_marked)
     assert plain.test.targets.tolist() != marked.test.targets.tolist()
     history = [[1, 2, 3], [4, 5]]
     np.testing.assert_array_equal(one.scores(history), other.scores(history))
@@ -157,8 +160,31 @@ def test_rosepo_runs_with_its_oracle(toy: dict[str, Any]) -> None:
         ({"recommender_config": {"epoch": 3}}, "--recommender_config: --epoch: no such key; did you mean `epochs`"),
         ({"rejected": "from_model", "from_model": "Pop"}, "--from_model=Pop"),
         ({"robust": True}, "smoothing_max"),
+        ({"recommender_config": {"few_shot": None, "eval_args": {}}}, "few_shot, eval_args must be that of the run"),
     ],
 )
 def test_wrong_judges_are_told_before_any_work(toy: dict[str, Any], changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_recommenders(LLMConfig(config_dict=rosepo(toy, **changes)))
+
+
+@pytest.mark.parametrize("key", ["oracle_model", "from_model"])
+def test_a_judge_that_needs_more_than_a_history_is_told_before_training(toy: dict[str, Any], key: str) -> None:
+    """Caser is sequential and wants the user's id; that shows before the LLM has trained."""
+    with pytest.raises(UserError, match=f"--{key}=Caser: it cannot score"):
+        run_recbole_llm(config_dict=rosepo(toy, rejected="from_model", **{key: "Caser"}))
+    assert not list(Path(toy["checkpoint_dir"]).glob("stages/SFT-*"))
+
+
+def test_one_training_user_cannot_be_judged(toy: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--few_shot=1: the oracle"):
+        run_recbole_llm(config_dict=rosepo(toy, few_shot=1))
+
+
+def test_recommenders_share_the_ids_of_the_run(toy: dict[str, Any]) -> None:
+    """Whatever decides which items there are reaches the judge as well."""
+    config = LLMConfig(config_dict=rosepo(toy, item_inter_num_interval="[8,inf)", eval_args={"mode": "uni3"}))
+    protocol, judge = prepare_data(config), train_recommender(config, "SASRec")
+    assert protocol.dataset.item_num < 61
+    tokens = [p.dataset.field2id_token["item_id"].tolist() for p in (protocol, judge.protocol)]
+    assert tokens[0] == tokens[1]

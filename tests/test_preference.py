@@ -19,6 +19,7 @@ from recbole_llm.llm.logps import completion_logps
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.preference import Displacement, preference_loss
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.run_folder import run_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,6 +171,8 @@ def test_several_chosen_equal_one_sequence_at_a_time(family: str) -> None:
         ({"eval_args": {"mode": "low1"}}, "set --liked_only=True"),
         ({"disjoint_users": True}, "--few_shot=100"),
         ({"disjoint_users": True, "few_shot": 5}, "--eval_users=100"),
+        ({"prompt": "pair", "eval_args": {"mode": {"test": "uni1"}}}, "a pair prompt ranks two candidates"),
+        ({"prompt": "pair", "eval_args": {"mode": {"valid": "uni1"}}}, "a pair prompt ranks two candidates"),
         ({"eval_config": {"encoder": "none"}}, None),
     ],
 )
@@ -182,3 +185,32 @@ def test_settings_that_do_not_go_together_are_told_before_any_work(
         return
     with pytest.raises(ConfigError, match=told):
         LLMConfig(config_dict={**tiny, **changes})
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6])
+def test_users_with_fewer_items_than_are_chosen_train_nothing(length: int) -> None:
+    for family in ("stream", "instruct"):
+        prompt = make_prompt(load_template(family, PROPERTIES), TEXTS, tiny_llm()[1])
+        cut = {"history": 10, "last": 0, "most_tokens": 500, "chosen": 4}
+        windows = training_windows({1: list(range(1, length + 1))}, prompt, **cut)
+        assert all(len(a) == 3 for w in windows for a in w.also)
+        assert sum(len(w.targets) for w in windows) == max(0, length - 4)
+
+
+def test_a_stage_does_not_depend_on_whether_sft_was_trained_just_now(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Dropout and self_hard: the adapter after a reused SFT stage is that after a fresh one, byte for byte."""
+    settings = {**tiny, "loss": "DMPO", "lora_dropout": 0.3, "rejected": "self_hard", "rejected_num": 2, "few_shot": 20}
+    fresh = Path(run_recbole_llm(config_dict=settings)["run_folder"])
+    before = (fresh / "adapter_model.safetensors").read_bytes()
+    (fresh / "adapter_model.safetensors").unlink()
+    again = Path(run_recbole_llm(config_dict=settings)["run_folder"])
+    assert again == fresh and (again / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_text_of_a_prompt_names_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    hashes = []
+    for header in ("Seen:\n", "Read:\n"):
+        file.write_text(f'family: stream\nheader: "{header[:-1]}\\n"\nline: "{{title}}\\n"\n')
+        hashes.append(run_hash(LLMConfig(config_dict={**tiny, "prompt": str(file)})))
+    assert hashes[0] != hashes[1]

@@ -106,8 +106,6 @@ def test_low_rating_takes_what_the_user_disliked_in_training() -> None:
     """Items 2 and 4 were rated low in training; 5 was rated low later, and is no different from any other item."""
     (window,) = filled(world(), rejected="low_rating")
     assert window.targets == (2,)  # of the targets only item 3 was liked
-    several = Window(1, (1, 2, 3, 4), (1, 2, 3), also=((3,), (4,), (1,)))
-    assert filled(world(), windows=[several], rejected="low_rating")[0].also == ((4,),)
     assert set(window.rejected[0]) == {2, 4}
     wide = items_of(filled(world(), rejected="low_rating", rejected_num=3))
     assert all({2, 4} < set(r) for r in wide)  # the third is filled up
@@ -206,3 +204,32 @@ def test_same_seed_same_draw_and_positions_differ() -> None:
 def test_too_many_are_told() -> None:
     with pytest.raises(UserError, match=r"--rejected_num=6: user ann has only 5"):
         filled(world(), rejected_num=6)
+
+
+def test_also_chosen_are_liked_and_never_rejected() -> None:
+    """Of several chosen items none may be one that the user rated low, which low_rating rejects."""
+    several = Window(1, (1, 2, 3, 4), (1, 2, 3), also=((3,), (1,), (5,)))
+    (window,) = filled(world(), windows=[several], rejected="low_rating")
+    assert (window.targets, window.also) == ((2,), ((1,),))  # 2 and 4 are disliked
+    told = Window(1, (1, 3, 9), (1,), also=((2,),))
+    with pytest.raises(UserError, match="rating_threshold"):
+        filled(world(), windows=[told], rejected="low_rating")
+
+
+def test_self_hard_scores_its_pool_alone() -> None:
+    """Items that are chosen beside the target take no part in the ranking of wrong ones."""
+    seen = []
+
+    def scored(windows: list[Window]) -> list[list[list[float]]]:
+        seen.extend(windows)
+        return policy({5: -9.0, 6: -1.0, 7: -5.0, 8: -2.0, 9: -7.0})(windows)
+
+    several = Window(1, (1, 2, 3), (1, 2), also=((3,), (4,)))
+    (window,) = filled(world(), Sources(policy=scored), [several], rejected="self_hard", rejected_pool=5)
+    assert window.rejected == ((6, 8), (6, 8)) and window.also == several.also
+    assert not any(any(w.also) for w in seen)
+
+
+def test_no_position_with_so_many_chosen_is_told() -> None:
+    with pytest.raises(UserError, match="--chosen_num=4"):
+        RejectedItems(settings(chosen_num=4), world(), Sources()).fill([])

@@ -16,7 +16,7 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.adapter import load_adapter
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
-from recbole_llm.run_folder import data_hash
+from recbole_llm.run_folder import run_hash
 from tests.conftest import started, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,18 +72,28 @@ def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:
     given = {**both, "item_inter_num_interval": "[1,inf)", "eval_config": {"user_inter_num_interval": "[13,inf)"}}
     with pytest.raises(UserError, match="--dataset=other: reading the data to be ranked"):  # no user has 13 events
         run_recbole_llm(config_dict=given)
-    before = data_hash(LLMConfig(config_dict=both))
+    before = run_hash(LLMConfig(config_dict=both))
     file = Path(both["data_path"]) / "other" / "other.inter"
     file.write_text(file.read_text().replace("\t5\t", "\t4\t"))
-    assert data_hash(LLMConfig(config_dict=both)) != before
+    assert run_hash(LLMConfig(config_dict=both)) != before
+
+
+def test_the_other_data_set_needs_nothing_that_only_training_needs(both: dict[str, Any]) -> None:
+    """More few-shot users than it has, and rejected items by ratings that it lacks."""
+    file = Path(both["data_path"]) / "other" / "other.inter"
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    file.write_text("\n".join("\t".join((u, i, t)) for u, i, _, t in rows) + "\n")
+    training = {"few_shot": 30, "rejected": "low_rating", "loss": "DMPO", "rejected_num": 2}
+    assert run_recbole_llm(config_dict={**both, **training})["test_result"]["hit@10"] > 0
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"eval_dataset": "nowhere"}, "--eval_dataset=nowhere: .*no file"),
-        ({"eval_config": {"seed": 3}}, "--eval_config: seed must be that of the training run"),
-        ({"eval_config": {"itemtext": "x"}}, "--eval_dataset=other: --itemtext: no such key"),
+        ({"eval_config": {"seed": 3}}, "--eval_config: seed cannot differ"),
+        ({"eval_config": {"itemtext": "x"}}, "--eval_config: itemtext cannot differ; it may hold .*item_text"),
+        ({"eval_config": {"eval_users": 0}}, "--eval_dataset=other: --eval_users=0"),
         ({"eval_config": 3}, "--eval_config=3: must be a table"),
     ],
 )

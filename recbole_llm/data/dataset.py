@@ -80,6 +80,14 @@ class ProtocolDataset:
         low, self.inter_feat = self.inter_feat[liked:], self.inter_feat[:liked].copy()
         self.low_ratings = LowRatings.of(low, self.inter_feat, self.uid_field, self.iid_field, self.time_field)
 
+    def _fill_nan(self) -> None:
+        """RecBole's, which takes the mean for a missing rating; here an item without a rating is not rated."""
+        field = self.config["RATING_FIELD"]
+        unrated = self.inter_feat[field].isna() if field in self.inter_feat else None
+        super()._fill_nan()
+        if unrated is not None and unrated.any():
+            self.inter_feat[field] = self.inter_feat[field].mask(unrated)
+
     def _change_feat_format(self) -> None:
         order = [self.uid_field, self.time_field]
         self.inter_feat = self.inter_feat.sort_values(order, kind="stable").reset_index(drop=True)

@@ -150,7 +150,7 @@ class PairPrompt:
     def order(self, window: Window, place: int) -> tuple[int, int]:
         """The two candidates of a listing in an order that is the same whichever of them is chosen."""
         low, high = sorted((window.items[window.targets[0]], window.rejected[0][place]))
-        coin = np.random.default_rng([window.user, window.targets[0], place]).integers(2)
+        coin = np.random.default_rng([window.user, window.targets[0], place, low, high]).integers(2)
         return (high, low) if coin else (low, high)
 
     def _longest_pair(self) -> int:

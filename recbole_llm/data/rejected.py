@@ -104,6 +104,11 @@ class RejectedItems:
         Raises:
             UserError: no target is left, or a user has fewer than k items to reject.
         """
+        if not windows:
+            raise UserError(
+                f"--chosen_num={self.config['chosen_num']}: no user has a training position with so many items to "
+                "choose. Ask for fewer, or for more training users."
+            )
         windows = [liked for w in windows if (liked := self.liked(w)).targets]
         if not windows:
             raise UserError(
@@ -123,9 +128,10 @@ class RejectedItems:
         if "low_rating" not in self.strategies:
             return window
         disliked = set(self.events.disliked(window.user, int(self.train_ends[window.user])).tolist())
-        kept = [i for i, t in enumerate(window.targets) if window.items[t] not in disliked]
-        also = tuple(window.also[i] for i in kept) if window.also else ()
-        return replace(window, targets=tuple(window.targets[i] for i in kept), also=also)
+        also = window.also or ((),) * len(window.targets)
+        chosen = [{window.items[t], *more} for t, more in zip(window.targets, also, strict=True)]
+        kept = [i for i, items in enumerate(chosen) if not items & disliked]
+        return replace(window, targets=tuple(window.targets[i] for i in kept), also=tuple(also[i] for i in kept))
 
     def draw(self, place: Place) -> tuple[int, ...]:
         """k distinct items for a position; each of m strategies gives about k / m, in turns from a random first one."""
@@ -190,7 +196,7 @@ class RejectedItems:
         """For each position its pool, ordered by the SFT policy's log-prob, best first."""
         pools = [p.rng.choice(p.free, min(self.pool, len(p.free)), replace=False) for p in places]
         drawn = iter(pools)
-        asked = [replace(w, rejected=tuple(tuple(map(int, next(drawn))) for _ in w.targets)) for w in windows]
+        asked = [replace(w, also=(), rejected=tuple(tuple(map(int, next(drawn))) for _ in w.targets)) for w in windows]
         logps = (np.array(target[1:]) for window in self.sources.policy(asked) for target in window)
         for pool, found in zip(pools, logps, strict=True):
             yield pool[np.argsort(-found, kind="stable")]

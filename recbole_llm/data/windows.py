@@ -35,7 +35,7 @@ def training_windows(
     windows = []
     for user, all_items in sequences.items():
         all_items = tuple(int(i) for i in all_items)
-        items = all_items[: len(all_items) - chosen + 1]
+        items = all_items[: max(0, len(all_items) - chosen + 1)]
         first = max(1, len(items) - last) if last else 1
         if prompt.every_position:
             windows += _stretches(user, items, first, history, prompt, most_tokens, all_items, chosen)

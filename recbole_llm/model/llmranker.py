@@ -164,7 +164,11 @@ class LLMRanker(SequentialRecommender):
 
     @torch.no_grad()
     def reference_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:
-        """Log-probs of the policy as it is now, for each window and target: chosen first, then rejected, nats."""
+        """Log-probs of the policy as it is now, for each window and target: chosen first, then rejected, nats.
+
+        The model is left in evaluation mode: dropout would blur what the loss is measured against.
+        """
+        self.eval()
         trees = [self.prompt.window_tree(w) for w in windows]
         logps = completion_logps(self.policy, trees, token_budget=self.config["token_budget"])
         by_target = [p.view(len(w.targets), -1) for p, w in zip(logps, windows, strict=True)]

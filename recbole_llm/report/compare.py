@@ -34,6 +34,8 @@ SHARED = (
     "rating_threshold",
     "min_disliked",
     "disjoint_users",
+    "encoder",
+    "look_alikes",
     "TIME_FIELD",
     "USER_ID_FIELD",
     "ITEM_ID_FIELD",

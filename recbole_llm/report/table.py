@@ -115,7 +115,8 @@ def conditions(runs: Sequence[dict[str, Any]]) -> str:
         return "No run finished."
     run = finished[0]
     users = [
-        f"few-shot: {r['training_users']} training users" if r["few_shot"] else "all training users" for r in finished
+        "all training users" if r["training_users"] is None else f"{r['training_users']} training users"
+        for r in finished
     ]
     events = [f"{r['training_interactions']:,}" for r in finished]
     return " · ".join(
