@@ -1,11 +1,11 @@
-"""DMPO's own protocol on MovieLens-100K: two candidates, paired accuracy, k = 1 to 5 at the same number of updates.
+"""DMPO's own protocol on MovieLens-100K: two candidates, paired accuracy, k rejected titles, equal updates.
 
-    python experiments/dmpo_pairs.py            # about 40 minutes on two cores
-    python experiments/dmpo_pairs.py --full     # histories of 35, 700 test users, the epochs of its run.sh: hours
+    python experiments/dmpo_pairs.py --k 1 5    # about 15 minutes on two cores
+    python experiments/dmpo_pairs.py --full     # k = 1 to 5, histories of 35, 700 test users, run.sh's epochs: hours
 
-The protocol is properties/compare/dmpo.yaml; to fit a laptop, histories hold 10 titles, 200 users are tested, and
-learning rates are ten times those of its run.sh for fewer epochs. Controls without a model (listed first, shorter
-title, more popular) answer the same pairs. Results go to results/dmpo-pairs/.
+The protocol is properties/compare/dmpo.yaml. To fit a laptop, without --full histories hold 5 titles, 100 users are
+tested, and there are fewer epochs at a higher learning rate. Controls without a model (listed first, shorter title,
+more popular) answer the same pairs. Results go to results/dmpo-pairs/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recbole_llm.report.compare import compare
 from recbole_llm.run_folder import write_json
 
 PROTOCOL = Path(__file__).resolve().parents[1] / "properties" / "compare" / "dmpo.yaml"
-SMALL: dict[str, Any] = {"eval_users": 200, "valid_users": 100, "MAX_ITEM_LIST_LENGTH": 10, "state": "WARNING"}
+SMALL: dict[str, Any] = {"eval_users": 100, "valid_users": 100, "MAX_ITEM_LIST_LENGTH": 5, "state": "WARNING"}
 SMALL_LLM: dict[str, Any] = {
     "item_text": "{movie_title}",
     "epochs": 2,
@@ -55,17 +55,20 @@ def main() -> None:
     """The comparison, then the controls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the protocol as it is, but for the number of test users")
-    full = parser.parse_args().full
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="numbers of rejected titles")
+    given = parser.parse_args()
+    full = given.full
     settings = read_yaml(str(PROTOCOL))
     models, per_model = settings.pop("models"), settings.pop("per_model")
+    models = [m for m in models if "DMPO" not in m or any(f"rejected_num={k}]" in m for k in given.k)]
     settings |= {"eval_users": 700} if full else SMALL
     per_model["LLMRanker"] |= {} if full else SMALL_LLM
     done = compare(models, "ml-100k", settings, per_model)
     name = "full" if full else "small"
-    keep(done, name, "dmpo-pairs")
+    short = {m: m.removeprefix("LLMRanker[loss=").removesuffix("]").replace("rejected_num", "k") for m in models}
+    print(keep(done, name, "dmpo-pairs", names=short))
     ruled = controls(prepare_data(LLMConfig("Pop", "ml-100k", None, settings)))
     write_json(RESULTS / "dmpo-pairs" / f"{name}-controls.json", ruled)
-    print(done["markdown"])
     for rule, values in ruled.items():
         print(f"{rule}: {values}")
 

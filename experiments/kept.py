@@ -1,26 +1,56 @@
-"""What an experiment leaves in results/: its tables, the record of every run, and the machine."""
+"""What experiments share: small settings that two cores can run, and what they leave in results/."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.report.table import comparison, to_markdown
 from recbole_llm.run_folder import environment, write_json, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+# The target among 20 candidates, 100 test users, histories of 10, one seed.
+PROTOCOL: dict[str, Any] = {
+    "eval_users": 100,
+    "eval_args": {"mode": {"valid": "uni19", "test": "uni19"}},
+    "MAX_ITEM_LIST_LENGTH": 10,
+    "seed": 2020,
+    "state": "WARNING",
+}
+# One epoch of each stage, the last epoch evaluated: validation would have nothing to select.
+LLM: dict[str, Any] = {
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "epochs": 1,
+    "eval_step": 0,
+    "sft_positions": 30,
+    "learning_rate": 0.001,
+    "train_batch_size": 16,
+    "preference_positions": 4,
+}
+CLASSIC = {"train_batch_size": 256, "epochs": 50, "stopping_step": 5}
 
 
-def keep(done: dict[str, Any], name: str, folder: str, note: str = "") -> None:
+def keep(done: dict[str, Any], name: str, folder: str, note: str = "", names: dict[str, str] | None = None) -> str:
     """Write a comparison as ``results/<folder>/<name>.{md,csv,json}``, beside ``env.json``.
 
     Args:
         done: what ``recbole_llm.report.compare.compare`` returned.
         note: one paragraph above the table.
+        names: label of a run -> a shorter one for the tables; the records keep what was typed as ``entry``.
+
+    Returns:
+        The tables as Markdown.
     """
     home = RESULTS / folder
     home.mkdir(parents=True, exist_ok=True)
-    write_text(home / f"{name}.md", (f"{note}\n\n" if note else "") + done["markdown"])
-    write_text(home / f"{name}.csv", done["table"].to_csv(index=False))
-    write_json(home / f"{name}.json", done["runs"])
+    runs = [
+        {**run, "entry": run["label"], "label": (names or {}).get(run["label"], run["label"])} for run in done["runs"]
+    ]
+    table = comparison(runs)
+    markdown = (f"{note}\n\n" if note else "") + to_markdown(table, runs)
+    write_text(home / f"{name}.md", markdown)
+    write_text(home / f"{name}.csv", table.to_csv(index=False))
+    write_json(home / f"{name}.json", runs)
     write_json(home / "env.json", environment())
     print(f"written: {home}/{name}.md, .csv, .json")
+    return markdown

@@ -10,29 +10,15 @@ have the default learning rate and the beta of S-DPO's paper. Results go to resu
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from kept import keep
+from kept import CLASSIC, LLM, PROTOCOL, keep
 
 from recbole_llm.report.compare import compare
 
-SHARED: dict[str, Any] = {
-    "few_shot": 100,
-    "eval_users": 100,
-    "eval_args": {"mode": {"valid": "uni19", "test": "uni19"}},
-    "MAX_ITEM_LIST_LENGTH": 10,
-    "seed": 2020,
-    "state": "WARNING",
-}
-LLM: dict[str, Any] = {
+SHARED = {**PROTOCOL, "few_shot": 100}
+LLM_SETTINGS = {
+    **LLM,
     "item_text": "{movie_title}",
-    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "epochs": 1,
-    "eval_step": 0,
-    "sft_positions": 30,
-    "learning_rate": 0.001,
-    "train_batch_size": 16,
-    "preference_positions": 4,
     "preference_learning_rate": 1e-4,
     "beta": 1.0,
     "rejected_num": 3,
@@ -40,7 +26,6 @@ LLM: dict[str, Any] = {
 }
 SMALL_SHARED = {"few_shot": 20, "eval_users": 20}
 SMALL_LLM = {"llm": "tiny", "lora_target_modules": "all-linear", "sft_positions": 5, "preference_positions": 2}
-CLASSIC = {"train_batch_size": 256, "epochs": 50, "stopping_step": 5}
 
 LOSSES = (
     "LLMRanker[loss=SFT]",
@@ -71,12 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny LLM, few users, nothing kept that means anything")
     small = parser.parse_args().small
-    shared, llm = (SHARED | SMALL_SHARED, LLM | SMALL_LLM) if small else (SHARED, LLM)
+    shared, llm = (SHARED | SMALL_SHARED, LLM_SETTINGS | SMALL_LLM) if small else (SHARED, LLM_SETTINGS)
     per_model = {"LLMRanker": llm, "SASRec": CLASSIC, "GRU4Rec": CLASSIC}
     done = compare(["Pop", "SASRec", "GRU4Rec", *LOSSES, *SAMPLERS], "ml-100k", shared, per_model)
     told = f"Preference stages: learning rate {llm['preference_learning_rate']:g}, beta {llm['beta']}, k = 3 (DPO 1)."
-    keep(done, "small" if small else "table", "losses-and-samplers", told)
-    print(done["markdown"])
+    names = {entry: entry.removeprefix("LLMRanker[loss=").removesuffix("]") for entry in (*LOSSES, *SAMPLERS)}
+    print(keep(done, "small" if small else "table", "losses-and-samplers", told, names))
 
 
 if __name__ == "__main__":

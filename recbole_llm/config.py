@@ -134,6 +134,7 @@ class LLMConfig(Config):
     def _load_variable_config_dict(self, config_dict: dict[str, Any] | None) -> dict[str, Any]:
         # RecBole adds lists to lists; it knows a tuple of GPUs alone.
         given = copy.deepcopy(config_dict or {})  # RecBole fills tables in place
+        given |= {k: "none" for k in keys.NONE_IS_A_CHOICE if k in given and given[k] is None}
         return {k: list(v) if isinstance(v, tuple) and k != "gpu_id" else v for k, v in given.items()}
 
     def _load_cmd_line(self) -> dict[str, Any]:

@@ -241,6 +241,9 @@ READING_KEYS = {
 }
 CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS
 
+# Keys with a choice called none, which the command line reads as an empty value.
+NONE_IS_A_CHOICE = ("finetune", "encoder")
+
 # Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.
 UNLISTED_KEYS = {"config_files", "encoding", "tail_ratio"}
 UNLISTED_MODEL_KEYS = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_llm import cli, quick_start
+from recbole_llm import cli, quick_start, run_log
 from recbole_llm.config import LLMConfig
 from recbole_llm.llm import adapter
 from recbole_llm.llm_trainer import LLMTrainer
@@ -148,7 +148,7 @@ def test_low_ratings_need_ratings(tiny: dict[str, Any], capsys: pytest.CaptureFi
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join("\t".join((u, i, t)) + "\n" for u, i, _, t in rows), encoding="utf-8")
     told = refused(capsys, argv(tiny, **SMALL, loss="DMPO", rejected="low_rating"))
-    assert "--rejected=low_rating: the data set has no rating column" in told
+    assert "--rejected=low_rating: toy.inter has no rating column" in told
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_disk_full_at_any_file(
         (torch, "save"),
         (os, "fsync"),
         (quick_start, "write_table"),
-        (quick_start, "init_logger"),
+        (run_log, "init_logger"),
         (quick_start, "write_json"),
     ],
 )
@@ -298,7 +298,7 @@ def test_folders_that_cannot_be_written(
     def denied(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "./log/")
 
-    monkeypatch.setattr(quick_start, "init_logger", denied)  # RecBole logs where the command runs
+    monkeypatch.setattr(run_log, "init_logger", denied)  # RecBole logs where the command runs
     told = refused(capsys, argv(toy, model="Pop"))
     assert "could not write ./log/ (Permission denied)" in told
     assert "run in a folder that can be written" in told

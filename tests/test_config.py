@@ -430,3 +430,10 @@ def test_unknown_model_hides_nothing_else(toy: dict[str, Any]) -> None:
 def test_what_recbole_refuses_is_told(toy: dict[str, Any]) -> None:
     (told,) = problems("SASRec", **toy, train_neg_sample_args={"distribution": "uniform"})
     assert "RecBole refuses these settings" in told and "train_neg_sample_args" in told
+
+
+def test_none_is_a_choice_on_the_command_line(tiny: dict[str, Any]) -> None:
+    """``--finetune=none --encoder=none`` arrive as empty values, as ``--eval_users=none`` does."""
+    given = {key: parse_value("none") for key in ("finetune", "encoder", "eval_users")}
+    config = LLMConfig(config_dict={**tiny, **given})
+    assert (config["finetune"], config["encoder"], config["eval_users"]) == ("none", "none", None)
