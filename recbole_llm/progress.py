@@ -125,6 +125,8 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
         trunk = sizes["users"] * config["MAX_ITEM_LIST_LENGTH"]
         pairs = trunk + _positions(config["preference_positions"], sizes) * (1 + config["rejected_num"])
         trained += pairs * (config["preference_epochs"] + 1 / 2.3)
+        if "self_hard" in config["rejected"]:
+            asked += trunk + _positions(config["preference_positions"], sizes) * config["rejected_pool"]
     return title * (2.3 * trained + asked)
 
 

@@ -31,8 +31,9 @@ def eval_config_of(config: LLMConfig) -> LLMConfig:
             [f"--eval_config: {', '.join(fixed)} cannot differ; it may hold {', '.join(sorted(MAY_DIFFER))}."]
         )
     # Where the data lie may be said once for both; how they are read belongs to each.
-    left_out = keys.READING_KEYS - {"data_path", "item_text_max_tokens"} | OF_TRAINING | keys.TRAINING_KEYS | {"dataset", "eval_dataset"}
-    shared = {k: v for k, v in config.external_config_dict.items() if k not in left_out | {"eval_config"}}
+    belongs = keys.READING_KEYS - {"data_path", "item_text_max_tokens"} | {"dataset", "eval_dataset", "eval_config"}
+    left_out = belongs | OF_TRAINING | keys.TRAINING_KEYS
+    shared = {k: v for k, v in config.external_config_dict.items() if k not in left_out}
     try:
         return LLMConfig(config["model"], config["eval_dataset"], None, {**shared, **own})
     except ConfigError as error:
