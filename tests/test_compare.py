@@ -300,8 +300,8 @@ def test_best_in_bold() -> None:
     assert found["A"][:3] == ["**0.5000**", "**0.1000**", "3.0000"]
     assert found["B"][:3] == ["**0.5000**", "0.3000", "**2.0000**"]
     assert found["C"][:3] == ["0.2500", "0.2000", "**2.0000**"]
-    assert found["F"] == ["", "", "", "", "", "", "failed: x"]
-    assert found["A"][3:] == ["12,345", "1.2", "0.5", ""]
+    assert found["F"] == ["", "", "", "", "", "", "", "failed: x"]
+    assert found["A"][3:] == ["12,345", "1.2", "0.5", "", ""]
 
 
 def test_metrics_that_all_have() -> None:

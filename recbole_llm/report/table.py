@@ -114,10 +114,7 @@ def conditions(runs: Sequence[dict[str, Any]]) -> str:
     if not finished:
         return "No run finished."
     run = finished[0]
-    users = [
-        "all training users" if r["training_users"] is None else f"{r['training_users']} training users"
-        for r in finished
-    ]
+    users = [_users(r) for r in finished]
     events = [f"{r['training_interactions']:,}" for r in finished]
     return " · ".join(
         (
@@ -129,6 +126,12 @@ def conditions(runs: Sequence[dict[str, Any]]) -> str:
             f"torch {_each(r['versions']['torch'] for r in finished)}",
         )
     )
+
+
+def _users(run: dict[str, Any]) -> str:
+    if run["training_users"] is None:
+        return "all training users"
+    return ("few-shot: " if run["few_shot"] else "") + f"{run['training_users']} training users"
 
 
 def _each(values: Iterable[Any]) -> str:
