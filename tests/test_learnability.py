@@ -45,8 +45,8 @@ def hit(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
         "lr_scheduler": "constant",
         "train_batch_size": 32,
         "preference_learning_rate": 3e-3,
-        "beta": 1.0,
-        "rejected_num": 2,
+        "beta": 0.2,
+        "rejected_num": 3,
         "eval_step": 0,
         "encoder": "none",
     }

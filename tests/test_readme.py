@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recbole_llm.cli import COMMANDS, parse_flags
-from recbole_llm.config import LLMConfig, read_yaml
+from recbole_llm.config import LLMConfig, read_yaml, read_yamls
 from recbole_llm.report.compare import parse_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +36,10 @@ def test_command_is_accepted(line: str) -> None:
         settings.pop("user", None)
         LLMConfig(config_dict=settings)
     if command == "compare":
+        settings = read_yamls([str(ROOT / file) for file in settings.pop("config_files", [])]) | settings
+        per_model = settings.pop("per_model", {})
         for entry in parse_models(settings.pop("models")):
-            LLMConfig(entry.model, config_dict={**settings, **entry.settings})
+            LLMConfig(entry.model, config_dict={**settings, **per_model.get(entry.model, {}), **entry.settings})
 
 
 def test_files_named_in_the_readme_exist() -> None:

@@ -84,7 +84,8 @@ def _best_in_bold(table: pd.DataFrame) -> pd.DataFrame:
         values = pd.to_numeric(table[column])
         name = column.split("@")[0].lower()
         goodness = {"larger": values, "smaller": -values, "zero": -values.abs(), None: values * np.nan}
-        merit = goodness[HARM.get(name, "smaller" if name in smaller_metrics else "larger")]
+        best = HARM.get(name, "smaller" if name in smaller_metrics else "larger")
+        merit = goodness[None if name.startswith(GENERATED) else best]  # shares of a few answers
         shown[column] = [_metric(v, good) for v, good in zip(values, merit == merit.max(), strict=True)]
     return shown
 
