@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 USERS = 150
 OWN = {
     "DPO": {"rejected_num": 1},
-    "MultDPO": {"chosen_num": 2},
+    "MultDPO": {"chosen_num": 2, "preference_epochs": 14},  # half of its strength goes to the title after the next
     "RosePO": {"smoothing": 0.05},
 }
 
@@ -40,11 +40,11 @@ def hit(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
         "model": "LLMRanker",
         "llm": "tiny",
         "finetune": "full",
-        "epochs": 2,
+        "epochs": 1,
         "learning_rate": 5e-3,
         "lr_scheduler": "constant",
         "train_batch_size": 32,
-        "preference_learning_rate": 3e-3,
+        "preference_learning_rate": 4e-3,
         "beta": 0.2,
         "rejected_num": 3,
         "eval_step": 0,
@@ -55,13 +55,13 @@ def hit(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
 
 @pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
 def test_structure_is_learned(worlds: dict[float, Path], monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    """A fixed cycle: SFT alone is far from perfect, the preference stage gets near it."""
+    """A fixed cycle: one epoch of SFT is far from perfect, the preference stage gets near it."""
     before = hit(worlds[1.0], monkeypatch, loss="SFT")
-    after = hit(worlds[1.0], monkeypatch, loss=loss, preference_epochs=8, **OWN.get(loss, {}))
-    assert before < 0.75 and after > 0.85
+    after = hit(worlds[1.0], monkeypatch, **{"loss": loss, "preference_epochs": 10, **OWN.get(loss, {})})
+    assert before < 0.5 and after > 0.8
 
 
 @pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
 def test_noise_is_not(worlds: dict[float, Path], monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     """Random sequences: chance is .1, and three standard errors of 150 users are .073."""
-    assert hit(worlds[0.0], monkeypatch, loss=loss, preference_epochs=2, **OWN.get(loss, {})) < 0.1 + 0.08
+    assert hit(worlds[0.0], monkeypatch, **{"loss": loss, **OWN.get(loss, {}), "preference_epochs": 2}) < 0.1 + 0.08
