@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from recbole import __file__ as recbole_file
-from recbole.evaluator import metric_types
-from recbole.utils import EvaluatorType, ModelType
+from recbole.utils import ModelType
 
 from recbole_llm import keys
 from recbole_llm.data.atomic import inter_columns, item_columns
@@ -20,7 +19,6 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
 
-RANKING = sorted(name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING)
 # What the data are read with.
 READ_WITH = (
     "data_path",
@@ -34,10 +32,6 @@ READ_WITH = (
     "liked_only",
     "min_disliked",
 )
-EVAL_ARGS = ("split", "group_by", "order", "mode")
-LEAVE_ONE_OUT = {"LS": "valid_and_test"}
-MODE = re.compile(r"full|(uni|pop|low)[1-9]\d{0,8}")
-VALID_METRIC = re.compile(r"(?P<name>\w+)@(?P<k>\d{1,9})|gauc", re.IGNORECASE)
 
 
 def model_keys(properties: Path) -> dict[str, list[str]]:
@@ -59,79 +53,6 @@ def shared_keys(properties: Path) -> set[str]:
     recbole = Path(recbole_file).parent / "properties"
     files = (recbole / "overall.yaml", recbole / "dataset" / "sample.yaml", properties / "overall.yaml")
     return {key for file in files for key in yaml.safe_load(file.read_text(encoding="utf-8"))}
-
-
-def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the evaluation settings."""
-    eval_args = settings["eval_args"]
-    if isinstance(eval_args, dict):
-        problems = _wrong_eval_args(eval_args)
-    else:
-        problems = [f"--eval_args={eval_args!r}: must be a table, for example \"{{'mode': 'uni99'}}\"."]
-    metrics = settings["metrics"] if isinstance(settings["metrics"], (list, tuple)) else [settings["metrics"]]
-    problems += [f"--metrics: {told}" for metric in metrics if (told := _no_ranking(metric))]
-    if not metrics:
-        problems.append(f"--metrics={metrics}: name at least one of {', '.join(RANKING)}.")
-    topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
-    if not topk or any(keys.integer(1)(k) for k in topk):
-        return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
-    return problems + _wrong_valid_metric(settings["valid_metric"], metrics, topk)
-
-
-def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key in (k for k in eval_args if k not in EVAL_ARGS):
-        hint = keys.closest(key, EVAL_ARGS, f"there are {', '.join(EVAL_ARGS)}")
-        problems.append(f"no entry {key!r}; {hint}")
-    if eval_args.get("order", "TO") != "TO":
-        problems.append(f"order {eval_args['order']} has no next item to rank; use order TO")
-    if eval_args.get("group_by", "user") not in ("user", "none", None):
-        problems.append(f"group_by {eval_args['group_by']!r} must be user or none")
-    split = eval_args.get("split", LEAVE_ONE_OUT)
-    ((kind, how),) = split.items() if isinstance(split, dict) and len(split) == 1 else [(None, None)]
-    share = keys.number(above=True)
-    shares = isinstance(how, (list, tuple)) and len(how) == 3 and not any(share(s) for s in how)
-    if split != LEAVE_ONE_OUT and not (kind in ("RS", "TS") and shares):
-        problems.append(
-            f"split {split!r} must be {LEAVE_ONE_OUT} (leave one out), or three shares as in "
-            "{'RS': [0.8, 0.1, 0.1]} or {'TS': [0.8, 0.1, 0.1]}"
-        )
-    modes = eval_args.get("mode", "full")
-    modes = modes if isinstance(modes, dict) else {"valid": modes}
-    problems += [f"mode has the entries valid and test, not {s!r}" for s in modes if s not in ("valid", "test")]
-    for mode in modes.values():
-        if not (isinstance(mode, str) and MODE.fullmatch(mode)):
-            problems.append(f"mode {mode!r} must be full, uniN, popN or lowN (N whole, >= 1), for example uni99")
-    return [f"--eval_args: {problem}" + ("" if problem.endswith((".", "?")) else ".") for problem in problems]
-
-
-def _no_ranking(metric: Any) -> str | None:
-    if str(metric).lower() in RANKING:
-        return None
-    if str(metric).lower() in metric_types:
-        return (
-            f"{metric} is no ranking metric: it needs labels, and here items are ranked. GAUC is the "
-            "AUC of such a ranking, the mean over users."
-        )
-    hint = keys.closest(str(metric), [*RANKING, "gauc"], f"it has {', '.join(RANKING)}")
-    return f"{metric} is no ranking metric of RecBole; {hint}"
-
-
-def _wrong_valid_metric(valid_metric: Any, metrics: Sequence[Any], topk: Sequence[int]) -> list[str]:
-    found = VALID_METRIC.fullmatch(valid_metric) if isinstance(valid_metric, str) else None
-    name = (found["name"] or "gauc").lower() if found else None
-    told = f"--valid_metric={valid_metric!r}"
-    if found is None or (name == "gauc" and found["k"]):
-        wrong = _no_ranking(valid_metric) if str(valid_metric).lower() in metric_types else None
-        return [f"{told}: {wrong or 'must look like NDCG@10, or be GAUC.'}"]
-    problems = []
-    if name not in [str(m).lower() for m in metrics]:
-        wrong = _no_ranking(name) if name in metric_types and name not in RANKING else None
-        wrong = wrong or f"not among --metrics={list(metrics)}; add it there or choose one of them."
-        problems.append(f"{told}: {wrong}")
-    if found["k"] and int(found["k"]) not in topk:
-        problems.append(f"{told}: its K is not in --topk={list(topk)}; add it there or choose one of them.")
-    return problems
 
 
 def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import yaml
 from recbole.config import Config
 from recbole.utils import ModelType
 
-from recbole_llm import checks, compat, keys
+from recbole_llm import checks, compat, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_class
@@ -228,7 +228,7 @@ class LLMConfig(Config):
         read = {k: v for k, v in given.items() if k in known}
         problems += keys.wrong_values(read, self.recbole_defaults)
         settings = self.internal_config_dict | read
-        problems += checks.wrong_evaluation(settings)
+        problems += eval_checks.wrong_evaluation(settings)
         if isinstance(settings["eval_args"], dict):
             settings["eval_args"] = self._eval_args()
         problems += checks.wrong_together(settings)
