@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 USERS = 150
 OWN = {
     "DPO": {"rejected_num": 1},
-    "MultDPO": {"chosen_num": 2, "preference_epochs": 14},  # half of its strength goes to the title after the next
+    "MultDPO": {"chosen_num": 2, "preference_epochs": 12},
     "RosePO": {"smoothing": 0.05},
 }
 
@@ -55,10 +55,14 @@ def hit(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
 
 @pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
 def test_structure_is_learned(worlds: dict[float, Path], monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    """A fixed cycle: one epoch of SFT is far from perfect, the preference stage gets near it."""
+    """A fixed cycle: one epoch of SFT is far from perfect, the preference stage gets near it.
+
+    For MultDPO of two chosen titles the one after the next is as good, and it stands among the candidates of every
+    fifth user.
+    """
     before = hit(worlds[1.0], monkeypatch, loss="SFT")
     after = hit(worlds[1.0], monkeypatch, **{"loss": loss, "preference_epochs": 10, **OWN.get(loss, {})})
-    assert before < 0.5 and after > 0.8
+    assert before < 0.5 and after > (0.65 if loss == "MultDPO" else 0.8)
 
 
 @pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
