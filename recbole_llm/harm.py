@@ -222,12 +222,12 @@ def title_embeddings(dataset: Dataset) -> np.ndarray | None:
         logger.info("Harm: hallucination is left out (--encoder=none).")
         return None
     try:
-        title_texts(dataset)
+        texts = title_texts(dataset)
     except UserError as error:
         logger.info(f"Harm: hallucination is left out, because there are no titles: {error}")
         return None
     try:
-        return title_vectors(dataset.config, dataset)
+        return text_embeddings(texts, dataset.config["encoder"])
     except UserError as error:
         if "encoder" in dataset.config.external_config_dict:
             raise

@@ -20,7 +20,7 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
-from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions, write_json
+from recbole_llm.run_folder import content_hash, run_hash, write_json
 from recbole_llm.trainer import trainer_class
 
 
@@ -163,8 +163,7 @@ def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = N
 
 def _folder(config: LLMConfig, protocol: Protocol, users: np.ndarray | None) -> Path:
     """``<checkpoint_dir>/stages/<Model>-<hash of everything that determines it>``."""
-    settings = {k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}
     tokens = protocol.dataset.field2id_token[protocol.dataset.uid_field]
     kept = None if users is None else sorted(map(str, tokens[users]))
-    told = content_hash([settings, data_hash(config), versions(), kept])
+    told = content_hash([run_hash(config), kept])
     return Path(config["checkpoint_dir"]) / "stages" / f"{config['model']}-{told[:12]}"

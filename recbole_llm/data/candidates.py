@@ -16,6 +16,7 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 
 from recbole_llm.data.dataset import POSITION, Events
+from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import whole
 
@@ -144,8 +145,7 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
     weight = popularity(events, train_ends, len(rows.item_tokens))[universe] if rows.mode.startswith("pop") else None
     drawn = np.zeros((len(rows), wanted + 1), dtype=np.int64)
     for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):
-        told = f"{config['candidate_seed']}|{rows.split}|{rows.user_tokens[user]}|{position}"
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
+        rng = seeded(config["candidate_seed"], rows.split, rows.user_tokens[user], position)
         if rows.mode.startswith("low"):
             free = np.isin(universe, events.disliked(user, len(events.items_of(user))))
         else:

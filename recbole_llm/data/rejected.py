@@ -7,7 +7,6 @@ Held-out items of the user may be drawn, as in any training on implicit data: to
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from recbole.config import Config
 
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
 from recbole_llm.progress import bar
 
@@ -48,8 +48,7 @@ class Place:
         user: internal id.
         history: items before the target, oldest first.
         rng: seeded with (seed, user token, number of the position).
-        own: the user's training items.
-        free: all other items of the catalogue.
+        free: the catalogue without the user's training items.
         scores: of all items after this history, for ``from_model``.
         hard: wrong items by the SFT policy's log-prob, best first, for ``self_hard``.
     """
@@ -57,7 +56,6 @@ class Place:
     user: int
     history: tuple[int, ...]
     rng: np.random.Generator
-    own: np.ndarray
     free: np.ndarray
     scores: np.ndarray | None = None
     hard: np.ndarray | None = None
@@ -187,10 +185,9 @@ class RejectedItems:
     def _place(self, window: Window, target: int, numbers: dict[int, int]) -> Place:
         user = window.user
         numbers[user] = numbers.get(user, 0) + 1
-        told = f"{self.config['seed']}|{self.user_tokens[user]}|{numbers[user]}"
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(told.encode()).digest(), dtype=np.uint32))
+        rng = seeded(self.config["seed"], self.user_tokens[user], numbers[user])
         own = self.events.items_of(user)[: self.train_ends[user]]
-        return Place(user, window.items[:target], rng, own, np.setdiff1d(self.catalogue, own))
+        return Place(user, window.items[:target], rng, np.setdiff1d(self.catalogue, own))
 
     def _hard(self, windows: Sequence[Window], places: Sequence[Place]) -> Iterator[np.ndarray]:
         """For each position its pool, ordered by the SFT policy's log-prob, best first."""
