@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
 HEAD_ROWS_AT_ONCE = 512  # rows x vocabulary float32 logits held at a time (96 MiB for 49,152 tokens)
@@ -26,14 +27,13 @@ def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budg
     Args:
         model: a causal LM.
         trees: what to score.
-        token_budget: tokens of one forward pass, padding included; a longer tree goes alone.
+        token_budget: tokens of one forward pass; a longer tree goes alone.
 
     Returns:
         For each tree ``[n_completions]``, nats, float32, differentiable.
     """
-    inner = [int(torch.unique(tree.parent[1:]).numel()) for tree in trees]
     found: list[torch.Tensor | None] = [None] * len(trees)
-    for group in batches_by_budget(inner, token_budget):
+    for group in batches_by_budget([tree.fed for tree in trees], token_budget):
         logps = batch_logps(model, [trees[i] for i in group])
         for index, part in zip(group, logps.split([trees[i].n_completions for i in group]), strict=True):
             found[index] = part
@@ -43,26 +43,19 @@ def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budg
 def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
     """Log-probability of all completions of trees that fit one forward pass ``[sum of n_completions]``, nats."""
     decoder, head = decoder_and_head(model)
-    batch = batch_trees(trees).to(next(model.parameters()).device)
+    multiple = FLEX_BLOCK if model.config._attn_implementation == NAMES["flex"] else 1
+    batch = batch_trees(trees, multiple).to(next(model.parameters()).device)
     hidden = decoder(
         input_ids=batch.input_ids,
-        attention_mask=_additive(batch.mask, model),
         position_ids=batch.position_ids,
         use_cache=False,
+        **attention_inputs(batch, model),
     ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch.head_rows]
-    token_logps = _token_logps(hidden, batch.row, batch.target, head, model.config)
-    return token_logps.new_zeros(batch.n_completions).index_add(0, batch.completion, token_logps)
+    logps = token_logps(hidden[0, batch.head_rows], batch.row, batch.target, head, model.config)
+    return logps.new_zeros(batch.n_completions).index_add(0, batch.completion, logps)
 
 
-def _additive(mask: torch.Tensor | None, model: nn.Module) -> torch.Tensor | None:
-    """0 where attended, -inf elsewhere: eager attention would add a bool mask as numbers, and CPU SDPA is faster so."""
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-
-
-def _token_logps(
+def token_logps(
     hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any
 ) -> torch.Tensor:
     """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits."""

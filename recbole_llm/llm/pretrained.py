@@ -21,12 +21,12 @@ from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
+from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 from recbole_llm.llm.tiny import tiny_llm
 
@@ -34,6 +34,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": (None, "4bit"),
     "finetune": ("lora", "full", "none"),
+    "attention": ("auto", "blocks", "flex", "sdpa", "eager"),
 }
 
 
@@ -76,13 +77,18 @@ def load_llm(
         lora_alpha: an adapter's output is scaled by ``lora_alpha / lora_r``.
         lora_dropout: probability that an input of an adapter is dropped in training.
         lora_target_modules: ``all-linear`` (without the output layer), or names of layers.
-        attention: transformers' name of the kernel; ``auto`` is ``sdpa``.
+        attention: ``blocks``, ``flex``, ``sdpa`` or ``eager``; ``auto`` is ``flex`` on a GPU, else ``blocks``.
         seed: of the adapters' first values.
 
     Raises:
         UserError: the model cannot be found, read, or used as asked.
     """
-    for key, value in (("dtype", dtype), ("quantization", quantization), ("finetune", finetune)):
+    for key, value in (
+        ("dtype", dtype),
+        ("quantization", quantization),
+        ("finetune", finetune),
+        ("attention", attention),
+    ):
         if value not in CHOICES[key]:
             raise UserError(f"--{key}={value}: expected one of {', '.join(map(str, CHOICES[key]))}.")
     if quantization and finetune == "full":
@@ -106,9 +112,9 @@ def load_llm(
 def _load_base(
     llm: str, device: torch.device, dtype: torch.dtype, quantization: str | None, attention: str
 ) -> tuple[torch.nn.Module, Any, str]:
-    kernel = "sdpa" if attention == "auto" else attention
-    if kernel not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
-        raise UserError(f"--attention={attention}: expected one of auto, {', '.join(known)}.")
+    kernel = NAMES.get(attention, attention)
+    if attention == "auto":
+        kernel = NAMES["flex" if device.type == "cuda" else "blocks"]
     if llm == "tiny":
         if quantization:
             raise UserError("--llm=tiny cannot be quantised: leave --quantization out.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -35,14 +36,9 @@ class TokenTree:
         return len(self.token)
 
     @property
-    def is_chain(self) -> bool:
-        """Whether no node has two children, so that plain causal attention is right."""
-        return bool((self.parent[1:] == torch.arange(len(self) - 1)).all())
-
-    def mask(self) -> torch.Tensor:
-        """``[S, S]``, True where query (row) may attend to key (column)."""
-        node = torch.arange(len(self))
-        return (node[None, :] <= node[:, None]) & (node[:, None] < self.subtree_end[None, :])
+    def fed(self) -> int:
+        """Nodes that go through the model: all but leaves."""
+        return int(torch.unique(self.parent[1:]).numel())
 
     def without_leaves(self) -> TokenTree:
         """The nodes that must go through the model; ``scored`` keeps the numbering of the full tree."""
@@ -121,12 +117,13 @@ class TreeBuilder:
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Trees as the rows of one forward pass.
+    """Trees one after the other in the one row of a forward pass, without padding between them.
 
     Attributes:
-        input_ids, position_ids: ``[R, S]``, right-padded.
-        mask: ``[R, 1, S, S]`` bool, True = attend; None where plain causal attention is right.
-        head_rows: positions in the flattened ``[R * S]`` whose next-token distribution is needed ``[H]``.
+        input_ids, position_ids: ``[1, S]``.
+        subtree_end: of each node, in the numbering of the row ``[S]``.
+        starts: where each tree begins, and where the last one ends ``[trees + 1]``.
+        head_rows: nodes whose next-token distribution is needed ``[H]``.
         row, target, completion: for each scored token its entry in ``head_rows``, its token, and its completion's
             number over the whole batch ``[M]``.
         n_completions: over the whole batch, tree after tree.
@@ -134,7 +131,8 @@ class TreeBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    mask: torch.Tensor | None
+    subtree_end: torch.Tensor
+    starts: list[int]
     head_rows: torch.Tensor
     row: torch.Tensor
     target: torch.Tensor
@@ -147,32 +145,35 @@ class TreeBatch:
         return TreeBatch(**moved)
 
 
-def batch_trees(trees: Sequence[TokenTree]) -> TreeBatch:
-    """Stack trees, one a row; leaves are dropped and log-probs are read off their parents."""
+def batch_trees(trees: Sequence[TokenTree], multiple: int = 1) -> TreeBatch:
+    """Pack trees into a row; leaves are dropped and log-probs are read off their parents.
+
+    Args:
+        multiple: the row is padded to a multiple of so many tokens, each a tree of its own.
+    """
     inner = [tree.without_leaves() for tree in trees]
-    width = max(map(len, inner))
-    input_ids = torch.zeros(len(trees), width, dtype=torch.long)
-    position_ids = torch.arange(width).repeat(len(trees), 1)
-    chains = all(tree.is_chain for tree in inner)
-    mask = None if chains else torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself
-    head, target, completion, first = [], [], [], 0
-    for row, (tree, fed) in enumerate(zip(trees, inner, strict=True)):
-        input_ids[row, : len(fed)] = fed.token
-        position_ids[row, : len(fed)] = fed.depth
-        if mask is not None:
-            mask[row, : len(fed), : len(fed)] = fed.mask()
+    starts = [0, *accumulate(map(len, inner))]
+    padding = -starts[-1] % multiple
+    starts += range(starts[-1] + 1, starts[-1] + padding + 1)
+    nothing = torch.zeros(padding, dtype=torch.long)
+    head, first = [], 0
+    target, completion = [], []
+    for tree, start in zip(trees, starts, strict=False):
         has_child = torch.zeros(len(tree), dtype=torch.bool)
         has_child[tree.parent[1:]] = True
         place = has_child.long().cumsum(0) - 1
-        head.append(row * width + place[tree.parent[tree.scored]])
+        head.append(start + place[tree.parent[tree.scored]])
         target.append(tree.token[tree.scored])
         completion.append(tree.completion + first)
         first += tree.n_completions
     head_rows, entry = torch.cat(head).unique(return_inverse=True)
+    own_end = torch.arange(starts[-1] - padding + 1, starts[-1] + 1)
+    ends = [fed.subtree_end + start for fed, start in zip(inner, starts, strict=False)]
     return TreeBatch(
-        input_ids,
-        position_ids,
-        None if mask is None else mask[:, None],
+        torch.cat([*(fed.token for fed in inner), nothing])[None],
+        torch.cat([*(fed.depth for fed in inner), nothing])[None],
+        torch.cat([*ends, own_end]),
+        starts,
         head_rows,
         entry,
         torch.cat(target),
@@ -182,14 +183,19 @@ def batch_trees(trees: Sequence[TokenTree]) -> TreeBatch:
 
 
 def batches_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices grouped so that each padded group (rows x longest) keeps to ``budget`` tokens; long ones stand alone.
+    """Indices grouped so that the sizes of a group add up to ``budget`` tokens at most; larger ones stand alone.
 
-    Longest first: the largest memory need comes at once, not at the end.
+    Largest first, each into the first group that has room: few groups, and the largest memory need comes at once.
     """
     groups: list[list[int]] = []
+    room: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+        size = sizes[index]
+        place = next((g for g, left in enumerate(room) if left >= size), None)
+        if place is None:
+            groups.append([])
+            room.append(budget)
+            place = len(groups) - 1
+        groups[place].append(index)
+        room[place] -= size
     return groups

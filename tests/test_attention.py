@@ -1,0 +1,110 @@
+"""Attention back ends: the same log-probs and gradients as transformers' own kernels under a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_llm.llm import attention
+from recbole_llm.llm.attention import NAMES, Blocks, Flex, additive_mask
+from recbole_llm.llm.logps import batch_logps
+from recbole_llm.llm.tiny import tiny_llm
+from recbole_llm.llm.token_tree import TokenTree, TreeBuilder, batch_trees
+
+from .test_token_tree import one_at_a_time, trees
+
+
+def stream(positions: int, rejected: int, title: int, generator: torch.Generator) -> TokenTree:
+    """A window as training makes it: titles in a chain, rejected ones hanging off each position."""
+    builder = TreeBuilder()
+
+    def draw(number: int) -> list[int]:
+        return torch.randint(3, 200, (number,), generator=generator).tolist()
+
+    end = builder.chain(-1, draw(5))[-1]
+    for _ in range(positions):
+        for _ in range(rejected):
+            builder.completion(builder.chain(end, draw(title)))
+        nodes = builder.chain(end, draw(title))
+        builder.completion(nodes)
+        end = nodes[-1]
+    return builder.build()
+
+
+@pytest.fixture
+def windows() -> list[TokenTree]:
+    generator = torch.Generator().manual_seed(0)
+    return [stream(20, 7, 5, generator), stream(30, 0, 6, generator), stream(3, 2, 1, generator)]
+
+
+def logps_and_gradients(kind: str, drawn: list[TokenTree]) -> tuple[torch.Tensor, torch.Tensor]:
+    model = tiny_llm()[0]
+    model.set_attn_implementation(NAMES.get(kind, kind))
+    logps = batch_logps(model, drawn)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(logps.sin().sum(), weights, allow_unused=True)
+    return logps.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "blocks"])
+@pytest.mark.parametrize("block", [1, 16, 128])
+def test_back_ends_agree_on_training_windows(
+    kind: str, block: int, windows: list[TokenTree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    logps, gradients = logps_and_gradients(kind, windows)
+    expected, expected_gradients = logps_and_gradients("eager", windows)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+    assert (gradients - expected_gradients).norm() <= 1e-5 * expected_gradients.norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(trees(), min_size=1, max_size=4), st.integers(1, 5))
+def test_blocks_equal_one_sequence_at_a_time(drawn: list, block: int) -> None:
+    """Any trees, cut anywhere."""
+    model = tiny_llm()[0]
+    model.set_attn_implementation(NAMES["blocks"])
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(attention, "BLOCK", block)
+        found = batch_logps(model, [tree for tree, _ in drawn])
+        asked = [pair for _, pairs in drawn for pair in pairs]
+        torch.testing.assert_close(found, one_at_a_time(model, asked), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("heads", "shared"), [(2, 2), (4, 2), (9, 3)])
+def test_flex_and_blocks_equal_a_dense_mask(heads: int, shared: int, windows: list[TokenTree]) -> None:
+    """The attention functions alone, with keys shared among heads, three of them too (no power of two)."""
+    batch = batch_trees(windows, multiple=128)
+    size = len(batch.subtree_end)
+    assert size % 128 == 0
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, heads, size, 16, generator=generator)
+    key, value = (torch.randn(1, shared, size, 16, generator=generator) for _ in range(2))
+    nodes = torch.arange(size)
+    mask = additive_mask(nodes, nodes, batch.subtree_end, torch.float32)
+    spread = [x.repeat_interleave(heads // shared, 1) for x in (key, value)]
+    weights = (query @ spread[0].transpose(2, 3) * 0.3 + mask).softmax(-1)
+    expected = (weights @ spread[1]).transpose(1, 2)
+    blocks = Blocks(batch.subtree_end, batch.starts, torch.float32)
+    for attend in (blocks, Flex(batch.subtree_end)):
+        torch.testing.assert_close(attend(0, query, key, value, 0.3), expected, atol=1e-5, rtol=0)
+
+
+def test_blocks_spend_little_on_what_is_not_seen(windows: list[TokenTree]) -> None:
+    """Pairs of a query and a key: a dense mask over 20 positions with 7 rejected titles each has three times as many."""
+    batch = batch_trees(windows[:1])
+    blocks = Blocks(batch.subtree_end, batch.starts, torch.float32)
+    pairs = sum(q * k for q, k in zip(blocks.queries, blocks.seen, strict=True))
+    assert pairs < len(batch.subtree_end) ** 2 / 3
+
+
+def test_chains_of_many_users_need_no_mask_and_no_copy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = batch_trees([stream(30, 0, 6, generator)])
+    assert Blocks(one.subtree_end, one.starts, torch.float32).masks == [None]
+    many = batch_trees([stream(n, 0, 6, generator) for n in (30, 4, 1)])
+    blocks = Blocks(many.subtree_end, many.starts, torch.float32)
+    assert blocks.masks == [None] * 3 and blocks.index is None and blocks.queries == [184, 28, 10]
