@@ -52,6 +52,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "llm": llm.name,
             "llm_revision": llm.revision,
             "dtype": llm.dtype,
+            "kernels": llm.kernels,
             "loss": self.config["loss"],
             "prompt": self.config["prompt"],
             "score_norm": self.config["score_norm"],

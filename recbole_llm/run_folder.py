@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import UserError
+from recbole_llm.machine import processor
 
 PACKAGES = (
     "recbole",
@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -200,11 +200,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return told.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor()

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
+from recbole_llm.llm.fast_linears import OneDNNLinear, onednn_linear
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
 HEAD_ROWS_AT_ONCE = 512  # rows x vocabulary float32 logits held at a time (96 MiB for 49,152 tokens)
@@ -62,7 +64,7 @@ def token_logps(
     cap = getattr(config, "final_logit_softcapping", None)
     plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad and cap is None
     if plain:
-        normaliser = _LogSumExp.apply(hidden, head.weight)
+        normaliser = _LogSumExp.apply(hidden, head.weight, isinstance(head, OneDNNLinear) and head.suits(hidden))
         logit = (hidden[row].float() * head.weight[target].float()).sum(-1)
         return logit - normaliser[row]
     parts = []
@@ -94,19 +96,20 @@ class _LogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, fast: bool) -> torch.Tensor:
         values, expected = [], []
+        product = onednn_linear if fast else functional.linear
         for chunk in hidden.split(HEAD_ROWS_AT_ONCE):
-            logits = (chunk @ weight.T).float()
+            logits = product(chunk, weight).float()
             value = logits.logsumexp(-1)
             values.append(value)
             if ctx.needs_input_grad[0]:
-                expected.append((logits.sub_(value[:, None]).exp_().to(weight.dtype)) @ weight)
+                expected.append(product(logits.sub_(value[:, None]).exp_().to(weight.dtype), weight.t()))
         if expected:
             ctx.save_for_backward(torch.cat(expected))
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (expected,) = ctx.saved_tensors
-        return (grad[:, None] * expected.float()).to(expected.dtype), None
+        return (grad[:, None] * expected.float()).to(expected.dtype), None, None

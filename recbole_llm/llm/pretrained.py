@@ -28,6 +28,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
+from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.tiny import tiny_llm
 
 CHOICES = {
@@ -49,6 +50,7 @@ class LLM:
     context: int  # the most tokens in a sequence: positions, or the sliding window where there is one
     dtype: str  # of the base weights in computation, such as `float32`
     device: str  # such as `cuda:0`
+    kernels: dict[str, str]  # for products with frozen weights in `layers` and `head`: `default` or `onednn`
 
 
 def load_llm(
@@ -63,6 +65,7 @@ def load_llm(
     lora_dropout: float = 0.0,
     lora_target_modules: str | list[str] = "all-linear",
     attention: str = "auto",
+    fast_linears: bool = True,
     seed: int,
 ) -> LLM:
     """Load an LLM in evaluation mode; torch's global generator is left as it was.
@@ -78,6 +81,8 @@ def load_llm(
         lora_dropout: probability that an input of an adapter is dropped in training.
         lora_target_modules: ``all-linear`` (without the output layer), or names of layers.
         attention: ``blocks``, ``flex``, ``sdpa`` or ``eager``; ``auto`` is ``flex`` on a GPU, else ``blocks``.
+        fast_linears: on a CPU in float32, use the faster of two libraries for products with frozen weights; the two
+            are timed once on a machine.
         seed: of the adapters' first values.
 
     Raises:
@@ -103,10 +108,13 @@ def load_llm(
         model.config.use_cache = False
         context = _context(model, tokenizer)
         model.requires_grad_(finetune == "full")
+        kernels = {"layers": DEFAULT, "head": DEFAULT}
+        if fast_linears and not quantization:
+            kernels = speed_up_linears(model)
         if finetune == "lora":
             lora = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             model = _add_lora(model, {**lora, "target_modules": lora_target_modules})
-    return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device))
+    return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device), kernels)
 
 
 def _load_base(

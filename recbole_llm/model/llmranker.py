@@ -83,6 +83,8 @@ class LLMRanker(SequentialRecommender):
             lora_dropout=config["lora_dropout"],
             lora_target_modules=config["lora_target_modules"],
             attention=config["attention"],
+            gradient_checkpointing=config["gradient_checkpointing"],
+            fast_linears=config["fast_linears"],
             seed=config["seed"],
         )
         self.policy = self.llm.model
