@@ -6,10 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from recbole_llm.errors import UserError
 from recbole_llm.llm import attention
 from recbole_llm.llm.attention import NAMES, Blocks, Flex, additive_mask
+from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.logps import batch_logps
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder, batch_trees
 
@@ -94,7 +106,7 @@ def test_flex_and_blocks_equal_a_dense_mask(heads: int, shared: int, windows: li
 
 
 def test_blocks_spend_little_on_what_is_not_seen(windows: list[TokenTree]) -> None:
-    """Pairs of a query and a key: a dense mask over 20 positions with 7 rejected titles each has three times as many."""
+    """Pairs of a query and a key: a dense mask over 20 positions with 7 rejected titles each has three times many."""
     batch = batch_trees(windows[:1])
     blocks = Blocks(batch.subtree_end, batch.starts, torch.float32)
     pairs = sum(q * k for q, k in zip(blocks.queries, blocks.seen, strict=True))
@@ -108,3 +120,69 @@ def test_chains_of_many_users_need_no_mask_and_no_copy() -> None:
     many = batch_trees([stream(n, 0, 6, generator) for n in (30, 4, 1)])
     blocks = Blocks(many.subtree_end, many.starts, torch.float32)
     assert blocks.masks == [None] * 3 and blocks.index is None and blocks.queries == [184, 28, 10]
+
+
+def small(kind: type, **options: object) -> torch.nn.Module:
+    """A random model of an architecture, two layers."""
+    config = kind(
+        vocab_size=211,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        **options,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [(LlamaConfig, {}), (Qwen2Config, {}), (Qwen3Config, {}), (MistralConfig, {"sliding_window": None})],
+)
+def test_known_architectures_run_in_blocks(architecture: type, options: dict) -> None:
+    model = small(architecture, **options)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == NAMES["blocks"]
+
+
+def test_a_soft_cap_needs_the_kernel_that_knows_it() -> None:
+    model = small(Gemma2Config, attn_logit_softcapping=0.5, final_logit_softcapping=None, sliding_window=64)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_layers_that_cannot_be_packed_are_refused() -> None:
+    """A state space model reads branches one after the other, and no mask can tell it not to."""
+    config = MambaConfig(vocab_size=211, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match="--llm=it.*cannot be packed"):
+        choose_attention(model, "auto", "it")
+
+
+def test_a_back_end_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that see everything: the titles see each other."""
+    monkeypatch.setattr(attention, "additive_mask", lambda q, k, end, dtype: torch.zeros(len(q), len(k)))
+    with pytest.raises(UserError, match=r"blocks is off by .* nats a title.*or --attention=auto"):
+        choose_attention(small(LlamaConfig), "blocks", "it")
+
+
+def test_gradient_checkpointing_changes_no_number(windows: list[TokenTree]) -> None:
+    found = []
+    for checkpointing in (False, True):
+        llm = load_llm(llm="tiny", device=torch.device("cpu"), gradient_checkpointing=checkpointing, seed=0)
+        model = llm.model.train()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == checkpointing
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.fill_(0.01)
+        batch_logps(model, windows).sin().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
