@@ -23,8 +23,8 @@ from recbole_llm.llm.adapter import load_adapter, save_adapter
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import content_hash, write_json
-from recbole_llm.stages import Stage, stages
+from recbole_llm.run_folder import write_json
+from recbole_llm.stages import Stage, base_hash, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
 
@@ -96,13 +96,12 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     def stages(self) -> Iterator[Stage]:
         """This run's stages, in order."""
         model = self.model
-        base = content_hash([model.llm.revision, model.llm.dtype, model.texts])
         return stages(
             self.config,
             self.protocol,
             model.prompt,
             context=model.llm.context,
-            base=base,
+            base=base_hash(model.llm, model.texts),
             run_folder=self.run_folder,
             policy=model.reference_logps,
         )
@@ -122,7 +121,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
         self.train_loss_dict = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
-        steps = stage.epochs * sum(1 for _ in self._steps(stage.windows, 0))
+        steps = stage.epochs * sum(1 for _ in self._steps(0))
         warmup = int(steps * self.config["warmup_ratio"])
         self.scheduler = get_scheduler(self.config["lr_scheduler"], self.optimizer, warmup, steps)
         positions, clock = sum(len(w.targets) for w in stage.windows), time.perf_counter()
@@ -167,18 +166,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
     # ---- steps
 
-    def _steps(self, windows: Sequence[Window], epoch: int) -> Iterator[list[Window]]:
-        """Windows in a seeded order, grouped into optimizer steps of at least ``train_batch_size`` positions."""
-        order = np.random.default_rng([self.config["seed"], epoch]).permutation(len(windows))
-        step, positions = [], 0
-        for index in order:
-            step.append(windows[index])
-            positions += len(windows[index].targets)
-            if positions >= self.config["train_batch_size"]:
-                yield step
-                step, positions = [], 0
-        if step:
-            yield step
+    def _steps(self, epoch: int) -> Iterator[list[Window]]:
+        return optimizer_steps(self.stage.windows, self.config["train_batch_size"], self.config["seed"], epoch)
 
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
@@ -186,7 +175,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """One pass over the stage's windows; returns the mean loss (nats a token for SFT, a pair for the others)."""
         self.model.train()
         total = count = 0.0
-        for number, windows in enumerate(self._steps(self.stage.windows, epoch_idx)):
+        for number, windows in enumerate(self._steps(epoch_idx)):
             loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
             total, count = total + loss_sum, count + step_count
             logged = {name: value / step_count for name, value in logged.items()}
@@ -264,3 +253,17 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     def _load_checkpoint(self, model_file: str | None) -> None:
         if self.config["finetune"] != "none":
             load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)
+
+
+def optimizer_steps(windows: Sequence[Window], positions: int, seed: int, epoch: int) -> Iterator[list[Window]]:
+    """Windows in a seeded order, grouped into optimizer steps of at least so many supervised positions."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(windows))
+    step, found = [], 0
+    for index in order:
+        step.append(windows[index])
+        found += len(windows[index].targets)
+        if found >= positions:
+            yield step
+            step, found = [], 0
+    if step:
+        yield step

@@ -15,6 +15,7 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
 from recbole_llm.harm import title_vectors
+from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_folder import content_hash, data_hash, versions
@@ -131,6 +132,11 @@ def preference_windows(
     mean = [e for window in smoothing for target in window for e in target]
     facts = {"oracle": {**asdict(oracle.calibration), "mean_epsilon": sum(mean) / len(mean)}}
     return [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)], facts
+
+
+def base_hash(llm: LLM, texts: list[str]) -> str:
+    """Fingerprint of the base weights, their type and the item texts."""
+    return content_hash([llm.revision, llm.dtype, texts])
 
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:

@@ -98,9 +98,7 @@ def load_llm(
             raise UserError(f"--{key}={value}: expected one of {', '.join(map(str, CHOICES[key]))}.")
     if quantization and finetune == "full":
         raise UserError("--finetune=full cannot train --quantization=4bit weights: use --finetune=lora.")
-    if dtype == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bfloat16 else "float32"
+    dtype = dtype_of(dtype, device)
     # Not torch.manual_seed: it would seed every GPU as well, and peft fills new adapters on the CPU.
     with torch.random.fork_rng(devices=[]), _explained(llm):
         torch.default_generator.manual_seed(seed)
@@ -115,6 +113,14 @@ def load_llm(
             lora = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             model = _add_lora(model, {**lora, "target_modules": lora_target_modules})
     return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device), kernels)
+
+
+def dtype_of(dtype: str, device: torch.device) -> str:
+    """The type of computation; ``auto`` is bfloat16 on a GPU that has it, else float32."""
+    if dtype != "auto":
+        return dtype
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def _load_base(

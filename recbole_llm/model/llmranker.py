@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,16 @@ class Catalogue:
     prompt: Prompt | PairPrompt
 
 
+def read_catalogue(config: Config, dataset: Dataset, tokenizer: Any) -> Catalogue:
+    """The texts and prompts of a data set for a tokenizer.
+
+    Raises:
+        UserError: no item text.
+    """
+    texts = item_texts(config, dataset, lambda texts: [len(ids) for ids in plain_tokens(tokenizer, texts)])
+    return Catalogue(texts, make_prompt(load_template(config["prompt"], config.properties), texts, tokenizer))
+
+
 class LLMRanker(SequentialRecommender):
     """An LLM as a RecBole sequential model.
 
@@ -97,11 +108,9 @@ class LLMRanker(SequentialRecommender):
         Raises:
             UserError: no item text, or prompts that do not fit the LLM's context.
         """
-        tokenizer = self.llm.tokenizer
-        texts = item_texts(config, dataset, lambda texts: [len(ids) for ids in plain_tokens(tokenizer, texts)])
-        prompt = make_prompt(load_template(config["prompt"], config.properties), texts, tokenizer)
-        self._check_context(prompt)
-        return Catalogue(texts, prompt)
+        catalogue = read_catalogue(config, dataset, self.llm.tokenizer)
+        self._check_context(catalogue.prompt)
+        return catalogue
 
     def rank_items_of(self, catalogue: Catalogue) -> None:
         """Rank these items from now on; the weights stay."""
