@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from recbole.utils import init_seed
 from transformers import get_scheduler
 
 from recbole_llm.data.candidates import EvalRows
-from recbole_llm.data.prompt import Window
+from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
-from recbole_llm.llm.adapter import load_adapter, save_adapter
+from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import write_json
+from recbole_llm.reference import fill_reference
+from recbole_llm.run_folder import content_hash, versions, write_json
 from recbole_llm.stages import Stage, base_hash, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
@@ -129,8 +129,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps."
         )
-        if stage.loss != "SFT":
-            self._fill_reference(stage, show_progress)
+        reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         self.tokens, self.displacement = 0, Displacement()
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
@@ -149,20 +148,26 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             **stage.facts,
         }
         if stage.loss != "SFT":
-            record["displacement"] = self.displacement.facts()
+            record |= {"reference": reference, "displacement": self.displacement.facts()}
         write_json(stage.folder / "stage.json", record)
         return best, record
 
-    def _fill_reference(self, stage: Stage, show_progress: bool) -> None:
+    def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, int]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
-        chunk = 64
-        for first in bar(
-            iterable=range(0, len(stage.windows), chunk), desc="Reference log-probs", disable=not show_progress
-        ):
-            windows = stage.windows[first : first + chunk]
-            stage.windows[first : first + chunk] = [
-                replace(w, reference=r) for w, r in zip(windows, self.model.reference_logps(windows), strict=True)
-            ]
+        model = self.model
+        template = load_template(self.config["prompt"], self.config.properties)
+        weights = [digest(adapter_state(model.llm)), model.llm.revision, model.llm.dtype]
+        settings = [self.config["quantization"], self.config["lora_alpha"]]
+        counts = fill_reference(
+            stage.windows,
+            model.reference_logps,
+            folder=stage.folder / "reference",
+            policy=content_hash([weights, settings, template, model.texts, versions()]),
+            show_progress=show_progress,
+        )
+        if counts["read"]:
+            self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
+        return counts
 
     # ---- steps
 
