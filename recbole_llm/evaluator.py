@@ -29,6 +29,7 @@ class Ranking:
         answers: how many answers were ranked ``[R]``.
         top: item ids of the best K, ties in an order that says nothing ``[R, K]``; 0 where there are fewer.
         pairs: scores of the target and of the other ``[R, 2]``, where there are two columns.
+        rows: which rows these are, batch by batch.
     """
 
     above: list[np.ndarray] = field(default_factory=list)
@@ -36,11 +37,24 @@ class Ranking:
     answers: list[np.ndarray] = field(default_factory=list)
     top: list[np.ndarray] = field(default_factory=list)
     pairs: list[np.ndarray] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, scores: torch.Tensor, target_column: torch.Tensor, item_ids: torch.Tensor, topk: int) -> None:
+    def whole(self, name: str) -> np.ndarray:
+        """One of the attributes over all rows, in their order."""
+        return np.concatenate(getattr(self, name))[np.argsort(np.concatenate(self.rows))]
+
+    def add(
+        self,
+        rows: np.ndarray,
+        scores: torch.Tensor,
+        target_column: torch.Tensor,
+        item_ids: torch.Tensor,
+        topk: int,
+    ) -> None:
         """Rank a batch.
 
         Args:
+            rows: numbers of the rows ``[B]``.
             scores: ``[B, C]``; -inf marks what is no answer.
             target_column: column of the target ``[B]``.
             item_ids: item of each column ``[B, C]``.
@@ -54,6 +68,7 @@ class Ranking:
                 "The model returned a score that is not a number (NaN or infinite), so there is no ranking. Often it "
                 "means that training diverged: lower --learning_rate, or set --clip_grad_norm=\"{'max_norm': 1.0}\"."
             )
+        self.rows.append(rows)
         self.above.append((scores > target).sum(1).cpu().numpy())
         self.tied.append((scores == target).sum(1).cpu().numpy())
         self.answers.append((scores != -torch.inf).sum(1).cpu().numpy())
@@ -85,7 +100,7 @@ class PerUserEvaluator(Evaluator):
             Metric name -> mean, rounded as RecBole does, and a table with user, target, expected rank, ties, and
             every top-K metric of each row. With two candidates the pair metrics come first.
         """
-        above, tied, answers = (np.concatenate(x) for x in (ranking.above, ranking.tied, ranking.answers))
+        above, tied, answers = (ranking.whole(name) for name in ("above", "tied", "answers"))
         table = pd.DataFrame(
             {
                 "user": rows.user_tokens[rows.users],
@@ -96,14 +111,14 @@ class PerUserEvaluator(Evaluator):
             }
         )
         struct = DataStruct()
-        struct.set("rec.items", torch.as_tensor(np.concatenate(ranking.top)))
+        struct.set("rec.items", torch.as_tensor(ranking.whole("top")))
         struct.set("rec.meanrank", torch.as_tensor(np.stack([table["rank"], answers, np.ones(len(table))], axis=1)))
         struct.set("data.num_items", num_items)
         struct.set("data.num_users", len(rows.user_tokens))
         struct.set("data.count_items", item_counter)
         result: OrderedDict[str, float] = OrderedDict()
         if rows.candidates is not None and rows.candidates.shape[1] == 2:
-            target, other = np.concatenate(ranking.pairs).T
+            target, other = ranking.whole("pairs").T
             table["paired_accuracy"] = paired_accuracy(target, other)
             result.update(pair_metrics(target, other, self.config["metric_decimal_place"]))
         for metric in self.metric_class.values():

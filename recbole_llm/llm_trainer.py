@@ -202,13 +202,22 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
         """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
-        loss_name, budget = self.stage.loss, self.config["token_budget"]
+        total, logged = self.model.budget.run(lambda tokens: self._gradients(windows, tokens, epoch, number))
+        if self.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.tokens += sum(map(self.model.prompt.window_size, windows))
+        return total, self._count(windows), logged
+
+    def _gradients(self, windows: list[Window], budget: int, epoch: int, number: int) -> tuple[float, dict[str, float]]:
+        """Gradients of a step in passes of ``budget`` tokens; returns the loss and what is logged, summed."""
+        loss_name, whole = self.stage.loss, self._count(windows)
         self.optimizer.zero_grad(set_to_none=True)
-        sizes = [self.model.prompt.window_size(w) for w in windows]
-        self.tokens += sum(sizes)
-        whole = self._count(windows)
         total, logged = 0.0, {}
-        for group in batches_by_budget(sizes, budget):
+        for group in batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget):
             part = self.model.window_loss([windows[i] for i in group], loss_name)
             if not torch.isfinite(part.total):
                 users = sorted(
@@ -225,13 +234,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             (part.total / whole).backward()
             total += part.total.item()
             logged = {k: logged.get(k, 0.0) + v for k, v in part.logged.items()}
-        if self.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
-            )
-        self.optimizer.step()
-        self.scheduler.step()
-        return total, whole, logged
+        return total, logged
 
     def _count(self, windows: Sequence[Window]) -> int:
         """What a step's loss is averaged over: title tokens (SFT) or pairs."""

@@ -23,22 +23,39 @@ def candidate_logps(
 ) -> list[torch.Tensor]:
     """Log-probability of each candidate's whole title, its end included, given the history.
 
+    Users of equal history share one pass of it, and an item that several of them are asked for is scored once.
+
     Args:
         model: a causal LM in evaluation mode.
         histories: item ids for each user, oldest first, already cut to fit.
         candidates: item ids for each user.
-        token_budget: tokens of one forward pass; a user's candidates are split where prompt and titles exceed it.
+        token_budget: tokens of one forward pass; candidates are split where prompt and titles exceed it.
 
     Returns:
         For each user ``[C]``, nats, in the order of the candidates.
     """
-    trees, owner = [], []
-    for user, (history, items) in enumerate(zip(histories, candidates, strict=True)):
-        for chunk in _chunks(prompt, history, items, token_budget):
-            trees.append(prompt.candidate_tree(history, chunk))
-            owner.append(user)
-    logps = completion_logps(model, trees, token_budget=token_budget)
-    return [torch.cat([p for p, o in zip(logps, owner, strict=True) if o == user]) for user in range(len(histories))]
+    keys = [_question(prompt, history, items) for history, items in zip(histories, candidates, strict=True)]
+    asked: dict[tuple[int, ...], dict[int, int]] = {}  # question -> item -> its place among the answers
+    for key, items in zip(keys, candidates, strict=True):
+        places = asked.setdefault(key, {})
+        for item in items:
+            places.setdefault(item, len(places))
+    told = {key: history for key, history in zip(keys, histories, strict=True)}
+    trees, owners = [], []
+    for key, places in asked.items():
+        for chunk in _chunks(prompt, told[key], list(places), token_budget):
+            trees.append(prompt.candidate_tree(told[key], chunk))
+            owners.append(key)
+    parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
+    for key, logps in zip(owners, completion_logps(model, trees, token_budget=token_budget), strict=True):
+        parts[key].append(logps)
+    whole = {key: torch.cat(found) for key, found in parts.items()}
+    return [whole[key][[asked[key][i] for i in items]] for key, items in zip(keys, candidates, strict=True)]
+
+
+def _question(prompt: Prompt | PairPrompt, history: Sequence[int], items: Sequence[int]) -> tuple[int, ...]:
+    """What two users must share to share a pass: the history, and with a pair prompt the candidates that it lists."""
+    return (*history, 0, *items) if isinstance(prompt, PairPrompt) else tuple(history)
 
 
 def _chunks(

@@ -68,14 +68,14 @@ class ProtocolEvaluation:
                 scores, items = self.score_rows(eval_data, rows)
                 targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
                 column = (items == targets[:, None]).int().argmax(1)
-                ranking.add(scores, column, items, topk)
+                ranking.add(rows, scores, column, items, topk)
                 shown.update(len(rows))
                 shown.set_postfix_str()
         counter = self.protocol.item_counter
         num_items = self.protocol.dataset.item_num
         result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
         if eval_data.split == "test":  # validation selects by accuracy, and pays for nothing else
-            top, embeddings = np.concatenate(ranking.top), title_embeddings(self.protocol.dataset)
+            top, embeddings = ranking.whole("top"), title_embeddings(self.protocol.dataset)
             harm, by_row = harm_metrics(self.config, eval_data, top, self.protocol.popularity, embeddings)
             result.update(harm)
             self.per_user = self.per_user.join(by_row)

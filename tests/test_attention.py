@@ -24,8 +24,7 @@ from recbole_llm.llm.logps import batch_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder, batch_trees
-
-from .test_token_tree import one_at_a_time, trees
+from tests.test_token_tree import one_at_a_time, trees
 
 
 def stream(positions: int, rejected: int, title: int, generator: torch.Generator) -> TokenTree:

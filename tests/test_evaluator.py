@@ -84,9 +84,10 @@ def rank(
     visible = Interaction({"user_id": torch.as_tensor(users)})
     rows = EvalRows("test", "uni1", visible, users, targets, None, [], names, names)
     ranking = Ranking()
-    for part in (slice(0, 2), slice(2, None)):  # two batches
-        if len(scores[part]):
-            ranking.add(scores[part], columns[part], items[part], max(config["topk"]))
+    numbers = np.random.default_rng(0).permutation(len(scores))
+    for part in (numbers[:2], numbers[2:]):  # two batches, in an order of their own
+        if len(part):
+            ranking.add(part, scores[part], columns[part], items[part], max(config["topk"]))
     evaluator = PerUserEvaluator(config)
     return evaluator.evaluate_ranking(ranking, rows, scores.shape[1] + 1, counter or Counter())
 

@@ -15,6 +15,7 @@ from recbole.data.interaction import Interaction
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
+from recbole_llm.llm import logps
 from recbole_llm.llm.adapter import adapter_state, load_adapter
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.loss import PREFERENCE_LOSSES
@@ -173,23 +174,86 @@ def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
     assert len(list(stages.iterdir())) == 2
 
 
-def test_steps_do_not_depend_on_how_they_are_split(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """One pass of all windows and one pass a window give the same update."""
-    after = {}
-    for budget in (128, 8192):
+@pytest.mark.parametrize("loss", ["SFT", "SDPO"])
+def test_steps_do_not_depend_on_how_they_are_packed(tiny: dict[str, Any], tmp_path: Path, loss: str) -> None:
+    """All windows of a step in one row, and each in a pass of its own: the same losses on the way, and weights."""
+    after, losses = {}, {}
+    for budget in (64, 8192):
         settings = {
             **tiny,
+            "loss": loss,
             "token_budget": budget,
+            "epochs": 2,
             "learning_rate": 1e-2,
+            "preference_learning_rate": 1e-2,
             "checkpoint_dir": str(tmp_path / str(budget)),
             "learner": "sgd",
         }
-        folder = run_recbole_llm(config_dict=settings)["run_folder"]
+        folder = Path(run_recbole_llm(config_dict=settings)["run_folder"])
         model, _, _ = built(settings, tmp_path / "load" / str(budget))
-        load_adapter(model.llm, Path(folder))
+        load_adapter(model.llm, folder)
         after[budget] = adapter_state(model.llm)
-    for name, weight in after[128].items():
+        losses[budget] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses[64]) > 4 and len(set(losses[64])) > 4
+    assert losses[64] == pytest.approx(losses[8192], rel=1e-5)
+    for name, weight in after[64].items():
         torch.testing.assert_close(weight, after[8192][name], atol=1e-5, rtol=1e-4)
+
+
+def test_users_of_equal_history_share_its_pass(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Three users, two histories; each item is fed once a history, and everyone gets their own items' scores."""
+    model, _, _ = built(tiny, tmp_path / "run")
+    model.eval()
+    histories, items = [[3, 4, 5], [6, 7], [3, 4, 5]], [[10, 11, 12], [10, 13, 14], [12, 20, 10]]
+    alone = [model.predict(asked(model, [h], [i])) for h, i in zip(histories, items, strict=True)]
+    fed = []
+    embeddings = model.policy.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, ids, out: fed.append(ids[0].numel()))
+    with torch.no_grad():
+        together = model._scores(histories, items)
+    hook.remove()
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    trunks = sum(len(model.prompt.trunk(h)) for h in ([3, 4, 5], [6, 7]))
+    assert sum(fed) == trunks + sum(len(model.prompt.answers[i]) - 1 for i in (10, 11, 12, 20, 10, 13, 14))
+
+
+def test_memory_that_runs_out_halves_the_passes_and_changes_nothing(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine that holds 1,000 tokens of activations: training and scoring go on in smaller passes."""
+    whole = run_recbole_llm(config_dict={**tiny, "loss": "SDPO", "checkpoint_dir": str(tmp_path / "whole")})
+    real = logps.batch_trees
+
+    def small_machine(trees: Any, multiple: int = 1) -> Any:
+        batch = real(trees, multiple)
+        if batch.input_ids.numel() > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch
+
+    monkeypatch.setattr(logps, "batch_trees", small_machine)
+    with caplog.at_level("WARNING"):
+        cut = run_recbole_llm(config_dict={**tiny, "loss": "SDPO", "checkpoint_dir": str(tmp_path / "cut")})
+    assert "--token_budget: out of memory; going on with 1024 tokens" in caplog.text
+    assert cut["test_result"] == whole["test_result"]
+    losses = [(Path(r["run_folder"]) / "metrics.jsonl").read_text().splitlines() for r in (whole, cut)]
+    for one, other in zip(*losses, strict=True):
+        assert json.loads(one)["loss"] == pytest.approx(json.loads(other)["loss"], rel=1e-4)
+
+
+def test_too_little_memory_for_any_pass_is_told(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trees: Any, multiple: int = 1) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: not enough memory")
+
+    model, _, _ = built(tiny, tmp_path / "run")
+    monkeypatch.setattr(logps, "batch_trees", full)
+    with pytest.raises(UserError, match="--token_budget: memory does not suffice for a pass of 64 tokens"):
+        model.predict(asked(model, [[3, 4]], [[5, 6]]))
+    monkeypatch.setattr(logps, "batch_trees", lambda trees, multiple: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.predict(asked(model, [[3, 4]], [[5, 6]]))
 
 
 def test_same_seed_same_numbers(tiny: dict[str, Any]) -> None:

@@ -52,9 +52,10 @@ class EvalRows:
         return len(self.users)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Row numbers in chunks of ``size``."""
+        """Row numbers in chunks of ``size``; rows of equal recent history come together."""
+        order = sorted(range(len(self)), key=lambda row: tuple(self.history[row][::-1]))
         for first in range(0, len(self), size):
-            yield np.arange(first, min(first + size, len(self)))
+            yield np.array(order[first : first + size])
 
     def records(self) -> Iterator[dict[str, object]]:
         """One JSON-able record a row, by tokens, in file order."""

@@ -18,6 +18,7 @@ from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
+from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
@@ -78,7 +79,7 @@ class LLMRanker(SequentialRecommender):
     input_type = InputType.POINTWISE
     trainer_class = LLMTrainer
     ranks_candidates = True  # evaluation hands `predict` all candidates of a user together
-    users_at_once = 8
+    users_at_once = 16
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
@@ -99,6 +100,7 @@ class LLMRanker(SequentialRecommender):
             seed=config["seed"],
         )
         self.policy = self.llm.model
+        self.budget = TokenBudget(config["token_budget"])
         self.base: AbstractRecommender | None = None
         self.rank_items_of(self.read_items(config, dataset))
 
@@ -181,7 +183,7 @@ class LLMRanker(SequentialRecommender):
         """
         self.eval()
         trees = [self.prompt.window_tree(w) for w in windows]
-        logps = completion_logps(self.policy, trees, token_budget=self.config["token_budget"])
+        logps = self.budget.run(lambda tokens: completion_logps(self.policy, trees, token_budget=tokens))
         by_target = [p.view(len(w.targets), -1) for p, w in zip(logps, windows, strict=True)]
         return [self.prompt.combined(p).tolist() for p in by_target]
 
@@ -229,7 +231,9 @@ class LLMRanker(SequentialRecommender):
 
     def _scores(self, histories: Sequence[Sequence[int]], items: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         fitted = [self.prompt.fit(h, self.llm.context) for h in histories]
-        logps = candidate_logps(self.policy, self.prompt, fitted, items, token_budget=self.config["token_budget"])
+        logps = self.budget.run(
+            lambda tokens: candidate_logps(self.policy, self.prompt, fitted, items, token_budget=tokens)
+        )
         norm = self.config["score_norm"]
         prior = self._title_prior() if norm == "pmi" else None
         return [normalise(p, i, self.prompt, norm, prior) for p, i in zip(logps, items, strict=True)]
@@ -238,8 +242,8 @@ class LLMRanker(SequentialRecommender):
         """Log-prob of every title after an empty history ``[n_items]``; kept until the policy trains again."""
         if self.prior is None:
             everything = list(range(1, self.n_items))
-            (logps,) = candidate_logps(
-                self.policy, self.prompt, [[]], [everything], token_budget=self.config["token_budget"]
+            (logps,) = self.budget.run(
+                lambda tokens: candidate_logps(self.policy, self.prompt, [[]], [everything], token_budget=tokens)
             )
             self.prior = torch.cat([logps.new_zeros(1), logps])
         return self.prior

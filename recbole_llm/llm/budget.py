@@ -1,0 +1,59 @@
+"""How many tokens one forward pass may hold, halved when memory does not suffice."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from recbole_llm.errors import UserError
+
+Result = TypeVar("Result")
+
+LEAST = 64  # tokens; below, a pass is no larger than a prompt
+# What torch says on a CPU, where it raises no error of its own kind.
+SAID = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class TokenBudget:
+    """A number of tokens that shrinks for good where it was too large.
+
+    Results do not depend on it: passes are sums of parts.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def run(self, work: Callable[[int], Result]) -> Result:
+        """``work(tokens)``, again with half as many whenever memory runs out; ``work`` must be safe to repeat.
+
+        Raises:
+            UserError: memory does not suffice for the smallest pass.
+        """
+        while True:
+            try:
+                return work(self.tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.tokens <= LEAST:
+                    raise UserError(
+                        f"--token_budget: memory does not suffice for a pass of {self.tokens} tokens ({error}). "
+                        "Use a smaller --llm, --gradient_checkpointing=True, a lower --MAX_ITEM_LIST_LENGTH, or "
+                        "--quantization=4bit on a GPU."
+                    ) from error
+            # Not in the handler: there the error still holds the tensors of the pass that failed.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tokens = max(LEAST, self.tokens // 2)
+            logging.getLogger(__name__).warning(
+                f"--token_budget: out of memory; going on with {self.tokens} tokens a pass. The results are the same."
+            )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in str(error).lower() for s in SAID)
