@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -437,3 +439,15 @@ def test_none_is_a_choice_on_the_command_line(tiny: dict[str, Any]) -> None:
     given = {key: parse_value("none") for key in ("finetune", "encoder", "eval_users")}
     config = LLMConfig(config_dict={**tiny, **given})
     assert (config["finetune"], config["encoder"], config["eval_users"]) == ("none", "none", None)
+
+
+def test_recbole_does_not_slow_autograd_down() -> None:
+    """One of its models turns torch's anomaly detection on where it is imported; a fresh process imports it."""
+    code = (
+        "import recbole_llm, sys, torch; from recbole_llm.model import model_class; model_class('SASRec');"
+        "print('recbole.model.sequential_recommender.sine' in sys.modules, torch.is_anomaly_enabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROPERTIES.parent, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]

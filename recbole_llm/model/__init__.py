@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+import torch
 from recbole import __file__ as recbole_file
 
 from recbole_llm import keys
@@ -33,11 +34,14 @@ def model_class(name: str) -> type:
                 "protocol; `recbole-llm ls` lists the models that can."
             ]
         )
-    for package in PACKAGES if name.isidentifier() else ():
-        if importlib.util.find_spec(f"{package}.{name.lower()}") is not None:
-            found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)
-            if isinstance(found, type):
-                return found
+    # RecBole's SINE, which comes with any sequential model, turns this on for the whole process: it adds half to the
+    # time of each training step of every model.
+    with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled()):
+        for package in PACKAGES if name.isidentifier() else ():
+            if importlib.util.find_spec(f"{package}.{name.lower()}") is not None:
+                found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)
+                if isinstance(found, type):
+                    return found
     hint = keys.closest(name, model_names(), "`recbole-llm ls` lists them")
     raise ConfigError([f"--model={name}: no such model here or in RecBole; {hint}"])
 
