@@ -1,4 +1,4 @@
-"""The command line: ``recbole-llm run | compare | preview | ls | env``, with RecBole's flags."""
+"""The command line: ``recbole-llm run | compare | plan | preview | ls | env``, with RecBole's flags."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
 
   recbole-llm run     -m LLMRanker -d ml-100k [--key=value ...]   train and evaluate one model
   recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k    several models, same candidates, one table
+  recbole-llm plan    -m LLMRanker -d ml-100k [--key=value ...]   tokens, memory and time of a run, before it
   recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it
   recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
   recbole-llm env                                                 machine and versions, for a bug report
@@ -140,6 +141,19 @@ def compare_models(settings: dict[str, Any]) -> int:
     return 0
 
 
+def plan_run(settings: dict[str, Any]) -> int:
+    """Show what a run will cost; ``--probe=False`` leaves out what needs the LLM's weights."""
+    from recbole_llm.plan import plan, told
+
+    probe = settings.pop("probe", True)
+    if not isinstance(probe, bool):
+        raise ConfigError([f"--probe={probe!r}: must be True or False."])
+    files = settings.pop("config_files", None)
+    config = LLMConfig(settings.pop("model", None), settings.pop("dataset", None), files, settings)
+    print(told(plan(config, probe)))
+    return 0
+
+
 def preview(settings: dict[str, Any]) -> int:
     """Show a user's prompt and pairs."""
     from recbole_llm.preview import preview_user
@@ -185,6 +199,7 @@ def _takes_nothing(command: str, settings: dict[str, Any], told: str) -> None:
 COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "run": run,
     "compare": compare_models,
+    "plan": plan_run,
     "preview": preview,
     "ls": list_all,
     "env": show_env,

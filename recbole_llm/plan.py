@@ -1,0 +1,316 @@
+"""What a run will cost, before any of it: positions, tokens, steps, peak memory and time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from recbole.trainer import Trainer
+from recbole.utils import get_trainer
+from tabulate import tabulate
+
+from recbole_llm import memory
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.prompt import Window
+from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.llm.hollow import hollow_llm
+from recbole_llm.llm.pretrained import LLM
+from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
+from recbole_llm.plan_counts import Work, eval_work, pass_work, prior_work, stage_work
+from recbole_llm.probe import PeakMemory, batch_seconds, pace_of
+from recbole_llm.recommender import check_recommenders, needed_recommenders
+from recbole_llm.run_folder import run_folder_of
+from recbole_llm.run_log import explained
+from recbole_llm.stages import base_hash, stages
+from recbole_llm.transfer import eval_config_of
+
+COLUMNS = ("", "rounds", "positions", "steps", "passes", "tokens", "one by one", "ratio", "head rows", "at most")
+
+
+def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
+    """Count a run's work and memory, and time a few passes; nothing is trained or written.
+
+    Args:
+        config: of the run.
+        probe: time passes with the LLM's weights, where they are there.
+
+    Returns:
+        ``work`` (a dict for each kind of pass, see ``Work``), ``memory`` (bytes by part), ``seconds`` (by part; None =
+        not measured), ``machine`` and ``notes``.
+
+    Raises:
+        UserError: as a run, and where the LLM's config.json or tokenizer cannot be had.
+    """
+    if "llm" not in config:
+        return _other_model(config, probe)
+    clock = time.perf_counter()
+    test_config = eval_config_of(config)
+    check_recommenders(config)
+    with explained(config, None, "reading the data"):
+        protocol = prepare_data(config)
+        asked = protocol if test_config is config else prepare_data(test_config)
+    read = time.perf_counter() - clock
+    llm, has_weights = hollow_llm(config)
+    catalogue = read_catalogue(config, protocol.dataset, llm.tokenizer)
+    ranked = catalogue if asked is protocol else read_catalogue(test_config, asked.dataset, llm.tokenizer)
+    work, notes = _all_work(config, protocol, asked, catalogue, ranked, llm)
+    parts = _memory(config, llm, work)
+    seconds: dict[str, float] | None = None
+    if probe and has_weights:
+        seconds = _probe(config, protocol, llm, work, parts)
+        seconds["start"] += read
+        seconds["total"] += read
+    else:
+        notes.append("time: not measured" + ("." if has_weights else ": weights not at hand."))
+    return {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "work": [{k: v for k, v in asdict(w).items() if k != "sample"} for w in work],
+        "memory": _totals(config, parts),
+        "seconds": seconds,
+        "machine": machine(config["device"]),
+        "notes": notes,
+    }
+
+
+def machine(device: torch.device) -> str:
+    """The device and what it has."""
+    size = memory.machine_bytes(device) / memory.GIB
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {size:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads, {size:.0f} GiB"
+
+
+# ---- counts
+
+
+def _all_work(
+    config: LLMConfig, protocol: Protocol, asked: Protocol, catalogue: Catalogue, ranked: Catalogue, llm: LLM
+) -> tuple[list[Work], list[str]]:
+    """Everything that a run computes with the LLM, in order, and what is not counted."""
+    pools: list[list[Window]] = []
+    work, validations = [], 0
+
+    def policy(windows: Sequence[Window]) -> list[list[list[float]]]:
+        pools.append(list(windows))
+        return [[[0.0] * (1 + len(items)) for items in w.branches()] for w in windows]
+
+    found = stages(
+        _without_models(config),
+        protocol,
+        catalogue.prompt,
+        context=llm.context,
+        base=base_hash(llm, catalogue.texts),
+        run_folder=run_folder_of(config),
+        policy=policy,
+    )
+    for stage in found:
+        parts = stage_work(config, catalogue.prompt, stage)
+        if pools:
+            parts.insert(0, pass_work(config, catalogue.prompt, f"{stage.loss}: self_hard", pools))
+        if stage.loss == "SFT" and (stage.folder / "stage.json").is_file():
+            parts[0].cached = True
+        elif config["eval_step"] > 0:
+            validations += stage.epochs // min(config["eval_step"], stage.epochs)
+        work += parts
+    validations = validations if work else 1  # zero-shot: RecBole's result has a validation part all the same
+    popular = protocol.popularity
+    if validations:
+        work.append(eval_work(config, catalogue.prompt, protocol.valid, popular, llm.context, validations))
+    work.append(eval_work(config, ranked.prompt, asked.test, asked.popularity, llm.context, 1))
+    if config["score_norm"] == "pmi":
+        work.append(prior_work(config, ranked.prompt, validations + 1))
+    return work, _notes(config, work)
+
+
+def _without_models(config: LLMConfig) -> LLMConfig:
+    """The configuration with uniform draws for what another model would have to choose, and without an oracle."""
+    drawn = [s if s not in ("semantic", "from_model") else "uniform" for s in config["rejected"].split("+")]
+    smoothing = 0.1 if config["smoothing"] == "oracle" else config["smoothing"]
+    changed = {"rejected": "+".join(drawn), "smoothing": smoothing, "show_progress": False}
+    other = copy.copy(config)
+    other.final_config_dict = {**config.final_config_dict, **changed}
+    return other
+
+
+def _notes(config: LLMConfig, work: list[Work]) -> list[str]:
+    notes = []
+    if (run_folder_of(config) / "result.json").is_file():
+        notes.append("this run is finished: `compare` takes its result (0 s), `run` computes it again.")
+    notes += [f"{w.name} was finished before and is loaded (0 s)." for w in work if w.cached]
+    if config["loss"] != "SFT" and set(config["rejected"].split("+")) & {"self_hard", "semantic", "from_model"}:
+        notes.append(
+            f"rejected={config['rejected']}: counted with uniform draws, whose titles differ a little in length."
+        )
+    for key in needed_recommenders(config):
+        times = f", {config['oracle_folds']} times" if key == "oracle_model" else ""
+        notes.append(f"{config[key]} (--{key}) is trained first{times}; not counted.")
+    if config["full_ranking"] == "exact_topk" and "full" in config["eval_args"]["mode"].values():
+        notes.append(
+            "exact_topk: nodes as a trained ranker visits them (an estimate); --full_ranking=exact counts the most "
+            "that it can take."
+        )
+    if config["finetune"] != "none" and config["eval_step"] > 0:
+        notes.append("early stopping can only shorten this.")
+    return notes
+
+
+# ---- memory and time
+
+
+def _memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
+    """Bytes by part, before anything is measured."""
+    device = config["device"].type
+    parts: dict[str, float] = {
+        "process": memory.process_bytes() if device == "cpu" else memory.GPU_CONTEXT,
+        **memory.weight_bytes(llm.model, config),
+    }
+    trained = [w for w in work if w.trained]
+    asked = config["gradient_checkpointing"]
+    for checkpointing in (asked, not asked):
+        name = "training pass" if checkpointing == asked else "training pass with the other gradient_checkpointing"
+        parts[name] = max((pass_bytes(config, llm, w, w.largest, checkpointing) for w in trained), default=0)
+    parts["LM head of it"] = max((memory.head_bytes(llm.model, w.largest[1], trained=True) for w in trained), default=0)
+    parts["evaluation pass"] = max(pass_bytes(config, llm, w, w.largest) for w in work if not w.trained)
+    parts["held"] = memory.HELD[device]
+    return parts
+
+
+def pass_bytes(
+    config: LLMConfig, llm: LLM, work: Work, size: tuple[int, int], checkpointing: bool | None = None
+) -> int:
+    """Bytes that a pass of some tokens and LM-head rows takes at most."""
+    checkpointing = config["gradient_checkpointing"] if checkpointing is None else checkpointing
+    body = memory.body_bytes(llm.model, size[0], trained=work.trained, checkpointing=checkpointing)
+    head = memory.head_bytes(llm.model, size[1], trained=work.trained)
+    return body.kept + max(body.work + memory.unpacked_bytes(llm.model, config), head)
+
+
+def _totals(config: LLMConfig, parts: dict[str, float]) -> dict[str, Any]:
+    """The parts with their sum, what the machine has, and what a GPU would have to have."""
+    fixed = sum(parts[name] for name in ("weights", "adapters", "gradients", "optimizer"))
+    largest, held = max(parts["training pass"], parts["evaluation pass"]), parts["held"]
+    total = parts["process"] + fixed + held * largest
+    has = memory.machine_bytes(config["device"])
+    gpu = memory.GPU_CONTEXT + fixed + memory.HELD["cuda"] * largest
+    fits = {size: gpu <= size * memory.GIB for size in memory.GPU_CLASSES}
+    free_holes = (parts.pop("held") - 1) * largest
+    return {
+        **parts,
+        "allocator": free_holes,
+        "total": total,
+        "machine": has,
+        "fits": total <= has,
+        "gpu": gpu,
+        "gpus": fits,
+    }
+
+
+def _probe(
+    config: LLMConfig, protocol: Protocol, llm: LLM, work: list[Work], parts: dict[str, float]
+) -> dict[str, float]:
+    """Time passes with the real weights; corrects what is known of memory by what is measured."""
+    clock, device = time.perf_counter(), config["device"]
+    with explained(config, None, "building the model"):
+        model = LLMRanker(config, protocol.train_data._dataset).to(device)
+    start = time.perf_counter() - clock
+    if device.type == "cpu":
+        parts["process"] = memory.process_bytes() - parts["weights"] - parts["adapters"]
+    sizes = {}
+    with PeakMemory(device) as peak:
+        for part in (w for w in work if not w.cached):
+            pace, sizes[part.name] = pace_of(model, part)
+            part.seconds = pace.seconds(part)
+    expected = 0
+    for part in (w for w in work if w.name in sizes):
+        tokens = sizes[part.name]
+        rows = round(part.head_rows * tokens / part.tokens)
+        expected = max(expected, pass_bytes(config, llm, part, (tokens, rows)))
+    if any(w.trained for w in work if w.name in sizes):
+        expected += parts["gradients"] + parts["optimizer"]
+    parts["held"] = min(max(1.0, peak.grown / expected), 2.5)
+    computed = sum(w.seconds or 0 for w in work)
+    return {"start": start, "passes": computed, "total": start + computed}
+
+
+# ---- RecBole's own models
+
+
+def _other_model(config: LLMConfig, probe: bool) -> dict[str, Any]:
+    """Batches and parameters of a model of RecBole's; time of a few batches where its trainer does nothing else."""
+    with explained(config, None, "reading the data"):
+        protocol = prepare_data(config)
+        model = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+    batches, seconds = len(protocol.train_data), None
+    if probe and get_trainer(config["MODEL_TYPE"], config["model"]) is Trainer:
+        with explained(config, None, "training on a few batches"):
+            seconds = config["epochs"] * batches * batch_seconds(model, protocol.train_data)
+    notes = ["validation and test are not measured; early stopping can only shorten this."]
+    notes += [] if seconds is not None else ["time: not measured."]
+    training = {
+        "name": "training",
+        "rounds": config["epochs"],
+        "positions": len(protocol.train_data._dataset),
+        "steps": config["epochs"] * batches,
+        "seconds": seconds,
+    }
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "work": [training],
+        "memory": {"weights": weights},
+        "seconds": None if seconds is None else {"passes": seconds, "total": seconds},
+        "machine": machine(config["device"]),
+        "notes": notes,
+    }
+
+
+# ---- as text
+
+
+def told(found: dict[str, Any]) -> str:
+    """A plan as tables."""
+    lines = [f"Plan of {found['model']} on {found['dataset']} ({found['machine']})", ""]
+    rows = [_row(part) for part in found["work"]]
+    lines += [tabulate(rows, headers=COLUMNS, disable_numparse=True, colalign=("left",) + ("right",) * 9), ""]
+    lines += _memory_told(found["memory"])
+    if found["seconds"]:
+        lines += ["", f"time: at most {_time(found['seconds']['total'])} in all."]
+    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"])])
+
+
+def _row(part: dict[str, Any]) -> list[str]:
+    times = part["rounds"]
+    counts = [f"{part.get(name, 0) * times:,}" if name in part else "" for name in ("passes", "tokens", "naive")]
+    ratio = f"{part['naive'] / part['tokens']:.1f}x" if part.get("tokens") else ""
+    heads = f"{part['head_rows'] * times:,}" if "head_rows" in part else ""
+    seconds = 0.0 if part.get("cached") else part["seconds"]
+    steps = f"{part['steps']:,}" if part["steps"] else ""
+    told_time = "" if seconds is None else _time(seconds)
+    return [part["name"], str(times), f"{part['positions']:,}", steps, *counts, ratio, heads, told_time]
+
+
+def _memory_told(parts: dict[str, Any]) -> list[str]:
+    sizes = {k: v for k, v in parts.items() if k not in ("machine", "fits", "gpu", "gpus")}
+    lines = [tabulate([[name, _size(value)] for name, value in sizes.items()], headers=("peak memory", ""))]
+    if "total" in parts:
+        verdict = "fits" if parts["fits"] else "does NOT fit"
+        lines.append(f"this machine has {_size(parts['machine'])}: {verdict}.")
+        classes = ", ".join(f"{size} GiB {'yes' if fits else 'no'}" for size, fits in parts["gpus"].items())
+        lines.append(f"on a GPU the same would need {_size(parts['gpu'])}: {classes}.")
+    return lines
+
+
+def _size(value: float) -> str:
+    return f"{value / memory.GIB:.2f} GiB" if value >= 0.1 * memory.GIB else f"{value / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

@@ -1,0 +1,158 @@
+"""How long passes take on this machine: a few of them, run and timed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import median
+
+import torch
+from recbole.data.interaction import Interaction
+
+from recbole_llm.data.prompt import Window
+from recbole_llm.memory import process_bytes
+from recbole_llm.model.llmranker import LLMRanker
+from recbole_llm.plan_counts import Work
+
+SECONDS = 2.0  # of the larger of the two passes that are timed
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a pass are ``fixed + per_token * tokens``; an optimizer step adds ``step``."""
+
+    fixed: float
+    per_token: float
+    step: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Of all rounds of some work."""
+        return work.rounds * (self.fixed * work.passes + self.per_token * work.tokens) + self.step * work.steps
+
+
+def pace_of(model: LLMRanker, work: Work) -> tuple[Pace, int]:
+    """Time a small and a larger pass of some work, after one that warms up.
+
+    Returns:
+        The pace, and the tokens of the larger pass.
+    """
+    sample = work.sample
+    once = _training_pass(model, work.name) if work.trained else model.reference_logps
+    small = sample[:1]
+    _timed(model, once, small)
+    least = min(_timed(model, once, small) for _ in range(2))
+    tokens = model.prompt.window_size(small[0])
+    large, size = _within(model, sample, int(tokens * max(1.0, SECONDS / least)))
+    step = _step_seconds(model) if work.trained else 0.0
+    if len(large) == 1:
+        return Pace(0.0, least / tokens, step), tokens
+    most = min(_timed(model, once, large) for _ in range(2))
+    slope = max(0.0, (most - least) / (size - tokens))
+    fixed = max(0.0, least - slope * tokens)
+    model.zero_grad(set_to_none=True)
+    return Pace(fixed, (most - fixed) / size, step), size
+
+
+class PeakMemory(threading.Thread):
+    """Watches this process's memory, or the GPU's, while something runs: ``with PeakMemory(device) as peak: ...``.
+
+    Attributes:
+        grown: bytes more than at the beginning, at most.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(daemon=True)
+        self.device, self.grown, self._done = device, 0, threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self._held()
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self.join()
+        self._look()
+
+    def run(self) -> None:
+        """Look every few milliseconds."""
+        while not self._done.wait(0.005):
+            self._look()
+
+    def _look(self) -> None:
+        self.grown = max(self.grown, self._held() - self.before)
+
+    def _held(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else process_bytes()
+
+
+def _training_pass(model: LLMRanker, loss: str) -> Callable[[Sequence[Window]], None]:
+    """Forward and backward pass of a stage's loss, any numbers standing for the reference."""
+
+    def once(windows: Sequence[Window]) -> None:
+        model.train()
+        if loss != "SFT":
+            branches = [[1 + len(items) for items in w.branches()] for w in windows]
+            windows = [
+                replace(w, reference=[[0.0] * n for n in counts]) for w, counts in zip(windows, branches, strict=True)
+            ]
+        part = model.window_loss(windows, loss)
+        (part.total / part.count).backward()
+
+    return once
+
+
+def _step_seconds(model: LLMRanker) -> float:
+    """Seconds of clipping and of an AdamW step that moves nothing."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0)
+
+    def once(_: Sequence[Window]) -> None:
+        torch.nn.utils.clip_grad_norm_(weights, 1e9)
+        optimizer.step()
+
+    _timed(model, once, [])  # makes the state
+    return _timed(model, once, [])
+
+
+def _timed(model: LLMRanker, work: Callable[[Sequence[Window]], object], windows: Sequence[Window]) -> float:
+    on_gpu = torch.device(model.llm.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    clock = time.perf_counter()
+    work(windows)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock
+
+
+def _within(model: LLMRanker, windows: Sequence[Window], most: int) -> tuple[Sequence[Window], int]:
+    """The first windows that keep to so many tokens, one at least, and their tokens."""
+    taken, total = [], 0
+    for window in windows:
+        size = model.prompt.window_size(window)
+        if taken and total + size > most:
+            break
+        taken.append(window)
+        total += size
+    return taken, total
+
+
+def batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:
+    """Seconds of a training step of a RecBole model, the median of a few after one that warms up."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=0.0) if weights else None
+    clocks = []
+    for batch in islice(batches, count + 1):
+        clock = time.perf_counter()
+        loss = model.calculate_loss(batch.to(model.device))
+        loss = sum(loss) if isinstance(loss, tuple) else loss
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        clocks.append(time.perf_counter() - clock)
+    return median(clocks[1:] or clocks)
