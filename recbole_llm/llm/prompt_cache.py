@@ -137,7 +137,7 @@ class BelowPrompts:
             above = [part[self.place] for part in above]
         (here, here_lse), (there, there_lse) = ([part[:size] for part in parts] for parts in (path, above))
         share = torch.sigmoid(here_lse - there_lse)[..., None]  # of the path in the softmax over both
-        return torch.lerp(there.float(), here.float(), share).to(query.dtype).view(1, size, heads, width)
+        return torch.lerp(there.float(), here.float(), share).to(query.dtype).reshape(1, size, heads, width)
 
     def _by_prompt(self, rows: Tensor) -> Tensor:
         if self.place is None:
