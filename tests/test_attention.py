@@ -185,3 +185,39 @@ def test_gradient_checkpointing_changes_no_number(windows: list[TokenTree]) -> N
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert found[0].norm() > 0
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_is_as_exact_as_one_sequence_at_a_time(windows: list[TokenTree]) -> None:
+    """bfloat16: the error against float32 is that of plain code in bfloat16, whatever a pass holds."""
+    exact = tiny_llm()[0]
+    half = tiny_llm()[0].to(torch.bfloat16)
+    half.set_attn_implementation(NAMES["blocks"])
+    tree = windows[0]
+    asked = [_asked(tree, number) for number in range(0, tree.n_completions, 5)]
+    with torch.no_grad():
+        truth = one_at_a_time(exact, asked)
+        plain = one_at_a_time_in_float32_softmax(half, asked)
+        whole = batch_logps(half, windows)[: tree.n_completions : 5]
+        alone = batch_logps(half, [tree])[::5]
+    assert whole.dtype == torch.float32
+    assert (whole - truth).abs().mean() <= 1.2 * (plain - truth).abs().mean()
+    assert (whole - alone).abs().max() <= 1e-3 * truth.abs().max()
+
+
+def _asked(tree: TokenTree, completion: int) -> tuple[list[int], list[int]]:
+    """Tokens before a completion, and its own."""
+    own = tree.scored[tree.completion == completion].tolist()
+    before, node = [], int(tree.parent[own[0]])
+    while node >= 0:
+        before.append(int(tree.token[node]))
+        node = int(tree.parent[node])
+    return before[::-1], tree.token[own].tolist()
+
+
+def one_at_a_time_in_float32_softmax(model: torch.nn.Module, asked: list) -> torch.Tensor:
+    """As ``one_at_a_time``, logits turned to float32 before the softmax, as ours are."""
+    found = []
+    for before, tokens in asked:
+        logps = model(input_ids=torch.tensor([before + tokens])).logits[0].float().log_softmax(-1)
+        found.append(sum(logps[len(before) - 1 + i, token] for i, token in enumerate(tokens)))
+    return torch.stack(found)
