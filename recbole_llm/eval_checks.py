@@ -33,6 +33,8 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
     if not topk or any(integer(1)(k) for k in topk):
         return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
+    if isinstance(eval_args, dict) and settings.get("full_ranking") == "exact_topk":
+        problems += _wrong_topk_search(settings, eval_args.get("mode", "full"), metrics)
     return problems + _wrong_valid_metric(settings["valid_metric"], metrics, topk)
 
 
@@ -61,6 +63,24 @@ def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
         if not (isinstance(mode, str) and MODE.fullmatch(mode)):
             problems.append(f"mode {mode!r} must be full, uniN, popN or lowN (N whole, >= 1), for example uni99")
     return [f"--eval_args: {problem}" + ("" if problem.endswith((".", "?")) else ".") for problem in problems]
+
+
+def _wrong_topk_search(settings: Mapping[str, Any], mode: Any, metrics: Sequence[Any]) -> list[str]:
+    """What a search for the best K cannot give."""
+    if "full" not in (mode.values() if isinstance(mode, dict) else [mode]):
+        return []
+    whole = [str(m) for m in metrics if str(m).lower() == "gauc"]
+    problems = [
+        f"--metrics: {m} needs the whole ranking, and --full_ranking=exact_topk finds its top; set "
+        "--full_ranking=exact, or leave it out."
+        for m in whole
+    ]
+    if settings["attention"] in ("sdpa", "eager"):
+        problems.append(
+            f"--attention={settings['attention']}: --full_ranking=exact_topk goes on from what is kept of a prompt, "
+            "which this back end cannot; set --attention=auto, or --full_ranking=exact."
+        )
+    return problems
 
 
 def _no_ranking(metric: Any) -> str | None:

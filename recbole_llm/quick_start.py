@@ -91,7 +91,8 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     _try_ahead(config, protocol, asked)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
     ranked_here = (protocol.valid.mode, protocol.test.mode if asked is protocol else None)
-    if hasattr(recommender, "rerank_with") and "full" in ranked_here:
+    reranks = hasattr(recommender, "rerank_with") and config["full_ranking"] == "rerank"
+    if reranks and "full" in ranked_here:
         recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
     clock.lap("data_and_model")
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
@@ -102,7 +103,7 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
-        if asked.test.mode == "full":
+        if reranks and asked.test.mode == "full":
             recommender.rerank_with(train_recommender(test_config, config["rerank_model"]).model)
     test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)

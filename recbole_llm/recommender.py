@@ -86,7 +86,7 @@ def needed_recommenders(config: LLMConfig) -> list[str]:
     needed = {
         "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
         "from_model": config["loss"] != "SFT" and "from_model" in config["rejected"].split("+"),
-        "rerank_model": "full" in config["eval_args"]["mode"].values(),
+        "rerank_model": config["full_ranking"] == "rerank" and "full" in config["eval_args"]["mode"].values(),
     }
     return [key for key, is_needed in needed.items() if is_needed]
 

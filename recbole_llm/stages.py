@@ -25,8 +25,8 @@ SFT_KEYS = tuple(
     """
     llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
     prompt score_norm epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio
-    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH rerank_model rerank_topk
-    recommender_config metric_decimal_place
+    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH full_ranking rerank_model
+    rerank_topk recommender_config metric_decimal_place
 """.split()
 )
 

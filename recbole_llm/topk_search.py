@@ -44,6 +44,16 @@ class SearchStats:
     kept_nodes: int = 0
     given_up: int = 0
 
+    def __add__(self, other: SearchStats) -> SearchStats:
+        """Of the searches of both."""
+        return SearchStats(
+            self.expansions + other.expansions,
+            self.head_rows + other.head_rows,
+            self.rounds + other.rounds,
+            max(self.kept_nodes, other.kept_nodes),
+            self.given_up + other.given_up,
+        )
+
 
 class _UserSearch:
     """One user's open prefixes and what was found; parallel arrays, nodes that were expanded are dropped."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from recbole_llm import catalogue
 from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.title_scores import title_scores
 from recbole_llm.topk_search import Found
 
@@ -87,3 +90,26 @@ def test_all_scores_and_the_best(seed: int, norm: str) -> None:
         for one, wanted, seen in zip(found, expected, hidden, strict=True):
             assert_best(one, wanted, 5, seen)
         assert (stats.given_up > 0) == (most == 3)
+
+
+def full(tiny: dict[str, Any], kind: str, **changes: Any) -> dict[str, Any]:
+    """Settings of a run that ranks the whole toy catalogue."""
+    return {**tiny, "eval_args": {"mode": "full"}, "full_ranking": kind, "topk": [1, 5, 10], **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"score_norm": "mean"}, {"score_norm": "pmi", "epochs": 2}, {"prompt": "instruct"}, {"share": 0.3}],
+    ids=str,
+)
+def test_a_run_gets_the_same_metrics_from_the_best_k(
+    tiny: dict[str, Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every metric, in validation and test, whether or not searches are given up; no re-ranked model is trained."""
+    monkeypatch.setattr(catalogue, "MOST_SHARE", changes.pop("share", 1.0))
+    every = run_recbole_llm(config_dict=full(tiny, "exact", **changes))
+    best = run_recbole_llm(config_dict=full(tiny, "exact_topk", **changes))
+    assert every["test_result"] == best["test_result"] and every["best_valid_result"] == best["best_valid_result"]
+    assert every["run_folder"] != best["run_folder"]
+    names = [folder.name for folder in (Path(tiny["checkpoint_dir"]) / "stages").iterdir()]
+    assert len(names) == 2 and all(name.startswith("SFT-") for name in names)

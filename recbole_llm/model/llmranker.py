@@ -18,6 +18,7 @@ from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
+from recbole_llm.full_ranking import ExactRanking
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
@@ -68,9 +69,9 @@ def read_catalogue(config: Config, dataset: Dataset, tokenizer: Any) -> Catalogu
 class LLMRanker(SequentialRecommender):
     """An LLM as a RecBole sequential model.
 
-    ``predict`` scores all candidates of a user over one pass of the prompt; ``full_sort_predict`` reorders the top
-    items of another recommender (``rerank_with``). ``calculate_loss`` takes RecBole's training rows; the trainer
-    feeds windows instead, which train every position of a stretch in one pass.
+    ``predict`` scores all candidates of a user over one pass of the prompt; ``full_sort_predict`` ranks the whole
+    catalogue, or reorders the top items of another recommender (``rerank_with``). ``calculate_loss`` takes RecBole's
+    training rows; the trainer feeds windows instead, which train every position of a stretch in one pass.
 
     Raises:
         UserError: no item text, an LLM that cannot be loaded, or prompts that do not fit its context.
@@ -102,6 +103,8 @@ class LLMRanker(SequentialRecommender):
         self.policy = self.llm.model
         self.budget = TokenBudget(config["token_budget"])
         self.base: AbstractRecommender | None = None
+        if config["full_ranking"] == "exact_topk":
+            self.users_at_once = 64  # searches share passes, and one that ends makes room for the next
         self.rank_items_of(self.read_items(config, dataset))
 
     def read_items(self, config: Config, dataset: Dataset) -> Catalogue:
@@ -118,6 +121,7 @@ class LLMRanker(SequentialRecommender):
         """Rank these items from now on; the weights stay."""
         self.texts, self.prompt, self.n_items = catalogue.texts, catalogue.prompt, len(catalogue.texts)
         self.prior: torch.Tensor | None = None
+        self.exact: ExactRanking | None = None
 
     def _check_context(self, prompt: Prompt | PairPrompt) -> None:
         items = self.max_seq_length
@@ -203,14 +207,29 @@ class LLMRanker(SequentialRecommender):
         return torch.cat(self._scores(told, asked)).to(histories.device)
 
     def full_sort_predict(self, interaction: Interaction, hidden: Sequence[np.ndarray] = ()) -> torch.Tensor:
-        """Scores of all items ``[B * n_items]``: the base recommender's top-K in the LLM's order, the rest behind.
+        """Scores of all items ``[B * n_items]``, by ``full_ranking``.
+
+        *rerank*: the base recommender's top-K in the LLM's order, the rest behind. *exact*: the LLM's score of every
+        item. *exact_topk*: of the best ``max(topk)`` alone, all others alike behind them.
 
         Args:
             hidden: for each row, items that are no answers and take no place in the top-K.
 
         Raises:
-            UserError: no base recommender was given.
+            UserError: rerank without a base recommender; exact_topk with ``attention`` sdpa or eager.
         """
+        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
+        histories = [h[:n] for h, n in zip(interaction[self.ITEM_SEQ].tolist(), lengths, strict=True)]
+        if self.config["full_ranking"] == "rerank":
+            return self._reranked(interaction, histories, hidden).view(-1)
+        if self.exact is None:
+            self.exact = ExactRanking(self.config, self.policy, self.prompt, self.budget)
+        scores = self.exact.rank([self.prompt.fit(h, self.llm.context) for h in histories], hidden)
+        return scores.view(-1).to(interaction[self.ITEM_SEQ].device)
+
+    def _reranked(
+        self, interaction: Interaction, histories: Sequence[Sequence[int]], hidden: Sequence[np.ndarray]
+    ) -> torch.Tensor:
         if self.base is None:
             raise UserError("--rerank_model: full ranking needs a trained base recommender (`rerank_with`).")
         base = self.base.full_sort_predict(interaction).view(len(interaction), -1).float().clone()
@@ -218,12 +237,8 @@ class LLMRanker(SequentialRecommender):
         for row, items in enumerate(hidden):
             base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
         top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
-        histories = [
-            h[:n]
-            for h, n in zip(interaction[self.ITEM_SEQ].tolist(), interaction[self.ITEM_SEQ_LEN].tolist(), strict=True)
-        ]
         llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
-        return rerank(base, llm, top).view(-1)
+        return rerank(base, llm, top)
 
     def rerank_with(self, base: AbstractRecommender) -> None:
         """Reorder this trained recommender's top items in full ranking."""
@@ -252,4 +267,6 @@ class LLMRanker(SequentialRecommender):
         """As torch's; training makes the title prior of ``score_norm=pmi`` stale."""
         if mode:
             self.prior = None
+            if self.exact is not None:
+                self.exact.weights_changed()
         return super().train(mode)

@@ -1,0 +1,135 @@
+"""``full_ranking`` exact and exact_topk: scores of a whole catalogue for several users, in the order of its items."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from recbole.config import Config
+
+from recbole_llm.catalogue import exact_scores, exact_topk
+from recbole_llm.data.prompt import Prompt
+from recbole_llm.errors import UserError
+from recbole_llm.llm.attention import NAMES
+from recbole_llm.llm.budget import TokenBudget
+from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.scoring import candidate_logps
+from recbole_llm.title_scores import TitleScores, title_scores
+from recbole_llm.topk_search import SearchStats
+
+
+class ExactRanking:
+    """Ranks one catalogue by one LLM.
+
+    Args:
+        config: of the run: ``full_ranking``, ``score_norm``, ``topk``.
+        model: a causal LM.
+        prompt: prompts and answers of the catalogue.
+        budget: tokens of one forward pass.
+
+    Attributes:
+        stats: what the searches of exact_topk cost so far; None before the first.
+    """
+
+    def __init__(self, config: Config, model: torch.nn.Module, prompt: Prompt, budget: TokenBudget) -> None:
+        self.kind, self.norm, self.k = config["full_ranking"], config["score_norm"], max(config["topk"])
+        self.model, self.prompt, self.budget = model, prompt, budget
+        self.trie = title_trie(prompt.answers)
+        self.packs = model.config._attn_implementation in NAMES.values()
+        self.stats: SearchStats | None = None
+        self._scores: TitleScores | None = None
+        self._log = logging.getLogger(__name__)
+        if self.kind == "exact":
+            self._log.warning(
+                f"--full_ranking=exact: {len(self.trie.inner)} tokens of titles go through the LLM for every user. "
+                "--full_ranking=exact_topk gives the same metrics for a fraction of them, once the LLM is trained."
+            )
+
+    def rank(self, histories: Sequence[Sequence[int]], hidden: Sequence[np.ndarray]) -> torch.Tensor:
+        """Scores of all items ``[B, n_items]``, on the CPU.
+
+        exact_topk knows those of all items no worse than the K-th best, K = ``max(topk)``, and puts all others one
+        below these.
+
+        Args:
+            histories: item ids for each user, oldest first, already cut to fit.
+            hidden: for each user, items that are no answers and take no place; none at all where it is empty.
+
+        Raises:
+            UserError: exact_topk with an attention back end that cannot go on from what is kept of a prompt.
+        """
+        if self.kind == "exact":
+            keys = [tuple(history) for history in histories]
+            found = {key: self._full_pass(key) for key in dict.fromkeys(keys)}
+            return torch.stack([found[key] for key in keys])
+        seen = [tuple(sorted(map(int, items))) for items in hidden] or [()] * len(histories)
+        asked = [(tuple(h), s) for h, s in zip(histories, seen, strict=True)]
+        rows = self._topk(list(dict.fromkeys(asked)))
+        return torch.stack([rows[one] for one in asked])
+
+    def _topk(self, asked: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[Hashable, torch.Tensor]:
+        """(History, hidden items) -> scores ``[n_items]``."""
+        if not self.packs:
+            raise UserError(
+                f"--full_ranking=exact_topk: it needs the attention back ends blocks or flex, not "
+                f"{self.model.config._attn_implementation}; set --attention=auto, or --full_ranking=exact."
+            )
+        prompts = [self.prompt.trunk(history) for history, _ in asked]
+        hidden = [np.array(items, dtype=np.int64) for _, items in asked]
+        users = 64 if next(self.model.parameters()).device.type == "cuda" else 16
+        found, stats = self.budget.run(
+            lambda tokens: exact_topk(
+                self.model,
+                prompts,
+                self.trie,
+                self.scores,
+                k=self.k,
+                hidden=hidden,
+                token_budget=tokens,
+                users_at_once=users,
+            )
+        )
+        self._count(stats)
+        rows = {}
+        for one, mine in zip(asked, found, strict=True):
+            rows[one] = torch.full((self.trie.n_items,), float(mine.scores.min(initial=0)) - 1)
+            rows[one][mine.items] = torch.as_tensor(mine.scores)
+        return rows
+
+    def weights_changed(self) -> None:
+        """The prior of ``score_norm=pmi`` is stale."""
+        self._scores = None
+
+    @property
+    def scores(self) -> TitleScores:
+        """How log-probs become scores; for pmi with the log-prob of every title after an empty history."""
+        if self._scores is None:
+            self._scores = title_scores(self.trie)
+            if self.norm != "sum":
+                prior = self._full_pass(()).numpy() if self.norm == "pmi" else None
+                self._scores = title_scores(self.trie, self.norm, prior)
+        return self._scores
+
+    def _full_pass(self, history: Sequence[int]) -> torch.Tensor:
+        scores, prompt = self._scores or self.scores, self.prompt.trunk(history)
+        if self.packs:
+            return self.budget.run(
+                lambda tokens: exact_scores(self.model, prompt, self.trie, scores, token_budget=tokens)
+            )
+        items = list(range(1, self.trie.n_items))
+        (logps,) = self.budget.run(
+            lambda tokens: candidate_logps(self.model, self.prompt, [history], [items], token_budget=tokens)
+        )
+        found = scores.of_items(logps.float().cpu().numpy(), np.array(items))
+        return torch.cat([torch.tensor([-torch.inf]), torch.as_tensor(found)])
+
+    def _count(self, stats: SearchStats) -> None:
+        if stats.given_up and not (self.stats and self.stats.given_up):
+            self._log.warning(
+                f"--full_ranking=exact_topk: {stats.given_up} of {len(stats.expansions)} users need so many titles for "
+                "their best that they got a full pass, which gives the same; the LLM spreads its probability over too "
+                "many titles. If that is so for most users, --full_ranking=exact costs less."
+            )
+        self.stats = stats if self.stats is None else self.stats + stats
