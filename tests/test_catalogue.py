@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recbole.data.interaction import Interaction
 
 from recbole_llm import catalogue
 from recbole_llm.catalogue import exact_scores, exact_topk
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
+from recbole_llm.errors import UserError
 from recbole_llm.llm.attention import NAMES
+from recbole_llm.llm.prompt_cache import NodeCache, _attention, _cpu_attention
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.title_scores import title_scores
 from recbole_llm.topk_search import Found
@@ -106,10 +112,148 @@ def test_a_run_gets_the_same_metrics_from_the_best_k(
     tiny: dict[str, Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every metric, in validation and test, whether or not searches are given up; no re-ranked model is trained."""
-    monkeypatch.setattr(catalogue, "MOST_SHARE", changes.pop("share", 1.0))
+    monkeypatch.setattr(catalogue, "MOST_SHARE", changes.get("share", 1.0))
+    changes = {key: value for key, value in changes.items() if key != "share"}
     every = run_recbole_llm(config_dict=full(tiny, "exact", **changes))
     best = run_recbole_llm(config_dict=full(tiny, "exact_topk", **changes))
     assert every["test_result"] == best["test_result"] and every["best_valid_result"] == best["best_valid_result"]
     assert every["run_folder"] != best["run_folder"]
     names = [folder.name for folder in (Path(tiny["checkpoint_dir"]) / "stages").iterdir()]
     assert len(names) == 2 and all(name.startswith("SFT-") for name in names)
+
+
+@pytest.mark.parametrize("norm", ["sum", "mean", "pmi"])
+def test_equal_titles_and_a_title_that_begins_another(norm: str) -> None:
+    """Items 1 and 4 share a title, item 2 begins item 3; the tie at the K-th place is found whole."""
+    answers = [[], [9, 8, 7], [9, 8], [9, 8, 5, 6], [9, 8, 7], [3]]
+    trie, prompt = title_trie(answers), random_prompt(0, 9)
+    prior = plain_scores([1], answers, "sum") if norm == "pmi" else None
+    scores, expected = title_scores(trie, norm, prior), plain_scores(prompt, answers, norm, prior)
+    found = exact_scores(llm(), prompt, trie, scores, token_budget=2).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert found[1] == found[4]
+    for k in range(1, 6):
+        for hidden in ([], [2], [1, 2, 3, 4, 5]):
+            (one,), _ = exact_topk(
+                llm(), [prompt], trie, scores, k=k, hidden=[np.array(hidden)], token_budget=9, most_nodes=99
+            )
+            shown = np.where(np.isin(np.arange(6), [0, *hidden]), -np.inf, found)
+            least = np.sort(shown)[-k]
+            assert sorted(one.items) == np.flatnonzero((shown >= least - 1e-5) & (shown > -np.inf)).tolist()
+
+
+@pytest.mark.parametrize("norm", ["sum", "mean", "pmi"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_title_exceeds_the_bounds_above_it(seed: int, norm: str) -> None:
+    """In float32, over random falling sums, at every node on the way."""
+    answers, rng = random_answers(seed), np.random.default_rng(seed)
+    trie = title_trie(answers)
+    scores = title_scores(trie, norm, rng.normal(-20, 9, len(answers)) if norm == "pmi" else None)
+    logps = -rng.exponential(1e-3, len(trie)).astype(np.float32)
+    logps[0] = 0
+    for level in trie.levels:
+        logps[level] += logps[trie.parent[level]]
+    for item in range(1, len(answers)):
+        node = trie.last_node[item]
+        score = scores.of_items(logps[[node]], np.array([item]))
+        while node >= 0:
+            assert scores.bounds(logps[[node]], np.array([node])) >= score
+            node = trie.parent[node]
+
+
+def test_a_sure_model_needs_few_nodes_and_memory_does_not_grow_with_the_catalogue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """20,000 titles: a full pass keeps a chunk and a path; a search expands and keeps a sliver."""
+    rng = np.random.default_rng(0)
+    answers = [[], *(rng.integers(300, 1020, length).tolist() for length in rng.integers(2, 6, 20_000))]
+    trie = title_trie(answers)
+    model, _ = tiny_llm()
+    model.set_attn_implementation(NAMES["blocks"])
+    model.lm_head.weight.data *= 8  # sharper: a few titles hold nearly all the mass
+    kept: list[int] = []
+    write = NodeCache.write
+
+    def counted(self: NodeCache, *args: Any) -> torch.Tensor:
+        found = write(self, *args)
+        kept.append(len(found))
+        return found
+
+    monkeypatch.setattr(NodeCache, "write", counted)
+    prompts = [random_prompt(seed, 20) for seed in range(4)]
+    found, stats = exact_topk(
+        model, prompts, trie, title_scores(trie), k=10, hidden=[np.zeros(0)] * 4, token_budget=512
+    )
+    assert stats.given_up == 0 and len(trie.inner) > 30_000 and max(stats.expansions) < 600
+    assert stats.head_rows == sum(stats.expansions) + 4 and stats.kept_nodes <= sum(stats.expansions)
+    assert max(kept) <= 2 * stats.kept_nodes
+    kept.clear()
+    scores = exact_scores(model, prompts[0], trie, title_scores(trie), token_budget=512).numpy()
+    assert max(kept) <= 2 * (512 + int(trie.depth.max()))
+    assert_best(found[0], scores, 10, [0])
+
+
+def test_a_search_that_is_given_up_costs_a_bounded_part_of_a_full_pass() -> None:
+    """The untrained LLM spreads its mass over all titles."""
+    rng = np.random.default_rng(0)
+    answers = [[], *(rng.integers(300, 1000, length).tolist() for length in rng.integers(2, 4, 2000))]
+    trie, prompt = title_trie(answers), random_prompt(3, 20)
+    scores = title_scores(trie)
+    (found,), stats = exact_topk(llm(), [prompt], trie, scores, k=50, hidden=[np.array([7])], token_budget=512)
+    assert stats.given_up == 1
+    assert len(trie.inner) < stats.expansions[0] <= 1.3 * len(trie.inner)
+    assert_best(found, exact_scores(llm(), prompt, trie, scores, token_budget=512).numpy(), 50, [7])
+
+
+def test_attention_without_the_cpu_kernel_is_the_same() -> None:
+    """What a GPU runs; both tell the log-sum-exp."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 16, generator=draw) for n in (12, 7, 7))
+    mask = torch.zeros(3, 1, 12, 7).masked_fill_(torch.rand(3, 1, 12, 7, generator=draw) < 0.4, -torch.inf)
+    mask[..., 0] = 0
+    for given in (mask, None):
+        for one, other in zip(
+            _attention(query, key, value, given, 0.3), _cpu_attention(query, key, value, given, 0.3), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"metrics": ["Hit", "GAUC"], "valid_metric": "Hit@10"}, "--full_ranking=exact"),
+        ({"attention": "sdpa"}, "--attention=auto"),
+        ({"attention": "eager"}, "--attention=auto"),
+    ],
+    ids=str,
+)
+def test_what_a_search_cannot_give_is_told_before_any_work(
+    tiny: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        LLMConfig(config_dict=full(tiny, "exact_topk", **changes))
+    LLMConfig(config_dict=full(tiny, "exact", **changes))
+    LLMConfig(config_dict={**full(tiny, "exact_topk", **changes), "eval_args": {"mode": "uni9"}})
+
+
+def test_other_attention_scores_the_whole_catalogue_too(tiny: dict[str, Any]) -> None:
+    one, other = (
+        run_recbole_llm(config_dict=full(tiny, "exact", attention=kind, finetune="none")) for kind in ("auto", "sdpa")
+    )
+    assert one["test_result"] == other["test_result"]
+
+
+def test_a_fallback_is_logged_once(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    config = LLMConfig(config_dict=full(tiny, "exact_topk", finetune="none"))
+    protocol = prepare_data(config)
+    model = LLMRanker(config, protocol.train_data._dataset).eval()
+    history = Interaction({"item_id_list": torch.tensor([[3, 4, 5]] * 3), "item_length": torch.tensor([3, 2, 2])})
+    hidden = [np.array([3, 4, 5]), np.array([3, 4]), np.array([4, 3])]
+    scores = model.full_sort_predict(history, hidden).view(3, -1)
+    model.full_sort_predict(history, hidden)
+    assert len([r for r in caplog.records if "exact_topk" in r.getMessage()]) == 1
+    assert model.exact.stats.given_up == 4 and len(model.exact.stats.expansions) == 4  # two users are one
+    assert torch.equal(scores[1], scores[2])
+    best = scores.topk(10, dim=1)
+    assert not set(best.indices[0].tolist()) & {0, 3, 4, 5}
+    assert torch.isfinite(scores).all() and (scores[0] == scores[0].min()).sum() == model.n_items - 10
