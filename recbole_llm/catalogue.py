@@ -70,7 +70,7 @@ def _attention(prompts: PromptCache, nodes: NodeCache, inner: InnerNodes, first:
         prompts,
         nodes,
         users=torch.zeros(1, dtype=torch.long),
-        place=None,
+        counts=torch.tensor([last - first]),
         slots=torch.arange(kept, kept + last - first),
         seen=torch.as_tensor(_slots(inner, keys, first)),
         sees=torch.as_tensor(sees),

@@ -17,6 +17,8 @@ from recbole_llm.llm.prompt_cache import BelowPrompts, NodeCache, PromptCache, h
 from recbole_llm.llm.title_trie import TitleTrie
 from recbole_llm.title_scores import TitleScores, edge_logps
 
+LEAST_ROWS = 32  # a pass over fewer nodes takes about as long: it reads the weights
+
 
 @dataclass(frozen=True)
 class Found:
@@ -134,8 +136,8 @@ class BestFirst:
         hidden: for each user, items that are no answers.
         k: how many titles.
         users_at_once: users that share a forward pass.
-        nodes_at_once: nodes that a user expands between two looks at what was found.
-        most_nodes: a user that would expand more is given up.
+        nodes_at_once: nodes that a user expands between two looks at what was found; more where few users are left.
+        most_nodes: a user that needs more is given up.
     """
 
     def __init__(
@@ -187,7 +189,8 @@ class BestFirst:
         """Expand the best open nodes of all users in one forward pass."""
         users = sorted(self.open)
         searches = [self.open[slot][1] for slot in users]
-        popped = [search.pop(self.nodes_at_once) for search in searches]
+        each = max(self.nodes_at_once, LEAST_ROWS // len(users))
+        popped = [search.pop(min(each, self.most_nodes - len(search.slots))) for search in searches]
         counts = np.array([len(nodes) for nodes, _, _ in popped])
         nodes, logps, above = (np.concatenate(parts) for parts in zip(*popped, strict=True))
         taken = self.slots.take(above, self.trie.depth[nodes])
@@ -201,13 +204,12 @@ class BestFirst:
     def _forward(self, users: np.ndarray, counts: np.ndarray, nodes: np.ndarray, taken: np.ndarray) -> torch.Tensor:
         """Hidden states ``[N, d]`` of nodes, ``counts [U]`` of them below the prompts in slots ``users [U]``."""
         owner = np.repeat(np.arange(len(users)), counts)
-        within = np.arange(len(nodes)) - np.repeat(np.cumsum(counts) - counts, counts)
         path = self.slots.path[taken][:, : self.trie.depth[nodes].max()]
         attend = BelowPrompts(
             self.cache,
             self.nodes,
             users=torch.as_tensor(users),
-            place=torch.as_tensor(owner * counts.max() + within),
+            counts=torch.as_tensor(counts),
             slots=torch.as_tensor(taken),
             seen=torch.as_tensor(np.where(path >= 0, path, taken[:, None])),
             sees=torch.as_tensor(path >= 0)[:, None],
@@ -236,7 +238,7 @@ class BestFirst:
         """Users with nothing open are done; those with too many nodes are given up."""
         for slot, (user, search) in list(self.open.items()):
             done = not len(search.node)
-            if done or len(search.slots) + self.nodes_at_once > self.most_nodes:
+            if done or len(search.slots) >= self.most_nodes:
                 self.found[user] = search.found if done else None
                 self.stats.expansions[user] = len(search.slots)
                 self.stats.given_up += not done

@@ -91,7 +91,7 @@ class BelowPrompts:
     Args:
         prompts, nodes: where they are kept, the nodes of this pass included.
         users: slots of the prompts in this pass, ascending ``[U]``.
-        place: for each node its place in ``[U, Q]``, the nodes of each prompt ``[S]``; None = all below one prompt.
+        counts: how many of the nodes, which come prompt after prompt, hang off each ``[U]``.
         slots: where these go ``[S]``.
         seen: slots that a block of consecutive nodes sees ``[blocks, W]``.
         sees: which of them each node sees ``[blocks, B, W]``; the last block may be filled up by nodes that see
@@ -104,7 +104,7 @@ class BelowPrompts:
         nodes: NodeCache,
         *,
         users: Tensor,
-        place: Tensor | None,
+        counts: Tensor,
         slots: Tensor,
         seen: Tensor,
         sees: Tensor,
@@ -113,8 +113,9 @@ class BelowPrompts:
         device = prompts.device
         self.slots, self.seen, self.sees = slots.to(device), seen.to(device), sees.to(device)
         self.most = int(slots.max()) + 1
-        self.place = None if place is None else place.to(device)
-        self.at_once = len(slots) if place is None else int(place.max()) // len(users) + 1
+        self.at_once = int(counts.max())  # queries of a prompt, filled up where it has fewer
+        filled = torch.arange(self.at_once) < counts[:, None]
+        self.place = None if filled.all() else torch.nonzero(filled.flatten())[:, 0].to(device)
         length = prompts.length[users]
         within = torch.arange(int(length.max())) < length[:, None]
         self.in_prompt = None if within.all() else within[:, None].to(device)
