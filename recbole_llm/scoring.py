@@ -43,7 +43,7 @@ def candidate_logps(
     told = {key: history for key, history in zip(keys, histories, strict=True)}
     trees, owners = [], []
     for key, places in asked.items():
-        for chunk in _chunks(prompt, told[key], list(places), token_budget):
+        for chunk in candidate_chunks(prompt, told[key], list(places), token_budget):
             trees.append(prompt.candidate_tree(told[key], chunk))
             owners.append(key)
     parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
@@ -58,7 +58,7 @@ def _question(prompt: Prompt | PairPrompt, history: Sequence[int], items: Sequen
     return (*history, 0, *items) if isinstance(prompt, PairPrompt) else tuple(history)
 
 
-def _chunks(
+def candidate_chunks(
     prompt: Prompt | PairPrompt, history: Sequence[int], items: Sequence[int], budget: int
 ) -> list[Sequence[int]]:
     """Candidates in groups whose tree keeps to the budget, at least one each; a pair is asked for together."""

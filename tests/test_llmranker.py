@@ -329,3 +329,19 @@ def test_context_too_small_is_told(tiny: dict[str, Any], tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "load_llm", lambda **kw: replace(real(**kw), context=12))
     with pytest.raises(UserError, match="context is 12 tokens"):
         built(tiny, tmp_path / "run")
+
+
+def test_prior_of_an_evaluation_is_of_the_weights_that_are_evaluated(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The best epoch's weights are loaded after the last epoch was validated, and then evaluated without training."""
+    model, _, _ = built({**tiny, "score_norm": "pmi"}, tmp_path / "run")
+    model.eval()
+    rows = asked(model, [[1, 2]], [[5, 6, 7]])
+    with torch.no_grad():
+        model.predict(rows)
+        for weight in model.parameters():
+            weight.mul_(1.1)
+        model.eval()
+        scores = model.predict(rows)
+        model.config["score_norm"] = "sum"
+        expected = model.predict(rows) - model.predict(asked(model, [[]], [[5, 6, 7]]))
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)

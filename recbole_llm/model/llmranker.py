@@ -254,7 +254,7 @@ class LLMRanker(SequentialRecommender):
         return [normalise(p, i, self.prompt, norm, prior) for p, i in zip(logps, items, strict=True)]
 
     def _title_prior(self) -> torch.Tensor:
-        """Log-prob of every title after an empty history ``[n_items]``; kept until the policy trains again."""
+        """Log-prob of every title after an empty history ``[n_items]``; kept for one evaluation."""
         if self.prior is None:
             everything = list(range(1, self.n_items))
             (logps,) = self.budget.run(
@@ -264,9 +264,8 @@ class LLMRanker(SequentialRecommender):
         return self.prior
 
     def train(self, mode: bool = True) -> LLMRanker:
-        """As torch's; training makes the title prior of ``score_norm=pmi`` stale."""
-        if mode:
-            self.prior = None
-            if self.exact is not None:
-                self.exact.weights_changed()
+        """As torch's, ``eval`` too; after either the weights may be others, so what was kept of them is dropped."""
+        self.prior = None
+        if self.exact is not None:
+            self.exact.weights_changed()
         return super().train(mode)
