@@ -19,6 +19,9 @@ from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import TitleScores, title_scores
 from recbole_llm.topk_search import SearchStats
 
+USERS_AT_ONCE = {"cpu": 16, "cuda": 64}  # of a search; 8 nodes of each fill matrix products well enough
+KEPT = 4  # tokens of prompts that are kept for each token of a pass: so many take less memory than that
+
 
 class ExactRanking:
     """Ranks one catalogue by one LLM.
@@ -78,7 +81,8 @@ class ExactRanking:
             )
         prompts = [self.prompt.trunk(history) for history, _ in asked]
         hidden = [np.array(items, dtype=np.int64) for _, items in asked]
-        users = 64 if next(self.model.parameters()).device.type == "cuda" else 16
+        users = USERS_AT_ONCE["cuda" if next(self.model.parameters()).device.type == "cuda" else "cpu"]
+        longest = max(map(len, prompts))
         found, stats = self.budget.run(
             lambda tokens: exact_topk(
                 self.model,
@@ -88,7 +92,7 @@ class ExactRanking:
                 k=self.k,
                 hidden=hidden,
                 token_budget=tokens,
-                users_at_once=users,
+                users_at_once=max(1, min(users, KEPT * tokens // longest)),
             )
         )
         self._count(stats)
