@@ -21,7 +21,7 @@ from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
 from recbole_llm.plan_counts import Work, eval_work, pass_work, prior_work, stage_work
-from recbole_llm.probe import PeakMemory, batch_seconds, pace_of
+from recbole_llm.probe import Pace, PeakMemory, batch_seconds, pace_of
 from recbole_llm.recommender import check_recommenders, needed_recommenders
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
@@ -220,17 +220,17 @@ def _probe(
     start = time.perf_counter() - clock
     if device.type == "cpu":
         parts["process"] = memory.process_bytes() - parts["weights"] - parts["adapters"]
-    sizes = {}
+    timed: dict[tuple[bool, float], Pace] = {}
+    expected = 0
     with PeakMemory(device) as peak:
         for part in (w for w in work if not w.cached):
-            pace, sizes[part.name] = pace_of(model, part)
-            part.seconds = pace.seconds(part)
-    expected = 0
-    for part in (w for w in work if w.name in sizes):
-        tokens = sizes[part.name]
-        rows = round(part.head_rows * tokens / part.tokens)
-        expected = max(expected, pass_bytes(config, llm, part, (tokens, rows)))
-    if any(w.trained for w in work if w.name in sizes):
+            share = part.head_rows / part.tokens
+            alike = (part.trained, round(share, 1))  # passes of one kind with as much work for the LM head
+            if alike not in timed:
+                timed[alike], tokens = pace_of(model, part)
+                expected = max(expected, pass_bytes(config, llm, part, (tokens, round(share * tokens))))
+            part.seconds = timed[alike].seconds(part)
+    if any(trained for trained, _ in timed):
         expected += parts["gradients"] + parts["optimizer"]
     parts["held"] = min(max(1.0, peak.grown / expected), 2.5)
     computed = sum(w.seconds or 0 for w in work)

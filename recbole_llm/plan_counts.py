@@ -16,6 +16,7 @@ from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.llm_trainer import optimizer_steps
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.reference import WINDOWS_AT_ONCE
+from recbole_llm.scoring import candidate_chunks
 from recbole_llm.stages import Stage
 
 
@@ -119,14 +120,15 @@ def eval_work(
     alone = [_asked(history, mine) for history, mine in zip(fitted, items, strict=True)]
     passes = []
     for batch in rows.batches(LLMRanker.users_at_once):
-        passes += _passes(config, prompt, _shared(prompt, [alone[row] for row in batch]))
+        passes += _passes(config, prompt, _shared(config, prompt, [alone[row] for row in batch]))
     return _work(name, prompt, passes, alone, rounds=rounds)
 
 
 def prior_work(config: Config, prompt: Prompt | PairPrompt, rounds: int) -> Work:
     """Log-probs of all titles after an empty history (``score_norm=pmi``)."""
-    everything = _asked([], list(range(1, len(prompt.answers))))
-    return _work("titles without history", prompt, _passes(config, prompt, [everything]), [everything], rounds=rounds)
+    everything = [_asked([], range(1, len(prompt.answers)))]
+    passes = _passes(config, prompt, _shared(config, prompt, everything))
+    return _work("titles without history", prompt, passes, everything, rounds=rounds)
 
 
 def expected_expansions(k: int, inner: int) -> int:
@@ -207,15 +209,19 @@ def _asked(history: Sequence[int], items: Sequence[int]) -> Window:
     return Window(0, (*history, items[0]), (len(history),), (tuple(items[1:]),))
 
 
-def _shared(prompt: Prompt | PairPrompt, asked: list[Window]) -> list[Window]:
-    """One window for all users of a history, with the items that any of them is asked for."""
+def _shared(config: Config, prompt: Prompt | PairPrompt, asked: list[Window]) -> list[Window]:
+    """Windows for all users of a history, with the items that any of them is asked for, each within the budget."""
     if isinstance(prompt, PairPrompt):
-        return list(dict.fromkeys(asked))
+        return list({(w.items, w.rejected): w for w in asked}.values())
     items: dict[tuple[int, ...], dict[int, None]] = {}
     for window in asked:
         mine = items.setdefault(window.items[:-1], {})
         mine.update(dict.fromkeys((window.items[-1], *window.rejected[0])))
-    return [_asked(history, list(mine)) for history, mine in items.items()]
+    return [
+        _asked(history, chunk)
+        for history, mine in items.items()
+        for chunk in candidate_chunks(prompt, history, list(mine), config["token_budget"])
+    ]
 
 
 def _histories(config: Config, prompt: Prompt | PairPrompt, rows: EvalRows, context: int) -> Iterator[Sequence[int]]:
