@@ -17,7 +17,7 @@ from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import TitleScores, title_scores
-from recbole_llm.topk_search import SearchStats
+from recbole_llm.topk_search import Found, SearchStats
 
 USERS_AT_ONCE = {"cpu": 16, "cuda": 64}  # of a search; 8 nodes of each fill matrix products well enough
 KEPT = 4  # tokens of prompts that are kept for each token of a pass: so many take less memory than that
@@ -96,11 +96,15 @@ class ExactRanking:
             )
         )
         self._count(stats)
-        rows = {}
-        for one, mine in zip(asked, found, strict=True):
-            rows[one] = torch.full((self.trie.n_items,), float(mine.scores.min(initial=0)) - 1)
-            rows[one][mine.items] = torch.as_tensor(mine.scores)
-        return rows
+        return {one: self._row(mine, one[1]) for one, mine in zip(asked, found, strict=True)}
+
+    def _row(self, found: Found, hidden: Sequence[int]) -> torch.Tensor:
+        """Scores of all items ``[n_items]``; NaN, which evaluation tells, where fewer were found than there are."""
+        enough = len(found.items) >= min(self.k, self.trie.n_items - len({0, *hidden}))
+        behind = float(found.scores.min(initial=0)) - 1 if enough else torch.nan
+        row = torch.full((self.trie.n_items,), behind)
+        row[found.items] = torch.as_tensor(found.scores)
+        return row
 
     def weights_changed(self) -> None:
         """The prior of ``score_norm=pmi`` is stale."""

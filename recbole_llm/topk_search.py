@@ -77,7 +77,9 @@ class _UserSearch:
         place, items = place[shown], items[shown]
         items = np.concatenate([self.found.items, items])
         values = np.concatenate([self.found.scores, self.scores.of_items(logps[place], items[len(self.found.items) :])])
-        if len(values) >= self.k:
+        if np.isnan(logps).any():  # an LLM that diverged: nothing compares, and the search ends without a find
+            self.least = np.nan
+        elif len(values) >= self.k:
             self.least = np.partition(values, -self.k)[-self.k]
         kept = values >= self.least
         self.found = Found(items[kept], values[kept])

@@ -258,3 +258,15 @@ def test_a_fallback_is_logged_once(tiny: dict[str, Any], caplog: pytest.LogCaptu
     best = scores.topk(10, dim=1)
     assert not set(best.indices[0].tolist()) & {0, 3, 4, 5}
     assert torch.isfinite(scores).all() and (scores[0] == scores[0].min()).sum() == model.n_items - 10
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_diverged_model_is_told(tiny: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN compares with nothing: it must not end as a catalogue of ties."""
+    monkeypatch.setattr(catalogue, "MOST_SHARE", share)
+    config = LLMConfig(config_dict=full(tiny, "exact_topk", finetune="none"))
+    protocol = prepare_data(config)
+    model = LLMRanker(config, protocol.train_data._dataset).eval()
+    model.policy.lm_head.weight.data[300:310] = torch.nan
+    history = Interaction({"item_id_list": torch.tensor([[3, 4, 5]]), "item_length": torch.tensor([3])})
+    assert model.full_sort_predict(history, [np.array([3])]).isnan().all()
