@@ -3,6 +3,8 @@
 In float32 torch sends ``nn.Linear`` to MKL, which on AMD's processors can be half as fast as oneDNN, and on others is
 as fast. So the two are timed once, on the model's own shapes, and what was chosen is kept in the package's cache
 folder: the last bits of a result depend on it, and two runs on one machine must agree in them.
+
+oneDNN rounds a little more: in the embedded model a product's error is 4e-7 of it, MKL's 2.4e-7, both against float64.
 """
 
 from __future__ import annotations
