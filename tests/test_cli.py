@@ -110,7 +110,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["runn"], "`runn`: no such command; use run, compare, preview, ls, env."),
+        (["runn"], "`runn`: no such command; use run, compare, plan, preview, ls, env."),
         (["-m", "SASRec"], "`-m`: no such command"),
         (["run"], "--model: name one, for example --model=LLMRanker."),
         (["run", "-m", "Pop"], "--dataset: name one, for example --dataset=ml-100k."),
@@ -279,6 +279,8 @@ def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: boo
         patch.setattr(quick_start, "run_recbole_llm", run)
         patch.setattr(comparing, "compare", run_all)
         patch.setattr("recbole_llm.preview.preview_user", lambda config, user: began.append(config))
+        patch.setattr("recbole_llm.plan.plan", lambda config, probe: began.append(config))
+        patch.setattr("recbole_llm.plan.told", lambda found: "")
         status = cli.main(words)
     assert status in (0, 2)
     helped = not words or words[0] == "help" or "-h" in words or "--help" in words
