@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
-from recbole_llm.llm.attention import NAMES
+from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.tiny import tiny_llm
@@ -65,6 +65,7 @@ def load_llm(
     lora_dropout: float = 0.0,
     lora_target_modules: str | list[str] = "all-linear",
     attention: str = "auto",
+    gradient_checkpointing: bool = False,
     fast_linears: bool = True,
     seed: int,
 ) -> LLM:
@@ -80,7 +81,9 @@ def load_llm(
         lora_alpha: an adapter's output is scaled by ``lora_alpha / lora_r``.
         lora_dropout: probability that an input of an adapter is dropped in training.
         lora_target_modules: ``all-linear`` (without the output layer), or names of layers.
-        attention: ``blocks``, ``flex``, ``sdpa`` or ``eager``; ``auto`` is ``flex`` on a GPU, else ``blocks``.
+        attention: ``blocks``, ``flex``, ``sdpa`` or ``eager``; ``auto`` is ``flex`` on a GPU, else ``blocks``, or the
+            next of these that gives the right numbers.
+        gradient_checkpointing: compute activations again in the backward pass.
         fast_linears: on a CPU in float32, use the faster of two libraries for products with frozen weights; the two
             are timed once on a machine.
         seed: of the adapters' first values.
@@ -102,8 +105,11 @@ def load_llm(
     # Not torch.manual_seed: it would seed every GPU as well, and peft fills new adapters on the CPU.
     with torch.random.fork_rng(devices=[]), _explained(llm):
         torch.default_generator.manual_seed(seed)
-        model, tokenizer, revision = _load_base(llm, device, getattr(torch, dtype), quantization, attention)
+        model, tokenizer, revision = _load_base(llm, device, getattr(torch, dtype), quantization)
         model.config.use_cache = False
+        choose_attention(model, attention, llm)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         context = _context(model, tokenizer)
         model.requires_grad_(finetune == "full")
         kernels = {"layers": DEFAULT, "head": DEFAULT}
@@ -124,21 +130,17 @@ def dtype_of(dtype: str, device: torch.device) -> str:
 
 
 def _load_base(
-    llm: str, device: torch.device, dtype: torch.dtype, quantization: str | None, attention: str
+    llm: str, device: torch.device, dtype: torch.dtype, quantization: str | None
 ) -> tuple[torch.nn.Module, Any, str]:
-    kernel = NAMES.get(attention, attention)
-    if attention == "auto":
-        kernel = NAMES["flex" if device.type == "cuda" else "blocks"]
     if llm == "tiny":
         if quantization:
             raise UserError("--llm=tiny cannot be quantised: leave --quantization out.")
         model, tokenizer = tiny_llm()
-        model.set_attn_implementation(kernel)
         revision = digest(model.state_dict())[:16]
         return model.to(device, dtype), tokenizer, revision
     where = _locate(llm)
     _check_causal(llm, AutoConfig.from_pretrained(where, trust_remote_code=False))
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": kernel, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("--quantization=4bit needs bitsandbytes: pip install 'recbole-llm[qlora]'")
