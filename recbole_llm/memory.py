@@ -7,6 +7,7 @@ and an 8B model needs no more than its ``config.json``.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recbole_llm.llm.logps import HEAD_ROWS_AT_ONCE, decoder_and_head
+from recbole_llm.llm.logps import decoder_and_head, head_rows_at_once
 
 GIB = 2**30
 GPU_CONTEXT = 0.5 * GIB  # CUDA's own, before the first tensor
@@ -122,11 +123,11 @@ def body_bytes(model: torch.nn.Module, tokens: int, *, trained: bool, checkpoint
 @contextmanager
 def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterator[None]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    was = base.is_gradient_checkpointing
-    if checkpointing and not was:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif was and not checkpointing:
-        base.gradient_checkpointing_disable()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers renames these in version 6
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_disable()
     model.train(trained)  # transformers checkpoints in training mode alone
     try:
         with torch.set_grad_enabled(trained):
@@ -144,7 +145,7 @@ def head_bytes(model: torch.nn.Module, rows: int, *, trained: bool) -> int:
     head = decoder_and_head(model)[1].weight
     logits = 8 if head.dtype == torch.float32 else 8 + head.element_size()
     own = head.element_size() * (2 if trained else 1) + 12
-    return min(rows, HEAD_ROWS_AT_ONCE) * head.shape[0] * logits + rows * head.shape[1] * own
+    return min(rows, head_rows_at_once(head.device)) * head.shape[0] * logits + rows * head.shape[1] * own
 
 
 def weight_bytes(model: torch.nn.Module, config: Config) -> dict[str, int]:

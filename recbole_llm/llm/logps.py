@@ -14,7 +14,13 @@ from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
 from recbole_llm.llm.fast_linears import OneDNNLinear, onednn_linear
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
-HEAD_ROWS_AT_ONCE = 512  # rows x vocabulary float32 logits held at a time (96 MiB for 49,152 tokens)
+
+def head_rows_at_once(device: torch.device) -> int:
+    """Rows of float32 logits held at a time.
+
+    On a CPU few enough to stay in its cache (24 MiB for 49,152 tokens): a fifth less time than with 512.
+    """
+    return 128 if device.type == "cpu" else 512
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -67,10 +73,10 @@ def token_logps(
         normaliser = _LogSumExp.apply(hidden, head.weight, isinstance(head, OneDNNLinear) and head.suits(hidden))
         logit = (hidden[row].float() * head.weight[target].float()).sum(-1)
         return logit - normaliser[row]
-    parts = []
-    for first in range(0, len(hidden), HEAD_ROWS_AT_ONCE):
-        mine = (row >= first) & (row < first + HEAD_ROWS_AT_ONCE)
-        chunk = hidden[first : first + HEAD_ROWS_AT_ONCE]
+    parts, at_once = [], head_rows_at_once(hidden.device)
+    for first in range(0, len(hidden), at_once):
+        mine = (row >= first) & (row < first + at_once)
+        chunk = hidden[first : first + at_once]
         parts.append(
             (mine, checkpoint(_chunk_logps, chunk, row[mine] - first, target[mine], head, cap, use_reentrant=False))
         )
@@ -99,7 +105,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, fast: bool) -> torch.Tensor:
         values, expected = [], []
         product = onednn_linear if fast else functional.linear
-        for chunk in hidden.split(HEAD_ROWS_AT_ONCE):
+        for chunk in hidden.split(head_rows_at_once(hidden.device)):
             logits = product(chunk, weight).float()
             value = logits.logsumexp(-1)
             values.append(value)
