@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from recbole_llm.catalogue import exact_scores
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt
+from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.logps import completion_logps
+from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.title_scores import title_scores
 
 
 @torch.no_grad()
@@ -29,7 +33,8 @@ def candidate_logps(
         model: a causal LM in evaluation mode.
         histories: item ids for each user, oldest first, already cut to fit.
         candidates: item ids for each user.
-        token_budget: tokens of one forward pass; candidates are split where prompt and titles exceed it.
+        token_budget: tokens of one forward pass; where prompt and titles exceed it, titles go in several passes below
+            the one of the prompt.
 
     Returns:
         For each user ``[C]``, nats, in the order of the candidates.
@@ -41,16 +46,29 @@ def candidate_logps(
         for item in items:
             places.setdefault(item, len(places))
     told = {key: history for key, history in zip(keys, histories, strict=True)}
+    packs = model.config._attn_implementation in NAMES.values() and not isinstance(prompt, PairPrompt)
+    parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
     trees, owners = [], []
     for key, places in asked.items():
-        for chunk in candidate_chunks(prompt, told[key], list(places), token_budget):
-            trees.append(prompt.candidate_tree(told[key], chunk))
-            owners.append(key)
-    parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
+        chunks = candidate_chunks(prompt, told[key], list(places), token_budget)
+        if len(chunks) > 1 and packs:
+            parts[key].append(_below_one_prompt(model, prompt, told[key], list(places), token_budget))
+            continue
+        trees += [prompt.candidate_tree(told[key], chunk) for chunk in chunks]
+        owners += [key] * len(chunks)
     for key, logps in zip(owners, completion_logps(model, trees, token_budget=token_budget), strict=True):
         parts[key].append(logps)
     whole = {key: torch.cat(found) for key, found in parts.items()}
     return [whole[key][[asked[key][i] for i in items]] for key, items in zip(keys, candidates, strict=True)]
+
+
+def _below_one_prompt(
+    model: nn.Module, prompt: Prompt, history: Sequence[int], items: Sequence[int], token_budget: int
+) -> torch.Tensor:
+    """Log-probs of more titles than one pass holds ``[C]``: what the LLM keeps of the prompt serves all passes."""
+    trie = title_trie([[], *(prompt.answers[i] for i in items)])
+    logps = exact_scores(model, prompt.trunk(history), trie, title_scores(trie), token_budget=token_budget)
+    return logps[1:].to(next(model.parameters()).device)
 
 
 def _question(prompt: Prompt | PairPrompt, history: Sequence[int], items: Sequence[int]) -> tuple[int, ...]:

@@ -218,6 +218,27 @@ def test_users_of_equal_history_share_its_pass(tiny: dict[str, Any], tmp_path: P
     assert sum(fed) == trunks + sum(len(model.prompt.answers[i]) - 1 for i in (10, 11, 12, 20, 10, 13, 14))
 
 
+def test_candidates_over_the_budget_share_the_prompt(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The prompt is fed once, and the titles below it in passes that keep to the budget."""
+    model, _, _ = built({**tiny, "token_budget": 64}, tmp_path / "run")
+    model.eval()
+    history, items = [3, 4, 5], list(range(1, 31))
+    fed = []
+    hook = model.policy.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: fed.append(ids[0].numel())
+    )
+    with torch.no_grad():
+        (cut,) = model._scores([history], [items])
+        passes, model.budget.tokens = list(fed), 8192
+        (whole,) = model._scores([history], [items])
+    hook.remove()
+    torch.testing.assert_close(cut, whole, atol=1e-4, rtol=0)
+    answers = [model.prompt.answers[i] for i in items]
+    prefixes = {tuple(answer[:n]) for answer in answers for n in range(1, len(answer))}
+    assert sum(passes) == len(model.prompt.trunk(history)) + len(prefixes)
+    assert len(passes) > 2 and max(passes[1:]) <= 64
+
+
 def test_memory_that_runs_out_halves_the_passes_and_changes_nothing(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
