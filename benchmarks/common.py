@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers.utils import logging as transformers_logging
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.atomic import read_items
@@ -24,6 +25,7 @@ from recbole_llm.llm.pretrained import LLM, load_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
 from recbole_llm.run_folder import environment, write_json
 
+transformers_logging.disable_progress_bar()
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 WITH_YEAR, BARE = "{movie_title} ({release_year})", "{movie_title}"
 
