@@ -17,8 +17,14 @@ test: .venv/.ready-dev ## set up with the test tools, then run the tests
 lint: .venv/.ready-dev ## look for mistakes without running anything
 	$(BIN)/ruff check .
 
-bench: .venv/.ready ## time the scoring of candidates against other ways to do it
+bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
+	$(BIN)/python benchmarks/train_preference.py
+	$(BIN)/python benchmarks/train_preference.py --memory --prompt 300 600 --k 7 15
+	$(BIN)/python benchmarks/stream_training.py
 	$(BIN)/python benchmarks/score_candidates.py
+	$(BIN)/python benchmarks/full_catalogue.py --rounds=3
+	$(BIN)/python benchmarks/cpu_kernels.py
+	$(BIN)/python benchmarks/runner_overhead.py --rounds=3
 
 clean: ## remove builds and caches; results in saved/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

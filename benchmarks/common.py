@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
+from tabulate import tabulate
 from transformers.utils import logging as transformers_logging
 
 from recbole_llm.config import LLMConfig
@@ -220,7 +220,7 @@ class Results:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, numbers with three digits."""
-    return pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3g", missingval="–")
+    return tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".3g", missingval="–")
 
 
 def failures(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -233,8 +233,8 @@ def failures(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _load_average() -> tuple[float, float, float] | None:
-    return os.getloadavg() if hasattr(os, "getloadavg") else None
+def _load_average() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def _trl_version() -> str | None:

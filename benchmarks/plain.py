@@ -40,6 +40,14 @@ def sequence_logps(model: torch.nn.Module, asked: Sequence[Asked], head: Literal
     return (logps * wanted).sum(-1)
 
 
+def in_batches(
+    model: torch.nn.Module, asked: Sequence[Asked], head: Literal["all", "last", "titles"], at_once: int = 20
+) -> Tensor:
+    """The same for so many that their logits do not fit the memory together ``[N]``."""
+    parts = [asked[first : first + at_once] for first in range(0, len(asked), at_once)]
+    return torch.cat([sequence_logps(model, part, head) for part in parts])
+
+
 def _padded(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask ``[N, L]``, padded on the right."""
     longest = max(map(len, sequences))

@@ -2,7 +2,7 @@
 
     python benchmarks/score_candidates.py [--prompt 150 300 600] [--candidates 20 100] [--llm=embedded] [--rounds=5]
 
-*full logits*: one sequence (prompt + title) a candidate, all in one padded batch, log-softmax of all logits, as most
+*full logits*: one sequence (prompt + title) a candidate, 20 in a padded batch, log-softmax of all logits, as most
 published rankers do. *logits_to_keep*: the same with logits from the prompt's end on. *expanded KV cache*: the prompt
 once, its cache repeated for a batch of titles. *ours*: prompt and titles as one token tree. Equal to 2e-4 nats.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import Results, Side, arguments, compare, load, material, speedups, title_tree
 from operations import one_sequence_each, scoring, shared_prompt
-from plain import cached_logps, logp_by_hand, sequence_logps
+from plain import cached_logps, in_batches, logp_by_hand
 
 from recbole_llm.llm.logps import batch_logps
 
@@ -36,8 +36,8 @@ def measured(
     lengths = [len(title) for title in titles]
     naive, least = one_sequence_each(len(prompt), lengths, every_row=True), shared_prompt(len(prompt), lengths)
     sides = {
-        PLAIN: Side(lambda: sequence_logps(plain, asked, "all"), facts={"tokens": naive.tokens}),
-        KEEP: Side(lambda: sequence_logps(plain, asked, "last"), facts={"tokens": naive.tokens}),
+        PLAIN: Side(lambda: in_batches(plain, asked, "all"), facts={"tokens": naive.tokens}),
+        KEEP: Side(lambda: in_batches(plain, asked, "last"), facts={"tokens": naive.tokens}),
         CACHE: Side(lambda: cached_logps(plain, prompt, titles, at_once=len(titles))),
         OURS: Side(lambda: batch_logps(model, [title_tree(prompt, titles)]), facts={"tokens": least.tokens}),
     }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -118,7 +117,8 @@ def left_out(name: str, most_gib: float, config: Any, prompt: int, answers: Sequ
         return None
     rows = 2 * (len(answers) - 1) if name in (TRL, TRL_DEFAULT) else len(answers)
     tokens = rows * (prompt + max(map(len, answers)))
-    needed = step_bytes(config, tokens, all_logits=name != TITLES)  # on a CPU TRL's head runs over all positions / GIB
+    # On a CPU TRL's head runs over all positions too.
+    needed = step_bytes(config, tokens, all_logits=name != TITLES) / GIB
     if needed > most_gib and name != TRL_DEFAULT:  # with checkpointing it keeps one vector a layer
         return f"not run: memory, about {needed:.0f} GiB"
     return None
@@ -178,6 +178,10 @@ def memory(args: argparse.Namespace, prompt: list[int], answers: Sequence[list[i
     return {"prompt_tokens": len(prompt), "k": len(answers) - 1, "sides": records}
 
 
+def gib(found: dict[str, Any], name: str) -> float | None:
+    return found[name] / GIB if name in found else None
+
+
 def memory_table(results: Results) -> str:
     """Markdown: gigabytes of each side."""
     return markdown(
@@ -185,8 +189,8 @@ def memory_table(results: Results) -> str:
             {
                 "cell": cell,
                 "side": name,
-                "process, GiB": found.get("peak_bytes", math.nan) / GIB,
-                "steps add, GiB": found.get("growth_bytes", math.nan) / GIB,
+                "process, GiB": gib(found, "peak_bytes"),
+                "steps add, GiB": gib(found, "growth_bytes"),
                 "": found.get("failed") or found.get("not_run") or "",
             }
             for cell, record in results.cells.items()

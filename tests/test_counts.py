@@ -135,7 +135,7 @@ def test_stream_sft(llm: LLM) -> None:
 
 
 def test_stream_pairs(llm: LLM) -> None:
-    """k = 7 rejected titles at every position: the history once, and the titles; their first tokens share a head row."""
+    """k = 7 rejected titles at every position: the history once, and the titles; first tokens share a head row."""
     prompt, items = prompt_of(llm, "stream"), (1, 2, 3, 4)
     rejected = tuple(tuple(range(10 + K * t, 10 + K * (t + 1))) for t in range(3))
     window = Window(1, items, (1, 2, 3), rejected)
