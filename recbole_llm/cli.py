@@ -143,7 +143,8 @@ def compare_models(settings: dict[str, Any]) -> int:
 
 def plan_run(settings: dict[str, Any]) -> int:
     """Show what a run will cost; ``--probe=False`` leaves out what needs the LLM's weights."""
-    from recbole_llm.plan import plan, told
+    from recbole_llm.plan import plan
+    from recbole_llm.report.plan_table import told
 
     probe = settings.pop("probe", True)
     if not isinstance(probe, bool):

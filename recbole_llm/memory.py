@@ -136,7 +136,7 @@ def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterato
         model.eval()
 
 
-def head_bytes(model: torch.nn.Module, rows: int, *, trained: bool) -> int:
+def head_bytes(model: torch.nn.Module, rows: int, device: torch.device, *, trained: bool) -> int:
     """Bytes of the LM head over some rows: a chunk of logits, float32 copy and exponentials, and each row's own.
 
     A row's own are its hidden state, the gradient that is computed beside its logits, and the float32 products with the
@@ -145,7 +145,7 @@ def head_bytes(model: torch.nn.Module, rows: int, *, trained: bool) -> int:
     head = decoder_and_head(model)[1].weight
     logits = 8 if head.dtype == torch.float32 else 8 + head.element_size()
     own = head.element_size() * (2 if trained else 1) + 12
-    return min(rows, head_rows_at_once(head.device)) * head.shape[0] * logits + rows * head.shape[1] * own
+    return min(rows, head_rows_at_once(device)) * head.shape[0] * logits + rows * head.shape[1] * own
 
 
 def weight_bytes(model: torch.nn.Module, config: Config) -> dict[str, int]:

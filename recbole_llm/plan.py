@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
-from tabulate import tabulate
 
 from recbole_llm import memory
 from recbole_llm.config import LLMConfig
@@ -27,8 +26,6 @@ from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
 from recbole_llm.stages import base_hash, stages
 from recbole_llm.transfer import eval_config_of
-
-COLUMNS = ("", "rounds", "positions", "steps", "passes", "tokens", "one by one", "ratio", "head rows", "at most")
 
 
 def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
@@ -174,7 +171,9 @@ def _memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
     for checkpointing in (asked, not asked):
         name = "training pass" if checkpointing == asked else "training pass with the other gradient_checkpointing"
         parts[name] = max((pass_bytes(config, llm, w, w.largest, checkpointing) for w in trained), default=0)
-    parts["LM head of it"] = max((memory.head_bytes(llm.model, w.largest[1], trained=True) for w in trained), default=0)
+    parts["LM head of it"] = max(
+        (memory.head_bytes(llm.model, w.largest[1], config["device"], trained=True) for w in trained), default=0
+    )
     parts["evaluation pass"] = max(pass_bytes(config, llm, w, w.largest) for w in work if not w.trained)
     parts["held"] = memory.HELD[device]
     return parts
@@ -186,7 +185,7 @@ def pass_bytes(
     """Bytes that a pass of some tokens and LM-head rows takes at most."""
     checkpointing = config["gradient_checkpointing"] if checkpointing is None else checkpointing
     body = memory.body_bytes(llm.model, size[0], trained=work.trained, checkpointing=checkpointing)
-    head = memory.head_bytes(llm.model, size[1], trained=work.trained)
+    head = memory.head_bytes(llm.model, size[1], config["device"], trained=work.trained)
     return body.kept + max(body.work + memory.unpacked_bytes(llm.model, config), head)
 
 
@@ -268,49 +267,3 @@ def _other_model(config: LLMConfig, probe: bool) -> dict[str, Any]:
         "machine": machine(config["device"]),
         "notes": notes,
     }
-
-
-# ---- as text
-
-
-def told(found: dict[str, Any]) -> str:
-    """A plan as tables."""
-    lines = [f"Plan of {found['model']} on {found['dataset']} ({found['machine']})", ""]
-    rows = [_row(part) for part in found["work"]]
-    lines += [tabulate(rows, headers=COLUMNS, disable_numparse=True, colalign=("left",) + ("right",) * 9), ""]
-    lines += _memory_told(found["memory"])
-    if found["seconds"]:
-        lines += ["", f"time: at most {_time(found['seconds']['total'])} in all."]
-    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"])])
-
-
-def _row(part: dict[str, Any]) -> list[str]:
-    times = part["rounds"]
-    counts = [f"{part.get(name, 0) * times:,}" if name in part else "" for name in ("passes", "tokens", "naive")]
-    ratio = f"{part['naive'] / part['tokens']:.1f}x" if part.get("tokens") else ""
-    heads = f"{part['head_rows'] * times:,}" if "head_rows" in part else ""
-    seconds = 0.0 if part.get("cached") else part["seconds"]
-    steps = f"{part['steps']:,}" if part["steps"] else ""
-    told_time = "" if seconds is None else _time(seconds)
-    return [part["name"], str(times), f"{part['positions']:,}", steps, *counts, ratio, heads, told_time]
-
-
-def _memory_told(parts: dict[str, Any]) -> list[str]:
-    sizes = {k: v for k, v in parts.items() if k not in ("machine", "fits", "gpu", "gpus")}
-    lines = [tabulate([[name, _size(value)] for name, value in sizes.items()], headers=("peak memory", ""))]
-    if "total" in parts:
-        verdict = "fits" if parts["fits"] else "does NOT fit"
-        lines.append(f"this machine has {_size(parts['machine'])}: {verdict}.")
-        classes = ", ".join(f"{size} GiB {'yes' if fits else 'no'}" for size, fits in parts["gpus"].items())
-        lines.append(f"on a GPU the same would need {_size(parts['gpu'])}: {classes}.")
-    return lines
-
-
-def _size(value: float) -> str:
-    return f"{value / memory.GIB:.2f} GiB" if value >= 0.1 * memory.GIB else f"{value / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

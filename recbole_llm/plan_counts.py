@@ -118,17 +118,15 @@ def eval_work(
         return _catalogue_work(config, prompt, name, fitted, rounds)
     items = rows.candidates.tolist() if rows.mode != "full" else _most_popular(config, rows, popularity)
     alone = [_asked(history, mine) for history, mine in zip(fitted, items, strict=True)]
-    passes = []
-    for batch in rows.batches(LLMRanker.users_at_once):
-        passes += _passes(config, prompt, _shared(config, prompt, [alone[row] for row in batch]))
-    return _work(name, prompt, passes, alone, rounds=rounds)
+    batches = [[alone[row] for row in batch] for batch in rows.batches(LLMRanker.users_at_once)]
+    return _ranking_work(config, prompt, name, batches, rounds)
 
 
 def prior_work(config: Config, prompt: Prompt | PairPrompt, rounds: int) -> Work:
     """Log-probs of all titles after an empty history (``score_norm=pmi``)."""
-    everything = [_asked([], range(1, len(prompt.answers)))]
-    passes = _passes(config, prompt, _shared(config, prompt, everything))
-    return _work("titles without history", prompt, passes, everything, rounds=rounds)
+    return _ranking_work(
+        config, prompt, "titles without history", [[_asked([], range(1, len(prompt.answers)))]], rounds
+    )
 
 
 def expected_expansions(k: int, inner: int) -> int:
@@ -138,6 +136,26 @@ def expected_expansions(k: int, inner: int) -> int:
     that spreads its probability over more titles visits more.
     """
     return min(inner, 100 + 10 * k)
+
+
+def _ranking_work(
+    config: Config, prompt: Prompt | PairPrompt, name: str, batches: list[list[Window]], rounds: int
+) -> Work:
+    """Ranking of candidates; where they exceed the budget, several passes go below one pass of their prompt.
+
+    Titles of such passes that begin alike share tokens; that is not counted.
+    """
+    shared = [_shared(config, prompt, batch) for batch in batches]
+    passes = [part for windows in shared for part in _passes(config, prompt, windows)]
+    found = _work(name, prompt, passes, [w for batch in batches for w in batch], rounds=rounds)
+    if config["attention"] in ("sdpa", "eager") or isinstance(prompt, PairPrompt):
+        return found
+    for windows in shared:
+        histories = [w.items[:-1] for w in windows]
+        once = set(histories)
+        found.tokens -= sum(len(prompt.trunk(h)) for h in histories) - sum(len(prompt.trunk(h)) for h in once)
+        found.head_rows -= len(histories) - len(once)
+    return found
 
 
 def _catalogue_work(

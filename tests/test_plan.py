@@ -26,11 +26,17 @@ from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.token_tree import batch_trees
 from recbole_llm.llm_trainer import LLMTrainer
-from recbole_llm.plan import plan, told
-from recbole_llm.plan_counts import expected_expansions, head_rows, naive_tokens
+from recbole_llm.plan import plan
+from recbole_llm.plan_counts import expected_expansions, head_rows, naive_tokens, prior_work
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.plan_table import told
 
 GIB = 2**30
+CATALOGUE = [
+    f"{colour} {animal} ({1950 + 4 * i + j})"
+    for i, animal in enumerate("cat dog fox owl bee ant elk cow pig hen rat bat cod eel jay".split())
+    for j, colour in enumerate(("red", "blue", "green", "black"))
+]
 FEW = {"few_shot": 10, "eval_users": 12, "train_batch_size": 16, "stopping_step": 100}
 
 
@@ -77,6 +83,15 @@ def test_head_rows_and_sequences_are_those_of_the_trees(family: str) -> None:
     assert naive_tokens(prompt, window) == sum(int(tree.depth[node]) + 1 for node in last.values())
 
 
+def test_candidates_beyond_the_budget_pay_for_their_prompt_once(tiny: dict[str, Any]) -> None:
+    prompt = Prompt(load_template("stream", PROPERTIES), ["", *CATALOGUE], tiny_llm()[1])
+    config = LLMConfig(config_dict={**tiny, "token_budget": 100})
+    found = prior_work(config, prompt, 3)
+    assert found.tokens == len(prompt.prefix) + sum(len(a) - 1 for a in prompt.answers[1:]) > 400
+    assert found.head_rows == 1 + sum(len(a) - 1 for a in prompt.answers[1:])
+    assert found.passes > 4 and found.largest[0] <= 100
+
+
 @pytest.fixture
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Tokens and LM-head rows of every forward pass after the model was loaded."""
@@ -100,7 +115,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "SDPO", "rejected": "uniform+popularity", "epochs": 2, "token_budget": 256},
+        {"loss": "SDPO", "rejected": "uniform+popularity", "epochs": 2, "token_budget": 512},
         {"loss": "DPO", "rejected_num": 1, "prompt": "instruct", "score_norm": "pmi"},
         {"loss": "SFT", "finetune": "none"},
         {"loss": "SFT", "epochs": 3, "eval_step": 2, "sft_positions": 3},
@@ -159,13 +174,6 @@ def test_whole_catalogue(tiny: dict[str, Any]) -> None:
     titles = sum(map(len, prompt.answers[1:]))
     assert exact["naive"] == 60 * prompts + 12 * titles
     assert expected_expansions(10, 150) == 150  # never more than there are
-
-
-CATALOGUE = [
-    f"{colour} {animal} ({1950 + 4 * i + j})"
-    for i, animal in enumerate("cat dog fox owl bee ant elk cow pig hen rat bat cod eel jay".split())
-    for j, colour in enumerate(("red", "blue", "green", "black"))
-]
 
 
 def test_a_finished_stage_costs_nothing(tiny: dict[str, Any]) -> None:
@@ -302,11 +310,11 @@ def test_a_model_of_recbole(toy: dict[str, Any]) -> None:
 # ---- against the real thing
 
 SHAPE = ["-m", "LLMRanker", "-d", "ml-100k", "--few_shot=4", "--eval_users=8", "--epochs=1", "--loss=SDPO"]
-SHAPE += ["--sft_positions=40", "--preference_positions=20", "--rejected_num=3", "--encoder=tfidf", "--state=ERROR"]
+SHAPE += ["--sft_positions=20", "--preference_positions=10", "--rejected_num=3", "--encoder=tfidf", "--state=ERROR"]
 SHAPE += ["--show_progress=False", "--eval_args={'mode':{'valid':'uni19','test':'uni19'}}"]
 PLAN = (
-    "import json, sys; from recbole_llm import cli, plan; "
-    "plan.told = lambda found: 'PLAN' + json.dumps([found['seconds']['passes'], found['memory']['total']]); "
+    "import json, sys; from recbole_llm import cli; from recbole_llm.report import plan_table; "
+    "plan_table.told = lambda found: 'PLAN' + json.dumps([found['seconds']['passes'], found['memory']['total']]); "
     "cli.main(['plan', *sys.argv[1:]])"
 )
 RUN = (
