@@ -162,7 +162,7 @@ class Results:
     """
 
     def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        self.file = args.out / f"{benchmark}-{Path(args.llm).stem}.json"
+        self.file = args.out / f"{benchmark}-{Path(args.llm).name}.json"
         self.again, self.rounds = args.again, args.rounds
         self.cells: dict[str, dict[str, Any]] = {}
         if self.file.is_file():
