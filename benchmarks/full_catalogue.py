@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import BARE, WITH_YEAR, Results, Side, arguments, compare, load, speedups
-from plain import cached_logps, in_batches, logp_by_hand
+from plain import ROUGH_NATS, cached_logps, in_batches, logp_by_hand
 from ranker import SETTINGS, ml_100k_ranker
 
 from recbole_llm.catalogue import exact_scores, exact_topk
@@ -171,8 +171,12 @@ def one_user(
         return (found - right).abs().max().item()
 
     return {
-        PLAIN: Side(lambda: in_batches(plain, asked, "all"), far, share=len(some) / len(titles)),
-        CACHE: Side(lambda: cached_logps(plain, prompt, titles, at_once=128), lambda found: far(found[some])),
+        PLAIN: Side(lambda: in_batches(plain, asked, "all"), far, share=len(some) / len(titles), tolerance=ROUGH_NATS),
+        CACHE: Side(
+            lambda: cached_logps(plain, prompt, titles, at_once=128),
+            lambda found: far(found[some]),
+            tolerance=ROUGH_NATS,
+        ),
         EXACT: Side(
             lambda: exact_scores(model, prompt, trie, scores, token_budget=4096), lambda found: far(found[1:][some])
         ),

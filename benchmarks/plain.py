@@ -14,7 +14,8 @@ from recbole_llm.llm.logps import decoder_and_head
 
 Asked = tuple[list[int], list[int]]  # tokens of a prompt, tokens of its completion
 BETA = 0.1
-ROUGH = 5e-5  # relative error of loss and gradients that float32 log_softmax brings along, see logp_by_hand
+# What sides that use float32 log_softmax may differ by, see logp_by_hand: loss and gradients (relative), title log-probs.
+ROUGH, ROUGH_NATS = 1e-4, 1e-3
 
 
 def sequence_logps(model: torch.nn.Module, asked: Sequence[Asked], head: Literal["all", "last", "titles"]) -> Tensor:

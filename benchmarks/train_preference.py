@@ -4,7 +4,7 @@
 
 The prompt is shared by the chosen and k rejected titles, each with an end (instruct prompts). All sides compute the
 same loss, the mean of DPO over the k pairs, on the same token ids with the same weights; loss and gradients must equal
-those of one sequence at a time to 1e-5 (relative L2; 5e-5 for sides that use float32 log_softmax). *sequences* is what
+those of one sequence at a time to 1e-5 (relative L2; 1e-4 for sides that use float32 log_softmax). *sequences* is what
 S-DPO's code does: k + 1 full sequences, log_softmax of all positions, the reference in every step. TRL takes k pairs
 as 2k sequences. ``--memory`` measures each side's resident memory in a process of its own instead, with AdamW.
 """
