@@ -14,7 +14,7 @@ from recbole_llm.llm.logps import decoder_and_head
 
 Asked = tuple[list[int], list[int]]  # tokens of a prompt, tokens of its completion
 BETA = 0.1
-# What sides that use float32 log_softmax may differ by, see logp_by_hand: loss and gradients (relative), title log-probs.
+# What sides with float32 log_softmax may differ by (see logp_by_hand): loss and gradients, relative; title log-probs.
 ROUGH, ROUGH_NATS = 1e-4, 1e-3
 
 
