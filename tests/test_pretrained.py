@@ -15,7 +15,8 @@ from transformers import BertConfig, LlamaConfig, LlamaModel, MistralConfig, T5C
 from recbole_llm.errors import UserError
 from recbole_llm.llm import adapter
 from recbole_llm.llm.adapter import adapter_state, load_adapter, save_adapter, set_adapter_state
-from recbole_llm.llm.pretrained import LLM, _context, load_llm
+from recbole_llm.llm.base import context_of
+from recbole_llm.llm.pretrained import LLM, load_llm
 from recbole_llm.llm.tiny import tiny_llm
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def test_embedded_llm() -> None:
     assert not any(weight.requires_grad for weight in base)
     assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in lora)
     assert len(lora) == 30 * 7 * 2
-    assert llm.model.config.use_cache is False and llm.model.config._attn_implementation == "sdpa"
+    assert llm.model.config.use_cache is False and llm.model.config._attn_implementation == "token_tree_blocks"
 
 
 def test_new_adapter_changes_nothing_and_is_seeded() -> None:
@@ -122,9 +123,9 @@ def test_missing_pad_token_is_the_end_of_text(folder: Path) -> None:
 def test_context_is_at_most_the_sliding_window() -> None:
     model, tokenizer = tiny_llm()
     model.config = MistralConfig(max_position_embeddings=1000, sliding_window=300)
-    assert _context(model, tokenizer) == 300
+    assert context_of(model, tokenizer) == 300
     model.config = MistralConfig(max_position_embeddings=1000, sliding_window=None)
-    assert _context(model, tokenizer) == 1000
+    assert context_of(model, tokenizer) == 1000
 
 
 # ---- what cannot be loaded
@@ -136,7 +137,7 @@ def test_context_is_at_most_the_sliding_window() -> None:
         ({"dtype": "int8"}, "--dtype=int8: expected one of auto, float32"),
         ({"quantization": "3bit"}, "--quantization=3bit: expected one of None, 4bit"),
         ({"finetune": "all"}, "--finetune=all: expected one of lora, full, none"),
-        ({"attention": "magic"}, "--attention=magic: expected one of auto, eager"),
+        ({"attention": "magic"}, "--attention=magic: expected one of auto, blocks"),
         ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
         ({"quantization": "4bit", "finetune": "full"}, "--finetune=full cannot train --quantization=4bit"),
         ({"lora_target_modules": ["query"]}, "--lora_target_modules=.*query.*linear layers are .*q_proj"),
@@ -164,7 +165,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: object, **options: object) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
-    monkeypatch.setattr("recbole_llm.llm.pretrained.AutoConfig.from_pretrained", no_network)
+    monkeypatch.setattr("recbole_llm.llm.base.AutoConfig.from_pretrained", no_network)
     with refused("--llm=nobody/nothing could not be loaded: We couldn't connect.*hf download.*=embedded"):
         load("nobody/nothing")
 

@@ -10,19 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from recbole_llm.llm.attention import NAMES
-from recbole_llm.llm.fast_linears import DEFAULT
-from recbole_llm.llm.pretrained import (
-    LLM,
-    _add_lora,
-    _check_causal,
-    _context,
-    _explained,
-    _fingerprint,
-    _load_base,
-    _load_tokenizer,
-    _locate,
-    dtype_of,
+from recbole_llm.llm.base import (
+    check_causal,
+    context_of,
+    explained_load,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    locate,
 )
+from recbole_llm.llm.fast_linears import DEFAULT
+from recbole_llm.llm.pretrained import LLM, add_lora, dtype_of
 
 
 def hollow_llm(config: Config) -> tuple[LLM, bool]:
@@ -38,17 +36,17 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
         UserError: as ``load_llm``.
     """
     name, dtype = config["llm"], dtype_of(config["dtype"], config["device"])
-    with _explained(name):
+    with explained_load(name):
         base, tokenizer, revision, has_weights = _hollow_base(name, getattr(torch, dtype))
         base.config.use_cache = False
         base.requires_grad_(config["finetune"] == "full")
-        context = _context(base, tokenizer)
+        context = context_of(base, tokenizer)
         model: torch.nn.Module = base
         if config["finetune"] == "lora":
             options = {key: config[f"lora_{key}"] for key in ("alpha", "dropout")}
             lora = {"r": config["lora_r"], **{f"lora_{key}": value for key, value in options.items()}}
             with torch.device("meta"):
-                model = _add_lora(base, {**lora, "target_modules": config["lora_target_modules"]})
+                model = add_lora(base, {**lora, "target_modules": config["lora_target_modules"]})
     kernels = {"layers": DEFAULT, "head": DEFAULT}
     return LLM(model.eval(), tokenizer, name, revision, context, dtype, "meta", kernels), has_weights
 
@@ -56,14 +54,14 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
 def _hollow_base(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, object, str, bool]:
     """Model, tokenizer, revision, and whether the weights are there."""
     if name == "tiny":
-        model, tokenizer, revision = _load_base(name, torch.device("cpu"), dtype, None)
+        model, tokenizer, revision = load_base(name, torch.device("cpu"), dtype, None)
         model.set_attn_implementation(NAMES["blocks"])
         return model.to("meta"), tokenizer, revision, True
-    where = _locate(name)
+    where = locate(name)
     shape = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    _check_causal(name, shape)
+    check_causal(name, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
     folder = Path(cached_file(where, "config.json")).parent
     has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return model, _load_tokenizer(name, where, model), _fingerprint(folder), has_weights
+    return model, load_tokenizer(name, where, model), fingerprint(folder), has_weights
