@@ -84,7 +84,9 @@ def measured(args: argparse.Namespace, form: str, folder: Path) -> dict[str, Any
     prompts = [model.prompt.trunk(rows.history[row][-args.history :]) for row in chosen]
     hidden = [rows.hidden[row] for row in chosen]
     searched = Search(model.policy, prompts, trie, hidden, rows.targets[chosen].tolist(), args.k)
-    sides = one_user(plain.model, model.policy, prompts[0], trie, model.prompt.answers, searched.full[0])
+    lengths = np.array([len(prompt) for prompt in prompts])
+    typical = int(np.abs(lengths - lengths.mean()).argmin())  # what one user costs grows with the prompt
+    sides = one_user(plain.model, model.policy, prompts[typical], trie, model.prompt.answers, searched.full[typical])
     sides[TOPK] = Side(searched.run, searched.difference, share=len(prompts))
     records = compare(sides, lambda found: found, TOLERANCE, args.rounds)
     return {
@@ -93,7 +95,8 @@ def measured(args: argparse.Namespace, form: str, folder: Path) -> dict[str, Any
         "inner_nodes": len(trie.inner),
         "users": len(prompts),
         "k": args.k,
-        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "prompt_tokens": lengths.tolist(),
+        "prompt_tokens_of_one_user": len(prompts[typical]),
         "adapter": str(folder),
         **searched.facts(),
         "times_faster": {ours: speedups(records, ours) for ours in (TOPK, EXACT)},
@@ -161,7 +164,7 @@ def one_user(
     answers: Sequence[list[int]],
     full: np.ndarray,
 ) -> dict[str, Side]:
-    """The ways that score every title of the first user; each is held against plain scoring of some titles."""
+    """The ways that score every title of one user; each is held against plain scoring of some titles."""
     titles, scores = answers[1:], title_scores(trie)
     some = np.random.default_rng(1).choice(len(titles), min(SOME, len(titles)), replace=False)
     asked = [(prompt, titles[i]) for i in some]
@@ -194,9 +197,10 @@ def main(argv: list[str] | None = None) -> Results:
     parser.add_argument("--train_users", type=int, default=200, help="without --adapter: users of one epoch of SFT")
     args = arguments(parser, argv)
     results = Results("full_catalogue", args)
-    for cell in results.todo(args.form):
-        folder = args.adapter or trained_adapter(args.llm, FORMS[cell], args.history, args.train_users)
-        results.keep(cell, measured(args, FORMS[cell], folder))
+    cells = {f"{form}, K={args.k}, history {args.history}, {args.users} users": FORMS[form] for form in args.form}
+    for cell in results.todo(cells):
+        folder = args.adapter or trained_adapter(args.llm, cells[cell], args.history, args.train_users)
+        results.keep(cell, measured(args, cells[cell], folder))
     print(results.table(TOPK))
     for cell, record in results.cells.items():
         print(

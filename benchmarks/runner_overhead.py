@@ -181,8 +181,9 @@ def main(argv: list[str] | None = None) -> Results | None:
         return None
     results = Results("runner_overhead", args)
     settings = {**SETTINGS, "epochs": args.epochs, **args.settings}
-    for cell in results.todo(args.models):
-        results.keep(cell, measured(cell, settings, args.rounds, args.threads, args.tolerance))
+    cells = {f"{model}, {args.epochs} epochs": model for model in args.models}
+    for cell in results.todo(cells):
+        results.keep(cell, measured(cells[cell], settings, args.rounds, args.threads, args.tolerance))
     print(table(results))
     return results
 

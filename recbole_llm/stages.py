@@ -25,10 +25,10 @@ SFT_KEYS = tuple(
     """
     llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
     prompt score_norm epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio
-    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH full_ranking rerank_model
-    rerank_topk recommender_config metric_decimal_place
+    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH metric_decimal_place
 """.split()
 )
+RERANK_KEYS = ("rerank_model", "rerank_topk", "recommender_config")  # where validation selects by a full ranking
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,21 @@ def base_hash(llm: LLM, texts: list[str]) -> str:
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
-    settings = {key: config[key] for key in SFT_KEYS}
+    settings = {key: config[key] for key in (*SFT_KEYS, *_sometimes(config, protocol))}
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
     what = [settings, base, data_hash(config), trained, selected_on, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
+
+
+def _sometimes(config: Config, protocol: Protocol) -> list[str]:
+    """Keys that determine the SFT adapter under some settings alone.
+
+    ``exact`` and ``exact_topk`` select the same epoch. Back ends and passes move the last bits, which no two machines
+    share; under dropout they move what is dropped.
+    """
+    keys = (
+        [*RERANK_KEYS, "full_ranking"] if protocol.valid.mode == "full" and config["full_ranking"] == "rerank" else []
+    )
+    return keys + (["attention", "token_budget"] if config["lora_dropout"] > 0 else [])

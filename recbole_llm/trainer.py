@@ -64,7 +64,7 @@ class ProtocolEvaluation:
         ranking, topk = Ranking(), max(self.config["topk"])
         shown = bar(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", disable=not show_progress)
         with random_state_kept(self.device), shown:  # evaluation must not move training
-            for rows in eval_data.batches(self._rows_at_once(eval_data)):
+            for rows in self._batches(eval_data):
                 scores, items = self.score_rows(eval_data, rows)
                 targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
                 column = (items == targets[:, None]).int().argmax(1)
@@ -126,10 +126,11 @@ class ProtocolEvaluation:
         chunks = [self.model.predict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         return torch.cat([c.reshape(-1) for c in chunks]).view(items.shape)
 
-    def _rows_at_once(self, data: EvalRows) -> int:
-        if getattr(self.model, "ranks_candidates", False):
-            return self.model.users_at_once
-        return max(1, min(self.config["eval_batch_size"], SCORES_AT_ONCE // self.protocol.dataset.item_num))
+    def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
+        if getattr(self.model, "ranks_candidates", False):  # such a model computes equal histories once
+            return data.batches_by_history(self.model.users_at_once, self.config["MAX_ITEM_LIST_LENGTH"])
+        at_once = min(self.config["eval_batch_size"], SCORES_AT_ONCE // self.protocol.dataset.item_num)
+        return data.batches(max(1, at_once))
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: object) -> None:
         """RecBole's checkpoint without the pickled Config; written beside and renamed: a kill leaves the old one."""

@@ -16,14 +16,17 @@ from transformers import (
     Qwen3Config,
 )
 
+from recbole_llm.catalogue import exact_scores
 from recbole_llm.errors import UserError
 from recbole_llm.llm import attention
-from recbole_llm.llm.attention import NAMES, Blocks, Flex, additive_mask
+from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, Blocks, Flex, additive_mask
 from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.logps import batch_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.tiny import tiny_llm
+from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder, batch_trees
+from recbole_llm.title_scores import title_scores
 from tests.test_token_tree import one_at_a_time, trees
 
 
@@ -104,6 +107,27 @@ def test_flex_and_blocks_equal_a_dense_mask(heads: int, shared: int, windows: li
         torch.testing.assert_close(attend(0, query, key, value, 0.3), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_runs_the_model_and_a_catalogue(windows: list[TokenTree]) -> None:
+    """What a GPU runs, forward and on a CPU: rows that are padded to its blocks, and trie nodes below a prompt."""
+    assert sum(tree.fed for tree in windows) % FLEX_BLOCK
+    trie = title_trie([[], [5, 6, 7], [5, 6, 8], [9, 7]])
+    found = []
+    for kind in ("blocks", "flex"):
+        llm = load_llm(llm="tiny", device=torch.device("cpu"), finetune="none", attention=kind, seed=0)
+        assert llm.model.config._attn_implementation == NAMES[kind]
+        with torch.no_grad():
+            logps = batch_logps(llm.model, windows)
+        scores = exact_scores(llm.model, [3, 4, 5], trie, title_scores(trie), token_budget=64)
+        found.append(torch.cat([logps, scores[1:]]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+
+
+def test_flex_is_refused_where_it_cannot_train() -> None:
+    with pytest.raises(UserError, match="flex cannot be trained on a CPU.*--attention=auto"):
+        load_llm(llm="tiny", device=torch.device("cpu"), attention="flex", seed=0)
+
+
 def test_blocks_spend_little_on_what_is_not_seen(windows: list[TokenTree]) -> None:
     """Pairs of a query and a key: a dense mask over 20 positions with 7 rejected titles each has three times many."""
     batch = batch_trees(windows[:1])
@@ -153,6 +177,12 @@ def test_a_soft_cap_needs_the_kernel_that_knows_it() -> None:
     model = small(Gemma2Config, attn_logit_softcapping=0.5, final_logit_softcapping=None, sliding_window=64)
     choose_attention(model, "auto", "it")
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_soft_cap_refuses_the_kernels_that_lack_it() -> None:
+    model = small(Gemma2Config, attn_logit_softcapping=50.0, final_logit_softcapping=None, sliding_window=64)
+    with pytest.raises(UserError, match="blocks has no soft cap"):
+        choose_attention(model, "blocks", "it")
 
 
 def test_layers_that_cannot_be_packed_are_refused() -> None:

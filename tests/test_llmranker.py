@@ -270,7 +270,7 @@ def test_too_little_memory_for_any_pass_is_told(
 
     model, _, _ = built(tiny, tmp_path / "run")
     monkeypatch.setattr(logps, "batch_trees", full)
-    with pytest.raises(UserError, match="--token_budget: memory does not suffice for a pass of 64 tokens"):
+    with pytest.raises(UserError, match="--token_budget: memory does not suffice for the smallest pass"):
         model.predict(asked(model, [[3, 4]], [[5, 6]]))
     monkeypatch.setattr(logps, "batch_trees", lambda trees, multiple: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -52,8 +52,13 @@ class EvalRows:
         return len(self.users)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Row numbers in chunks of ``size``; rows of equal recent history come together."""
-        order = sorted(range(len(self)), key=lambda row: tuple(self.history[row][::-1]))
+        """Row numbers in chunks of ``size``."""
+        for first in range(0, len(self), size):
+            yield np.arange(first, min(first + size, len(self)))
+
+    def batches_by_history(self, size: int, length: int) -> Iterator[np.ndarray]:
+        """As ``batches``, rows whose last ``length`` items are equal next to one another."""
+        order = sorted(range(len(self)), key=lambda row: self.history[row][-length:].tobytes())
         for first in range(0, len(self), size):
             yield np.array(order[first : first + size])
 

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch
 
 
 @torch.no_grad()
-def choose_attention(model: PreTrainedModel, attention: str, llm: str) -> None:
+def choose_attention(model: PreTrainedModel, attention: str, llm: str, trained: bool = True) -> None:
     """Set the attention back end, and make sure that packed trees give what one sequence at a time gives.
 
     Architectures differ in masks that a tree must not have (soft caps, state space layers, windows by place in the
@@ -28,19 +28,18 @@ def choose_attention(model: PreTrainedModel, attention: str, llm: str) -> None:
     Args:
         attention: as ``load_llm`` takes it.
         llm: name of the model, for the message.
+        trained: whether gradients will be asked for.
 
     Raises:
         UserError: no back end, or not the one asked for, gives the right log-probs.
     """
-    own = ["flex", "blocks"] if model.device.type == "cuda" else ["blocks"]
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        own = []  # a kernel without the cap is wrong by an amount that grows with the weights
-    tried = [attention] if attention != "auto" else [*own, "sdpa", "eager"]
+    fast = ["flex", "blocks"] if model.device.type == "cuda" else ["blocks"]
+    tried = [attention] if attention != "auto" else [*fast, "sdpa", "eager"]
     prompt, titles = _material(model.get_input_embeddings().num_embeddings)
     expected = _one_at_a_time(model, prompt, titles)
     wrong = []
     for kind in tried:
-        told = _error_of(model, kind, prompt, titles, expected)
+        told = _lacks(model, kind, trained) or _error_of(model, kind, prompt, titles, expected)
         if told is None:
             if wrong:
                 logging.getLogger(__name__).warning(f"--attention: {kind}, because {'; '.join(wrong)}.")
@@ -51,6 +50,15 @@ def choose_attention(model: PreTrainedModel, attention: str, llm: str) -> None:
         f"({'; '.join(wrong)}). Its layers cannot be packed; use a model with plain attention"
         f"{' or --attention=auto' if attention != 'auto' else ''}."
     )
+
+
+def _lacks(model: PreTrainedModel, kind: str, trained: bool) -> str | None:
+    """What a back end is known not to do; None if nothing is."""
+    if kind != "eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "has no soft cap"  # the error of leaving it out grows with the weights, and may be small here
+    if kind == "flex" and trained and model.device.type == "cpu":
+        return "cannot be trained on a CPU"
+    return None
 
 
 def _material(vocabulary: int) -> tuple[list[int], list[list[int]]]:

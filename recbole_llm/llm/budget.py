@@ -41,9 +41,9 @@ class TokenBudget:
                     raise
                 if self.tokens <= LEAST:
                     raise UserError(
-                        f"--token_budget: memory does not suffice for a pass of {self.tokens} tokens ({error}). "
-                        "Use a smaller --llm, --gradient_checkpointing=True, a lower --MAX_ITEM_LIST_LENGTH, or "
-                        "--quantization=4bit on a GPU."
+                        "--token_budget: memory does not suffice for the smallest pass, one user's prompt and titles "
+                        f"({error}). Use a smaller --llm, a lower --MAX_ITEM_LIST_LENGTH or --rejected_num, "
+                        "--gradient_checkpointing=True in training, or --quantization=4bit on a GPU."
                     ) from error
             # Not in the handler: there the error still holds the tensors of the pass that failed.
             gc.collect()

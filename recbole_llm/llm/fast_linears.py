@@ -151,14 +151,11 @@ def _decision(layers: list[nn.Linear], head: list[nn.Linear], cache_folder: Path
     file = folder / f"{content_hash(about)[:16]}.json"
     log = logging.getLogger()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # a run beside this one must decide alike
-            kernels = _read(file)
-            if kernels is None:
-                gains = {"layers": _gain(layers, MOST_OUTPUTS), "head": _gain(head, MOST_WORDS)}
-                kernels = {kind: ONEDNN if gain >= LEAST_GAIN else DEFAULT for kind, gain in gains.items()}
-                write_json(file, {"kernels": kernels, "gain": gains, **about})
-                log.info(f"oneDNN against torch's default: {gains['layers']:.2f}x layers, {gains['head']:.2f}x head.")
+        kernels = _read(file)
+        if kernels is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock"):  # a run beside this one must decide alike
+                kernels = _read(file) or _measured(file, layers, head, about)
     except OSError as error:
         log.warning(
             f"--fast_linears: nothing can be kept in {folder} ({error}), so torch's default products are used. "
@@ -169,14 +166,25 @@ def _decision(layers: list[nn.Linear], head: list[nn.Linear], cache_folder: Path
     return kernels
 
 
+def _measured(file: Path, layers: list[nn.Linear], head: list[nn.Linear], about: dict[str, Any]) -> dict[str, str]:
+    """The faster kernels, kept in a file."""
+    gains = {"layers": _gain(layers, MOST_OUTPUTS), "head": _gain(head, MOST_WORDS)}
+    kernels = {kind: ONEDNN if gain >= LEAST_GAIN else DEFAULT for kind, gain in gains.items()}
+    write_json(file, {"kernels": kernels, "gain": gains, **about})
+    logging.getLogger().info(
+        f"oneDNN against torch's default: {gains['layers']:.2f}x layers, {gains['head']:.2f}x head."
+    )
+    return kernels
+
+
 def _read(file: Path) -> dict[str, str] | None:
     """A decision that was kept; None if there is none that can be read."""
     try:
         kernels = json.loads(file.read_text(encoding="utf-8"))["kernels"]
         known = {kind: kernels[kind] for kind in ("layers", "head")}
+        return known if set(known.values()) <= {DEFAULT, ONEDNN} else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return known if set(known.values()) <= {DEFAULT, ONEDNN} else None
 
 
 def _gain(linears: Sequence[nn.Linear], most_outputs: int) -> float:

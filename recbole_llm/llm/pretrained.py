@@ -95,7 +95,7 @@ def load_llm(
         torch.default_generator.manual_seed(seed)
         model, tokenizer, revision = load_base(llm, device, getattr(torch, dtype), quantization)
         model.config.use_cache = False
-        choose_attention(model, attention, llm)
+        choose_attention(model, attention, llm, trained=finetune != "none")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         context = context_of(model, tokenizer)
