@@ -215,7 +215,7 @@ def _probe(
     """Time passes with the real weights; corrects what is known of memory by what is measured."""
     clock, device = time.perf_counter(), config["device"]
     with explained(config, None, "building the model"):
-        model = LLMRanker(config, protocol.train_data._dataset).to(device)
+        model = LLMRanker(_without_models(config), protocol.train_data._dataset).to(device)
     start = time.perf_counter() - clock
     if device.type == "cpu":
         parts["process"] = memory.process_bytes() - parts["weights"] - parts["adapters"]

@@ -18,6 +18,7 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.errors import UserError
+from recbole_llm.keys import LOSSES
 from recbole_llm.llm import logps
 from recbole_llm.llm.embedded import embedded_folder
 from recbole_llm.llm.hollow import hollow_llm
@@ -183,6 +184,17 @@ def test_a_finished_stage_costs_nothing(tiny: dict[str, Any]) -> None:
     assert by_name(again)["validation"]["rounds"] == 1 and by_name(again)["DPO"]["seconds"] > 0
     assert "SFT was finished before and is loaded (0 s)." in again["notes"]
     assert any("this run is finished" in note for note in planned({**tiny, **FEW})["notes"])
+
+
+# ---- time
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_passes_of_every_loss_are_timed(tiny: dict[str, Any], one_thread: None, loss: str) -> None:
+    found = plan(LLMConfig(config_dict={**tiny, **FEW, "loss": loss, "rejected_num": 1 if loss == "DPO" else 2}))
+    assert [part["name"] for part in found["work"] if part["trained"]] == list(dict.fromkeys(("SFT", loss)))
+    assert all(part["seconds"] > 0 for part in found["work"])
+    assert found["seconds"]["passes"] == pytest.approx(sum(part["seconds"] for part in found["work"]))
 
 
 # ---- memory
