@@ -1,38 +1,13 @@
-"""Resident memory: the peak of a piece of work, and an estimate of what a training step of full sequences takes."""
+"""Resident memory: the peak of a piece of work, as `plan` watches it, and an estimate for full sequences."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import psutil
+from recbole_llm.memory import GIB
+from recbole_llm.probe import PeakMemory
 
-GIB = 2**30
-
-
-class PeakMemory:
-    """Bytes that this process holds at most while the block runs, sampled by a thread every 2 ms.
-
-    Attributes:
-        before: on entering.
-        peak: at most, from entering to leaving.
-    """
-
-    def __enter__(self) -> PeakMemory:
-        self._process, self._end = psutil.Process(), threading.Event()
-        self.before = self.peak = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._end.wait(0.002):
-            self.peak = max(self.peak, self._process.memory_info().rss)
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self.peak = max(self.peak, self._process.memory_info().rss)
+__all__ = ["GIB", "PeakMemory", "step_bytes"]
 
 
 def step_bytes(config: Any, tokens: int, *, all_logits: bool) -> float:

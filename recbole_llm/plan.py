@@ -231,7 +231,7 @@ def _probe(
             part.seconds = timed[alike].seconds(part)
     if any(trained for trained, _ in timed):
         expected += parts["gradients"] + parts["optimizer"]
-    parts["held"] = min(max(1.0, peak.grown / expected), 2.5)
+    parts["held"] = min(max(1.0, (peak.peak - peak.before) / expected), 2.5)
     computed = sum(w.seconds or 0 for w in work)
     return {"start": start, "passes": computed, "total": start + computed}
 

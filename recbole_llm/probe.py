@@ -57,18 +57,18 @@ def pace_of(model: LLMRanker, work: Work) -> tuple[Pace, int]:
 
 
 class PeakMemory(threading.Thread):
-    """Watches this process's memory, or the GPU's, while something runs: ``with PeakMemory(device) as peak: ...``.
+    """Watches this process's memory, or the GPU's, while something runs: ``with PeakMemory() as peak: ...``.
 
     Attributes:
-        grown: bytes more than at the beginning, at most.
+        before, peak: bytes on entering, and at most until leaving.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__(daemon=True)
-        self.device, self.grown, self._done = device, 0, threading.Event()
+        self.device, self._done = device or torch.device("cpu"), threading.Event()
 
     def __enter__(self) -> PeakMemory:
-        self.before = self._held()
+        self.before = self.peak = self._held()
         self.start()
         return self
 
@@ -79,11 +79,11 @@ class PeakMemory(threading.Thread):
 
     def run(self) -> None:
         """Look every few milliseconds."""
-        while not self._done.wait(0.005):
+        while not self._done.wait(0.002):
             self._look()
 
     def _look(self) -> None:
-        self.grown = max(self.grown, self._held() - self.before)
+        self.peak = max(self.peak, self._held())
 
     def _held(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else process_bytes()
