@@ -174,6 +174,18 @@ def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
     assert len(list(stages.iterdir())) == 2
 
 
+def test_sft_is_shared_by_all_that_does_not_change_it(tiny: dict[str, Any]) -> None:
+    """How the test ranks the catalogue is no matter of training; how passes are cut is, under dropout alone."""
+    stages = Path(tiny["checkpoint_dir"]) / "stages"
+    full = {**tiny, "eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
+    for ranking in ("exact", "exact_topk"):
+        run_recbole_llm(config_dict={**full, "full_ranking": ranking, "token_budget": 512})
+    assert len(list(stages.iterdir())) == 1
+    for budget in (128, 512):
+        run_recbole_llm(config_dict={**full, "full_ranking": "exact", "token_budget": budget, "lora_dropout": 0.1})
+    assert len(list(stages.iterdir())) == 3
+
+
 @pytest.mark.parametrize("loss", ["SFT", "SDPO"])
 def test_steps_do_not_depend_on_how_they_are_packed(tiny: dict[str, Any], tmp_path: Path, loss: str) -> None:
     """All windows of a step in one row, and each in a pass of its own: the same losses on the way, and weights."""
