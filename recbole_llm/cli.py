@@ -144,14 +144,14 @@ def compare_models(settings: dict[str, Any]) -> int:
 def plan_run(settings: dict[str, Any]) -> int:
     """Show what a run will cost; ``--probe=False`` leaves out what needs the LLM's weights."""
     from recbole_llm.plan import plan
-    from recbole_llm.report.plan_table import told
+    from recbole_llm.report.plan_table import plan_text
 
     probe = settings.pop("probe", True)
     if not isinstance(probe, bool):
         raise ConfigError([f"--probe={probe!r}: must be True or False."])
     files = settings.pop("config_files", None)
     config = LLMConfig(settings.pop("model", None), settings.pop("dataset", None), files, settings)
-    print(told(plan(config, probe)))
+    print(plan_text(plan(config, probe)))
     return 0
 
 

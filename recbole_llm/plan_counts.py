@@ -32,7 +32,7 @@ class Work:
         steps: optimizer steps of all rounds; 0 where nothing is trained.
         passes: forward passes of one round.
         tokens: that go through the LLM in one round.
-        naive: the same with one sequence (prompt and completion) for each completion.
+        one_by_one: the same with one sequence (prompt and completion) for each completion.
         head_rows: rows of the LM head in one round.
         largest: tokens and LM-head rows of the largest pass.
         trained: whether gradients are computed.
@@ -48,7 +48,7 @@ class Work:
     steps: int
     passes: int
     tokens: int
-    naive: int
+    one_by_one: int
     head_rows: int
     largest: tuple[int, int]
     trained: bool
@@ -66,7 +66,7 @@ def head_rows(prompt: Prompt | PairPrompt, window: Window) -> int:
     return chosen + sum(len(prompt.answers[i]) - 1 for items in window.branches() for i in items)
 
 
-def naive_tokens(prompt: Prompt | PairPrompt, window: Window) -> int:
+def tokens_one_by_one(prompt: Prompt | PairPrompt, window: Window) -> int:
     """Tokens of a window's completions, each in a sequence of its own behind its prompt."""
     trunks = [len(prompt.trunk(window.items[:t])) for t in window.targets]
     if isinstance(prompt, PairPrompt):
@@ -176,7 +176,7 @@ def _catalogue_work(
         steps=0,
         passes=sum(1 + -(-nodes // budget) for _ in trunks),
         tokens=sum(trunks) + len(trunks) * nodes,
-        naive=sum(items * trunk + titles for trunk in trunks),
+        one_by_one=sum(items * trunk + titles for trunk in trunks),
         head_rows=len(trunks) * (1 + nodes),
         largest=(max(max(trunks), min(nodes, budget)), min(nodes, budget)),
         trained=False,
@@ -203,7 +203,7 @@ def _work(
         steps=steps,
         passes=len(passes),
         tokens=sum(tokens for tokens, _ in sizes),
-        naive=sum(naive_tokens(prompt, w) for w in alone),
+        one_by_one=sum(tokens_one_by_one(prompt, w) for w in alone),
         head_rows=sum(rows for _, rows in sizes),
         largest=max(sizes),
         trained=steps > 0,

@@ -280,7 +280,7 @@ def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: boo
         patch.setattr(comparing, "compare", run_all)
         patch.setattr("recbole_llm.preview.preview_user", lambda config, user: began.append(config))
         patch.setattr("recbole_llm.plan.plan", lambda config, probe: began.append(config))
-        patch.setattr("recbole_llm.report.plan_table.told", lambda found: "")
+        patch.setattr("recbole_llm.report.plan_table.plan_text", lambda found: "")
         status = cli.main(words)
     assert status in (0, 2)
     helped = not words or words[0] == "help" or "-h" in words or "--help" in words

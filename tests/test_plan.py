@@ -28,9 +28,9 @@ from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.token_tree import batch_trees
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.plan import plan
-from recbole_llm.plan_counts import expected_expansions, head_rows, naive_tokens, prior_work
+from recbole_llm.plan_counts import expected_expansions, head_rows, prior_work, tokens_one_by_one
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.report.plan_table import told
+from recbole_llm.report.plan_table import plan_text
 
 GIB = 2**30
 CATALOGUE = [
@@ -63,7 +63,7 @@ def made_up_prompt() -> Prompt:
 def test_counts_of_a_window_by_hand() -> None:
     prompt, window = made_up_prompt(), Window(1, (1, 2, 3), (1, 2), ((4,), (1,)))
     # Alone: header and item 1 (5 tokens) before 2 (3) and 4 (5); header, items 1 and 2 (8) before 3 (4) and 1 (2).
-    assert naive_tokens(prompt, window) == (5 + 3) + (5 + 5) + (8 + 4) + (8 + 2)
+    assert tokens_one_by_one(prompt, window) == (5 + 3) + (5 + 5) + (8 + 4) + (8 + 2)
     # As a tree: 12 tokens in the trunk and 5 + 2 beside it, the last of each title not fed.
     assert prompt.window_size(window) == 11 + 4 + 1
     # Every token of titles 2 and 3, and of 4 and 1 all but the first, which shares the chosen one's row.
@@ -72,7 +72,7 @@ def test_counts_of_a_window_by_hand() -> None:
 
 @pytest.mark.parametrize("family", ["stream", "instruct", "pair"])
 def test_head_rows_and_sequences_are_those_of_the_trees(family: str) -> None:
-    """Head rows against the packed batch; naive tokens against root-to-leaf paths of the tree."""
+    """Head rows against the packed batch; tokens one by one against root-to-leaf paths of the tree."""
     texts = ["", "red cat", "a dark blue dog", "owl", "green elephant (1994)"]
     kind = PairPrompt if family == "pair" else Prompt
     prompt = kind(load_template(family, PROPERTIES), texts, tiny_llm()[1])
@@ -81,7 +81,7 @@ def test_head_rows_and_sequences_are_those_of_the_trees(family: str) -> None:
     tree = prompt.window_tree(window)
     assert head_rows(prompt, window) == len(batch_trees([tree]).head_rows)
     last = {int(c): int(n) for n, c in zip(tree.scored, tree.completion, strict=True)}
-    assert naive_tokens(prompt, window) == sum(int(tree.depth[node]) + 1 for node in last.values())
+    assert tokens_one_by_one(prompt, window) == sum(int(tree.depth[node]) + 1 for node in last.values())
 
 
 def test_candidates_beyond_the_budget_pay_for_their_prompt_once(tiny: dict[str, Any]) -> None:
@@ -144,8 +144,8 @@ def test_pools_of_self_hard_are_counted_and_told(tiny: dict[str, Any], passed: l
     settings = {**tiny, **FEW, "loss": "SDPO", "rejected": "self_hard", "rejected_pool": 9, "epochs": 0}
     found = planned(settings)
     pools, trained = by_name(found)["SDPO: self_hard"], by_name(found)["SDPO"]
-    assert pools["positions"] == trained["positions"] and pools["naive"] == pytest.approx(
-        10 / 4 * trained["naive"], rel=0.02
+    assert pools["positions"] == trained["positions"] and pools["one_by_one"] == pytest.approx(
+        10 / 4 * trained["one_by_one"], rel=0.02
     )
     assert any("uniform draws" in note for note in found["notes"])
     run_recbole_llm(config_dict=settings)
@@ -173,7 +173,7 @@ def test_whole_catalogue(tiny: dict[str, Any]) -> None:
     longest = max(map(len, prompt.answers)) - 1
     assert prompts < rerank["tokens"] <= prompts + 12 * 20 * longest
     titles = sum(map(len, prompt.answers[1:]))
-    assert exact["naive"] == 60 * prompts + 12 * titles
+    assert exact["one_by_one"] == 60 * prompts + 12 * titles
     assert expected_expansions(10, 150) == 150  # never more than there are
 
 
@@ -244,7 +244,7 @@ def test_an_8b_model_fits_24_gib_without_weights_at_hand(tiny: dict[str, Any], t
     assert parts["training pass"] > 32 * 3800 * 4096 * 2
     assert parts["training pass with the other gradient_checkpointing"] > 5 * parts["training pass"]
     assert found["seconds"] is None and "time: not measured: weights not at hand." in found["notes"]
-    text = told(found)
+    text = plan_text(found)
     assert "24 GiB yes" in text and "weights not at hand" in text
 
 
@@ -316,7 +316,7 @@ def test_a_model_of_recbole(toy: dict[str, Any]) -> None:
     found = plan(LLMConfig("SASRec", config_dict={**toy, "epochs": 4, "train_batch_size": 100}))
     training = by_name(found)["training"]
     assert training["positions"] == 40 * 9 and training["steps"] == 4 * 4  # 12 events, two of them held out
-    assert found["seconds"]["total"] > 0 and "training" in told(found)
+    assert found["seconds"]["total"] > 0 and "training" in plan_text(found)
 
 
 # ---- against the real thing
@@ -326,7 +326,7 @@ SHAPE += ["--sft_positions=20", "--preference_positions=10", "--rejected_num=3",
 SHAPE += ["--show_progress=False", "--eval_args={'mode':{'valid':'uni19','test':'uni19'}}"]
 PLAN = (
     "import json, sys; from recbole_llm import cli; from recbole_llm.report import plan_table; "
-    "plan_table.told = lambda found: 'PLAN' + json.dumps([found['seconds']['passes'], found['memory']['total']]); "
+    "plan_table.plan_text = lambda found: 'PLAN' + json.dumps([found['seconds']['passes'], found['memory']['total']]); "
     "cli.main(['plan', *sys.argv[1:]])"
 )
 RUN = (

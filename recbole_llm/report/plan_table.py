@@ -11,12 +11,12 @@ from recbole_llm.memory import GIB
 COLUMNS = ("", "rounds", "positions", "steps", "passes", "tokens", "one by one", "ratio", "head rows", "at most")
 
 
-def told(found: dict[str, Any]) -> str:
+def plan_text(found: dict[str, Any]) -> str:
     """A plan as tables."""
     lines = [f"Plan of {found['model']} on {found['dataset']} ({found['machine']})", ""]
     rows = [_row(part) for part in found["work"]]
     lines += [tabulate(rows, headers=COLUMNS, disable_numparse=True, colalign=("left",) + ("right",) * 9), ""]
-    lines += _memory_told(found["memory"])
+    lines += _memory_lines(found["memory"])
     if found["seconds"]:
         lines += ["", f"time: at most {_time(found['seconds']['total'])} in all."]
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"])])
@@ -24,16 +24,16 @@ def told(found: dict[str, Any]) -> str:
 
 def _row(part: dict[str, Any]) -> list[str]:
     times = part["rounds"]
-    counts = [f"{part.get(name, 0) * times:,}" if name in part else "" for name in ("passes", "tokens", "naive")]
-    ratio = f"{part['naive'] / part['tokens']:.1f}x" if part.get("tokens") else ""
+    counts = [f"{part.get(name, 0) * times:,}" if name in part else "" for name in ("passes", "tokens", "one_by_one")]
+    ratio = f"{part['one_by_one'] / part['tokens']:.1f}x" if part.get("tokens") else ""
     heads = f"{part['head_rows'] * times:,}" if "head_rows" in part else ""
     seconds = 0.0 if part.get("cached") else part["seconds"]
     steps = f"{part['steps']:,}" if part["steps"] else ""
-    told_time = "" if seconds is None else _time(seconds)
-    return [part["name"], str(times), f"{part['positions']:,}", steps, *counts, ratio, heads, told_time]
+    shown_time = "" if seconds is None else _time(seconds)
+    return [part["name"], str(times), f"{part['positions']:,}", steps, *counts, ratio, heads, shown_time]
 
 
-def _memory_told(parts: dict[str, Any]) -> list[str]:
+def _memory_lines(parts: dict[str, Any]) -> list[str]:
     sizes = {k: v for k, v in parts.items() if k not in ("machine", "fits", "gpu", "gpus")}
     lines = [tabulate([[name, _size(value)] for name, value in sizes.items()], headers=("peak memory", ""))]
     if "total" in parts:
