@@ -14,6 +14,8 @@ from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
 from recbole_llm.llm.fast_linears import OneDNNLinear, onednn_linear
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
+TARGETS_AT_ONCE = 8192  # the root of a large catalogue has tens of thousands: their embeddings would be GBs
+
 
 def head_rows_at_once(device: torch.device) -> int:
     """Rows of float32 logits held at a time.
@@ -66,13 +68,14 @@ def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
 def token_logps(
     hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any
 ) -> torch.Tensor:
-    """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits."""
+    """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits, nor of targets' embeddings."""
     cap = getattr(config, "final_logit_softcapping", None)
     plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad and cap is None
     if plain:
         normaliser = _LogSumExp.apply(hidden, head.weight, isinstance(head, OneDNNLinear) and head.suits(hidden))
-        logit = (hidden[row].float() * head.weight[target].float()).sum(-1)
-        return logit - normaliser[row]
+        chunks = zip(row.split(TARGETS_AT_ONCE), target.split(TARGETS_AT_ONCE), strict=True)
+        logits = [(hidden[r].float() * head.weight[t].float()).sum(-1) for r, t in chunks]
+        return torch.cat(logits) - normaliser[row]
     parts, at_once = [], head_rows_at_once(hidden.device)
     for first in range(0, len(hidden), at_once):
         mine = (row >= first) & (row < first + at_once)
