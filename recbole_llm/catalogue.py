@@ -12,7 +12,9 @@ from recbole_llm.llm.title_trie import InnerNodes, TitleTrie
 from recbole_llm.title_scores import TitleScores, edge_logps
 from recbole_llm.topk_search import BestFirst, Found, SearchStats
 
-BLOCK = 32  # nodes in preorder that share the keys of their paths: fewer gather more, more see less of what they share
+NODES_A_BLOCK = (
+    32  # in preorder, sharing the keys of their paths: fewer gather more, more see less of what they share
+)
 MOST_SHARE, MOST_NODES = 0.3, 4096  # of the inner nodes, and at all: a search that needs more is a full pass instead
 
 
@@ -32,7 +34,8 @@ def exact_scores(
         scores: what ``title_scores`` made of the trie.
         token_budget: trie nodes of one forward pass.
     """
-    prompts, nodes, inner = PromptCache(1, len(prompt)), NodeCache(), trie.inner
+    prompts, inner = PromptCache(1, len(prompt)), trie.inner
+    nodes = NodeCache(token_budget + int(trie.depth.max()))
     logps = np.zeros(len(trie), dtype=np.float32)
     hidden, chunk = prompts.read(model, prompt, 0)[None], np.zeros(1, dtype=np.int64)
     for first in range(0, len(inner) + token_budget, token_budget):
@@ -42,7 +45,7 @@ def exact_scores(
         if first >= last:
             break
         chunk = inner.node[first:last]
-        attend = _attention(prompts, nodes, inner, first, last)
+        attend = _chunk_attention(prompts, nodes, inner, first, last)
         positions = torch.as_tensor(len(prompt) - 1 + inner.depth[first:last])
         hidden = hidden_states(model, torch.as_tensor(trie.token[chunk]), positions, attend)
         if last < len(inner):
@@ -55,10 +58,10 @@ def exact_scores(
     return torch.as_tensor(found)
 
 
-def _attention(prompts: PromptCache, nodes: NodeCache, inner: InnerNodes, first: int, last: int) -> BelowPrompts:
+def _chunk_attention(prompts: PromptCache, nodes: NodeCache, inner: InnerNodes, first: int, last: int) -> BelowPrompts:
     """Attention of inner nodes ``[first, last)`` in blocks: a block sees the path to its first node, and itself."""
-    starts = np.arange(first, last, BLOCK)
-    own = starts[:, None] + np.arange(BLOCK)
+    starts = np.arange(first, last, NODES_A_BLOCK)
+    own = starts[:, None] + np.arange(NODES_A_BLOCK)
     keys = np.concatenate([inner.ancestors(starts), own], axis=1)
     known = (keys >= 0) & (keys < last)
     keys = np.where(known, keys, first)
@@ -95,6 +98,7 @@ def exact_topk(
     users_at_once: int = 16,
     nodes_at_once: int = 8,
     most_nodes: int | None = None,
+    most_kept: int | None = None,
 ) -> tuple[list[Found], SearchStats]:
     """For each prompt all items that score no less than the K-th best, ties included: what a full pass would find.
 
@@ -106,11 +110,23 @@ def exact_topk(
         users_at_once, nodes_at_once: users that share a forward pass, and trie nodes of each in it.
         most_nodes: a user whose search needs more trie nodes gets a full pass. None = 30 % of those that go through
             the LLM, 4,096 at most.
+        most_kept: trie nodes of all users whose keys and values are held at once. None = as many as they may need.
     """
     if most_nodes is None:
         most_nodes = min(int(MOST_SHARE * len(trie.inner)), MOST_NODES)
-    sizes = {"users_at_once": users_at_once, "nodes_at_once": nodes_at_once, "most_nodes": most_nodes}
-    search = BestFirst(model, prompts, hidden, trie, scores, k=k, **sizes)
+    most_kept = users_at_once * most_nodes if most_kept is None else most_kept
+    search = BestFirst(
+        model,
+        prompts,
+        hidden,
+        trie,
+        scores,
+        k=k,
+        users_at_once=users_at_once,
+        nodes_at_once=nodes_at_once,
+        most_nodes=min(most_nodes, most_kept),
+        most_kept=most_kept,
+    )
     found = search.run()
     for user, prompt in enumerate(prompts):
         if found[user] is None:

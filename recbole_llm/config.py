@@ -228,9 +228,9 @@ class LLMConfig(Config):
         read = {k: v for k, v in given.items() if k in known}
         problems += keys.wrong_values(read, self.recbole_defaults)
         settings = self.internal_config_dict | read
-        problems += eval_checks.wrong_evaluation(settings)
         if isinstance(settings["eval_args"], dict):
             settings["eval_args"] = self._eval_args()
+        problems += eval_checks.wrong_evaluation(settings)
         problems += checks.wrong_together(settings)
         problems += checks.wrong_model(self.model, self.model_class.type, settings)
         if not keys.wrong_values({k: settings[k] for k in checks.READ_WITH if k in settings}, {}):

@@ -20,7 +20,7 @@ VALID_METRIC = re.compile(r"(?P<name>\w+)@(?P<k>\d{1,9})|gauc", re.IGNORECASE)
 
 
 def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the evaluation settings."""
+    """What is wrong with the evaluation settings, where ``eval_args`` holds the defaults of what was left out."""
     eval_args = settings["eval_args"]
     if isinstance(eval_args, dict):
         problems = _wrong_eval_args(eval_args)
@@ -34,7 +34,7 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     if not topk or any(integer(1)(k) for k in topk):
         return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
     if isinstance(eval_args, dict) and settings.get("full_ranking") == "exact_topk":
-        problems += _wrong_topk_search(settings, eval_args.get("mode", "full"), metrics)
+        problems += _wrong_topk_search(settings, eval_args["mode"], metrics)
     return problems + _wrong_valid_metric(settings["valid_metric"], metrics, topk)
 
 

@@ -20,31 +20,62 @@ from recbole_llm.title_scores import TitleScores, title_scores
 from recbole_llm.topk_search import Found, SearchStats
 
 USERS_AT_ONCE = {"cpu": 16, "cuda": 64}  # of a search; 8 nodes of each fill matrix products well enough
-KEPT = 4  # tokens of prompts that are kept for each token of a pass: so many take less memory than that
+# Prompt tokens and trie nodes whose keys and values a search holds for each token of a pass: less than autograd keeps.
+KEPT = 8
+
+
+def users_at_once(token_budget: int, longest: int, device: torch.device) -> int:
+    """Users that share a search: as many as fill half of what may be kept by their prompts, 16 at most, 64 on a GPU.
+
+    Args:
+        token_budget: tokens of one forward pass.
+        longest: tokens of the longest prompt.
+        device: of the model.
+    """
+    return max(1, min(USERS_AT_ONCE["cuda" if device.type == "cuda" else "cpu"], KEPT * token_budget // 2 // longest))
+
+
+def check_search(config: Config, model: torch.nn.Module) -> None:
+    """Whether exact_topk can work with the attention back end that the model was loaded with.
+
+    Raises:
+        UserError: it cannot.
+    """
+    found = model.config._attn_implementation
+    if found not in NAMES.values():
+        raise UserError(
+            f"--full_ranking=exact_topk: it goes on from what is kept of a prompt, which {found} attention, the back "
+            f"end of --llm={config['llm']} with --attention={config['attention']}, cannot; set --full_ranking=exact."
+        )
 
 
 class ExactRanking:
     """Ranks one catalogue by one LLM.
 
     Args:
-        config: of the run: ``full_ranking``, ``score_norm``, ``topk``.
+        config: of the run: ``full_ranking``, ``score_norm``, ``topk``, ``token_budget``.
         model: a causal LM.
         prompt: prompts and answers of the catalogue.
-        budget: tokens of one forward pass.
 
     Attributes:
         stats: what the searches of exact_topk cost so far; None before the first.
+
+    Raises:
+        UserError: exact_topk with an attention back end that cannot go on from what is kept of a prompt.
     """
 
-    def __init__(self, config: Config, model: torch.nn.Module, prompt: Prompt, budget: TokenBudget) -> None:
+    def __init__(self, config: Config, model: torch.nn.Module, prompt: Prompt) -> None:
         self.kind, self.norm, self.k = config["full_ranking"], config["score_norm"], max(config["topk"])
-        self.model, self.prompt, self.budget = model, prompt, budget
+        self.model, self.prompt = model, prompt
+        self.budget = TokenBudget(config["token_budget"])  # its own: what a search lacks, training passes may have
         self.trie = title_trie(prompt.answers)
         self.packs = model.config._attn_implementation in NAMES.values()
         self.stats: SearchStats | None = None
         self._scores: TitleScores | None = None
         self._log = logging.getLogger(__name__)
-        if self.kind == "exact":
+        if self.kind == "exact_topk":
+            check_search(config, model)
+        else:
             self._log.warning(
                 f"--full_ranking=exact: {len(self.trie.inner)} tokens of titles go through the LLM for every user. "
                 "--full_ranking=exact_topk gives the same metrics for a fraction of them, once the LLM is trained."
@@ -59,13 +90,10 @@ class ExactRanking:
         Args:
             histories: item ids for each user, oldest first, already cut to fit.
             hidden: for each user, items that are no answers and take no place; none at all where it is empty.
-
-        Raises:
-            UserError: exact_topk with an attention back end that cannot go on from what is kept of a prompt.
         """
         if self.kind == "exact":
             keys = [tuple(history) for history in histories]
-            found = {key: self._full_pass(key) for key in dict.fromkeys(keys)}
+            found = {key: self._full_pass(key, self.scores) for key in dict.fromkeys(keys)}
             return torch.stack([found[key] for key in keys])
         seen = [tuple(sorted(map(int, items))) for items in hidden] or [()] * len(histories)
         asked = [(tuple(h), s) for h, s in zip(histories, seen, strict=True)]
@@ -74,27 +102,25 @@ class ExactRanking:
 
     def _topk(self, asked: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[Hashable, torch.Tensor]:
         """(History, hidden items) -> scores ``[n_items]``."""
-        if not self.packs:
-            raise UserError(
-                f"--full_ranking=exact_topk: it needs the attention back ends blocks or flex, not "
-                f"{self.model.config._attn_implementation}; set --attention=auto, or --full_ranking=exact."
-            )
         prompts = [self.prompt.trunk(history) for history, _ in asked]
         hidden = [np.array(items, dtype=np.int64) for _, items in asked]
-        users = USERS_AT_ONCE["cuda" if next(self.model.parameters()).device.type == "cuda" else "cpu"]
-        longest = max(map(len, prompts))
-        found, stats = self.budget.run(
-            lambda tokens: exact_topk(
+        longest, device, scores = max(map(len, prompts)), next(self.model.parameters()).device, self.scores
+
+        def search(tokens: int) -> tuple[list[Found], SearchStats]:
+            users = min(len(prompts), users_at_once(tokens, longest, device))
+            return exact_topk(
                 self.model,
                 prompts,
                 self.trie,
-                self.scores,
+                scores,
                 k=self.k,
                 hidden=hidden,
                 token_budget=tokens,
-                users_at_once=max(1, min(users, KEPT * tokens // longest)),
+                users_at_once=users,
+                most_kept=max(0, KEPT * tokens - users * longest),
             )
-        )
+
+        found, stats = self.budget.run(search)
         self._count(stats)
         return {one: self._row(mine, one[1]) for one, mine in zip(asked, found, strict=True)}
 
@@ -114,14 +140,12 @@ class ExactRanking:
     def scores(self) -> TitleScores:
         """How log-probs become scores; for pmi with the log-prob of every title after an empty history."""
         if self._scores is None:
-            self._scores = title_scores(self.trie)
-            if self.norm != "sum":
-                prior = self._full_pass(()).numpy() if self.norm == "pmi" else None
-                self._scores = title_scores(self.trie, self.norm, prior)
+            prior = self._full_pass((), title_scores(self.trie)).numpy() if self.norm == "pmi" else None
+            self._scores = title_scores(self.trie, self.norm, prior)
         return self._scores
 
-    def _full_pass(self, history: Sequence[int]) -> torch.Tensor:
-        scores, prompt = self._scores or self.scores, self.prompt.trunk(history)
+    def _full_pass(self, history: Sequence[int], scores: TitleScores) -> torch.Tensor:
+        prompt = self.prompt.trunk(history)
         if self.packs:
             return self.budget.run(
                 lambda tokens: exact_scores(self.model, prompt, self.trie, scores, token_budget=tokens)

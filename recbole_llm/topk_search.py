@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recbole_llm.llm.prompt_cache import BelowPrompts, NodeCache, PromptCache, hidden_states
+from recbole_llm.llm.prompt_cache import BelowPrompts, NodeCache, PromptCache, Slots, hidden_states
 from recbole_llm.llm.title_trie import TitleTrie
 from recbole_llm.title_scores import TitleScores, edge_logps
 
@@ -35,14 +35,12 @@ class SearchStats:
     Attributes:
         expansions: trie nodes that went through the LLM, of each user.
         head_rows: rows of the LM head.
-        rounds: forward passes over trie nodes.
         kept_nodes: the most trie nodes whose keys and values were held at once.
         given_up: users whose search was given up.
     """
 
     expansions: list[int]
     head_rows: int = 0
-    rounds: int = 0
     kept_nodes: int = 0
     given_up: int = 0
 
@@ -51,7 +49,6 @@ class SearchStats:
         return SearchStats(
             self.expansions + other.expansions,
             self.head_rows + other.head_rows,
-            self.rounds + other.rounds,
             max(self.kept_nodes, other.kept_nodes),
             self.given_up + other.given_up,
         )
@@ -105,30 +102,6 @@ class _UserSearch:
         return popped
 
 
-class _Slots:
-    """Numbers of places in a node cache, and the path in the trie that ends at each."""
-
-    def __init__(self, deepest: int) -> None:
-        self.path = np.full((0, deepest), -1)  # slots of the ancestors, the node's own last
-        self.free: list[int] = []
-
-    def take(self, above: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        """A slot for each node below the nodes in slots ``above`` (-1 = the prompt)."""
-        if len(self.free) < len(above):
-            size = len(self.path)
-            more = max(len(above), size)
-            self.path = np.concatenate([self.path, np.full((more, self.path.shape[1]), -1)])
-            self.free = [*range(size + more - 1, size - 1, -1), *self.free]
-        taken = np.array([self.free.pop() for _ in above])
-        self.path[taken] = np.where((above >= 0)[:, None], self.path[above], -1)
-        self.path[taken, depth - 1] = taken
-        return taken
-
-    @property
-    def in_use(self) -> int:
-        return len(self.path) - len(self.free)
-
-
 class BestFirst:
     """The search of several users, whose nodes share forward passes; a user that ends makes room for the next.
 
@@ -140,6 +113,7 @@ class BestFirst:
         users_at_once: users that share a forward pass.
         nodes_at_once: nodes that a user expands between two looks at what was found; more where few users are left.
         most_nodes: a user that needs more is given up.
+        most_kept: nodes of all users whose keys and values are held at once, no fewer than ``most_nodes``.
     """
 
     def __init__(
@@ -154,13 +128,15 @@ class BestFirst:
         users_at_once: int,
         nodes_at_once: int,
         most_nodes: int,
+        most_kept: int,
     ) -> None:
         self.model, self.prompts, self.hidden, self.trie = model, prompts, hidden, trie
-        self.scores, self.k, self.nodes_at_once, self.most_nodes = scores, k, nodes_at_once, most_nodes
+        self.scores, self.k = scores, k
+        self.nodes_at_once, self.most_nodes, self.most_kept = nodes_at_once, most_nodes, most_kept
         self.cache = PromptCache(min(users_at_once, len(prompts)), max(map(len, prompts), default=0))
-        self.nodes, self.slots = NodeCache(), _Slots(int(trie.depth.max()))
+        self.nodes, self.slots = NodeCache(most_kept), Slots(int(trie.depth.max()))
         self.waiting = deque(range(len(prompts)))
-        self.open: dict[int, tuple[int, _UserSearch]] = {}  # slot in the prompt cache -> user and search
+        self.open: dict[int, tuple[int, _UserSearch]] = {}  # prompt's slot -> user and search, first to enter first
         self.found: list[Found | None] = [None] * len(prompts)
         self.stats = SearchStats(expansions=[0] * len(prompts))
 
@@ -188,11 +164,11 @@ class BestFirst:
             self._receive(torch.stack(states), entered, ones, root, root.astype(np.float32), root - 1)
 
     def _round(self) -> None:
-        """Expand the best open nodes of all users in one forward pass."""
-        users = sorted(self.open)
+        """Expand the best open nodes of the users whose turn it is in one forward pass."""
+        allowed = self._allowed()
+        users = sorted(allowed)
         searches = [self.open[slot][1] for slot in users]
-        each = max(self.nodes_at_once, LEAST_ROWS // len(users))
-        popped = [search.pop(min(each, self.most_nodes - len(search.slots))) for search in searches]
+        popped = [search.pop(allowed[slot]) for slot, search in zip(users, searches, strict=True)]
         counts = np.array([len(nodes) for nodes, _, _ in popped])
         nodes, logps, above = (np.concatenate(parts) for parts in zip(*popped, strict=True))
         taken = self.slots.take(above, self.trie.depth[nodes])
@@ -200,8 +176,25 @@ class BestFirst:
             search.slots += own.tolist()
         hidden = self._forward(np.array(users), counts, nodes, taken)
         self._receive(hidden, searches, counts, nodes, logps, taken)
-        self.stats.rounds += 1
         self.stats.kept_nodes = max(self.stats.kept_nodes, self.slots.in_use)
+
+    def _allowed(self) -> dict[int, int]:
+        """Nodes that users may expand now, by slot in the prompt cache.
+
+        The others leave room for all that the first to enter may need. So it always goes on, and when it ends the
+        same holds for the next: none waits for ever, and no more than ``most_kept`` nodes are held.
+        """
+        held = {slot: len(search.slots) for slot, (_, search) in self.open.items()}
+        first, *others = held
+        room = self.most_kept - self.most_nodes - sum(held[slot] for slot in others)
+        each = max(self.nodes_at_once, LEAST_ROWS // (len(held) if room else 1))
+        allowed = {first: min(each, self.most_nodes - held[first])}
+        for slot in others:
+            mine = min(each, self.most_nodes - held[slot], room)
+            room -= mine
+            if mine:
+                allowed[slot] = mine
+        return allowed
 
     def _forward(self, users: np.ndarray, counts: np.ndarray, nodes: np.ndarray, taken: np.ndarray) -> torch.Tensor:
         """Hidden states ``[N, d]`` of nodes, ``counts [U]`` of them below the prompts in slots ``users [U]``."""

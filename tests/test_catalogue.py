@@ -12,17 +12,22 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_llm import catalogue
+from recbole_llm import catalogue, full_ranking
 from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.errors import UserError
+from recbole_llm.full_ranking import users_at_once
+from recbole_llm.llm import attention_check
 from recbole_llm.llm.attention import NAMES
-from recbole_llm.llm.prompt_cache import NodeCache, _attention, _cpu_attention
+from recbole_llm.llm.logps import token_logps
+from recbole_llm.llm.prompt_cache import NodeCache, PromptCache, _cpu_kernel, _spelled_out
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.memory import LiveBytes
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import title_scores
 from recbole_llm.topk_search import Found
 
@@ -104,6 +109,17 @@ def full(tiny: dict[str, Any], kind: str, **changes: Any) -> dict[str, Any]:
     return {**tiny, "eval_args": {"mode": "full"}, "full_ranking": kind, "topk": [1, 5, 10], **changes}
 
 
+def ranker(settings: dict[str, Any]) -> LLMRanker:
+    config = LLMConfig(config_dict=settings)
+    return LLMRanker(config, prepare_data(config).train_data._dataset).eval()
+
+
+def histories(*told: list[int]) -> Interaction:
+    lengths = torch.tensor([len(history) for history in told])
+    padded = [history + [0] * (int(lengths.max()) - len(history)) for history in told]
+    return Interaction({"item_id_list": torch.tensor(padded), "item_length": lengths})
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"score_norm": "mean"}, {"score_norm": "pmi", "epochs": 2}, {"prompt": "instruct"}, {"share": 0.3}],
@@ -116,11 +132,12 @@ def test_a_run_gets_the_same_metrics_from_the_best_k(
     monkeypatch.setattr(catalogue, "MOST_SHARE", changes.get("share", 1.0))
     changes = {key: value for key, value in changes.items() if key != "share"}
     every = run_recbole_llm(config_dict=full(tiny, "exact", **changes))
-    best = run_recbole_llm(config_dict=full(tiny, "exact_topk", **changes))
+    apart = Path(tiny["checkpoint_dir"]) / "apart"  # trained and validated again, not taken from the other run
+    best = run_recbole_llm(config_dict=full(tiny, "exact_topk", checkpoint_dir=str(apart), **changes))
     assert every["test_result"] == best["test_result"] and every["best_valid_result"] == best["best_valid_result"]
-    assert every["run_folder"] != best["run_folder"]
-    names = [folder.name for folder in (Path(tiny["checkpoint_dir"]) / "stages").iterdir()]
-    assert len(names) == 2 and all(name.startswith("SFT-") for name in names)
+    for folder in (apart.parent, apart):
+        (stage,) = (folder / "stages").iterdir()
+        assert stage.name.startswith("SFT-")
 
 
 @pytest.mark.parametrize("norm", ["sum", "mean", "pmi"])
@@ -214,7 +231,7 @@ def test_attention_without_the_cpu_kernel_is_the_same() -> None:
     mask[..., 0] = 0
     for given in (mask, None):
         for one, other in zip(
-            _attention(query, key, value, given, 0.3), _cpu_attention(query, key, value, given, 0.3), strict=True
+            _spelled_out(query, key, value, given, 0.3), _cpu_kernel(query, key, value, given, 0.3), strict=True
         ):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
@@ -234,7 +251,18 @@ def test_what_a_search_cannot_give_is_told_before_any_work(
     with pytest.raises(UserError, match=told):
         LLMConfig(config_dict=full(tiny, "exact_topk", **changes))
     LLMConfig(config_dict=full(tiny, "exact", **changes))
-    LLMConfig(config_dict={**full(tiny, "exact_topk", **changes), "eval_args": {"mode": "uni9"}})
+    for sampled in ({"mode": "uni9"}, {"split": {"LS": "valid_and_test"}}):  # without a mode it is uni19 and uni99
+        LLMConfig(config_dict={**full(tiny, "exact_topk", **changes), "eval_args": sampled})
+
+
+def test_a_back_end_that_auto_fell_back_to_is_refused_before_training(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_check, "_lacks", lambda model, kind, trained: "no" if kind != "eager" else None)
+    with pytest.raises(UserError, match=r"eager attention.*--attention=auto.*set --full_ranking=exact\."):
+        ranker(full(tiny, "exact_topk"))
+    ranker(full(tiny, "exact"))
+    ranker({**full(tiny, "exact_topk"), "eval_args": {"mode": "uni9"}})
 
 
 def test_other_attention_scores_the_whole_catalogue_too(tiny: dict[str, Any]) -> None:
@@ -245,10 +273,8 @@ def test_other_attention_scores_the_whole_catalogue_too(tiny: dict[str, Any]) ->
 
 
 def test_a_fallback_is_logged_once(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    config = LLMConfig(config_dict=full(tiny, "exact_topk", finetune="none"))
-    protocol = prepare_data(config)
-    model = LLMRanker(config, protocol.train_data._dataset).eval()
-    history = Interaction({"item_id_list": torch.tensor([[3, 4, 5]] * 3), "item_length": torch.tensor([3, 2, 2])})
+    model = ranker(full(tiny, "exact_topk", finetune="none"))
+    history = histories([3, 4, 5], [3, 4], [3, 4])
     hidden = [np.array([3, 4, 5]), np.array([3, 4]), np.array([4, 3])]
     scores = model.full_sort_predict(history, hidden).view(3, -1)
     model.full_sort_predict(history, hidden)
@@ -264,9 +290,127 @@ def test_a_fallback_is_logged_once(tiny: dict[str, Any], caplog: pytest.LogCaptu
 def test_a_diverged_model_is_told(tiny: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN compares with nothing: it must not end as a catalogue of ties."""
     monkeypatch.setattr(catalogue, "MOST_SHARE", share)
-    config = LLMConfig(config_dict=full(tiny, "exact_topk", finetune="none"))
-    protocol = prepare_data(config)
-    model = LLMRanker(config, protocol.train_data._dataset).eval()
+    model = ranker(full(tiny, "exact_topk", finetune="none"))
     model.policy.lm_head.weight.data[300:310] = torch.nan
-    history = Interaction({"item_id_list": torch.tensor([[3, 4, 5]]), "item_length": torch.tensor([3])})
+    history = histories([3, 4, 5])
     assert model.full_sort_predict(history, [np.array([3])]).isnan().all()
+
+
+def test_nodes_held_are_bounded_and_every_search_ends() -> None:
+    """Each of five users needs many nodes, and there is room for those of one and few more."""
+    answers, prompts = random_answers(0), [random_prompt(i, 3 + 5 * i) for i in range(5)]
+    trie, expected = title_trie(answers), [plain_scores(prompt, answers, "sum") for prompt in prompts]
+    most = len(trie.inner) + 1
+    plain: dict[str, Any] = {"k": 40, "hidden": [np.zeros(0)] * 5, "token_budget": 16, "most_nodes": most}
+    _, free = exact_topk(llm(), prompts, trie, title_scores(trie), **plain)
+    for room in (most, most + 7):
+        found, stats = exact_topk(llm(), prompts, trie, title_scores(trie), **plain, most_kept=room)
+        assert stats.kept_nodes <= room < free.kept_nodes and stats.given_up == 0
+        for one, wanted in zip(found, expected, strict=True):
+            assert_best(one, wanted, 40, [])
+    found, stats = exact_topk(llm(), prompts, trie, title_scores(trie), **plain, most_kept=9)
+    assert stats.kept_nodes <= 9 and stats.given_up == 5
+    assert_best(found[4], expected[4], 40, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "device", "users"),
+    [
+        (2048, 300, "cpu", 16),
+        (2048, 300, "cuda", 27),
+        (8192, 300, "cuda", 64),
+        (64, 100, "cpu", 2),
+        (64, 999, "cpu", 1),
+    ],
+)
+def test_prompts_take_half_of_what_is_kept(tokens: int, longest: int, device: str, users: int) -> None:
+    """ml-100k: 8 x 2,048 tokens, of which 16 prompts of 300 take 4,800."""
+    assert users_at_once(tokens, longest, torch.device(device)) == users
+
+
+def test_a_ranking_keeps_no_more_than_its_budget(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of prompts and trie nodes that tensors are made for, from what a pass of the untrained LLM asks."""
+    monkeypatch.setattr(catalogue, "MOST_SHARE", 1.0)
+    monkeypatch.setattr(full_ranking, "KEPT", 16)
+    model = ranker(full(tiny, "exact_topk", token_budget=64))
+    prompts, nodes, write, start = [], [], NodeCache.write, PromptCache.__init__
+
+    def started(self: PromptCache, slots: int, longest: int) -> None:
+        prompts.append(slots * longest)
+        start(self, slots, longest)
+
+    def counted(self: NodeCache, *args: Any) -> torch.Tensor:
+        found = write(self, *args)
+        nodes.append(prompts[-1] + len(found))
+        return found
+
+    monkeypatch.setattr(PromptCache, "__init__", started)
+    monkeypatch.setattr(NodeCache, "write", counted)
+    asked = [[1 + (i + j) % 60 for j in range(2)] for i in range(12)]
+    every = model.full_sort_predict(histories(*asked))
+    assert 12 * 64 < max(nodes) <= 16 * 64 and model.exact.stats.given_up == 0
+    monkeypatch.setattr(full_ranking, "KEPT", 500)
+    torch.testing.assert_close(model.full_sort_predict(histories(*asked)), every, atol=1e-4, rtol=0)
+    assert max(nodes) > 16 * 64
+
+
+def test_a_search_out_of_memory_leaves_training_its_passes(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, tried = full_ranking.exact_topk, []
+
+    def scarce(*args: Any, token_budget: int, **kwargs: Any) -> Any:
+        tried.append(token_budget)
+        if token_budget > 100:
+            raise MemoryError
+        return search(*args, token_budget=token_budget, **kwargs)
+
+    model = ranker(full(tiny, "exact_topk", token_budget=256))
+    monkeypatch.setattr(full_ranking, "exact_topk", scarce)
+    assert torch.isfinite(model.full_sort_predict(histories([3, 4]))).all()
+    assert tried == [256, 128, 64] and model.budget.tokens == 256
+
+
+def pmi_by_hand(model: LLMRanker, history: list[int]) -> torch.Tensor:
+    """Sums less those after an empty history, candidate by candidate; -inf for the padding item."""
+    items = list(range(1, model.n_items))
+    here, alone = candidate_logps(model.policy, model.prompt, [history, []], [items, items], token_budget=512)
+    return torch.cat([torch.tensor([-torch.inf]), here - alone])
+
+
+@torch.no_grad()
+def test_the_prior_is_of_the_weights_that_are_evaluated(tiny: dict[str, Any]) -> None:
+    """The best epoch's weights are loaded after the last epoch was validated, and then evaluated without training."""
+    model = ranker(full(tiny, "exact", score_norm="pmi"))
+    before = model.full_sort_predict(histories([3, 4]))
+    for weight in model.parameters():
+        weight.mul_(1.1)
+    model.eval()
+    scores = model.full_sort_predict(histories([3, 4]))
+    torch.testing.assert_close(scores, pmi_by_hand(model, [3, 4]), atol=1e-4, rtol=0)
+    assert (scores - before)[1:].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_prior_that_could_not_be_computed_is_computed_again(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scored = ranker(full(tiny, "exact", score_norm="pmi")), full_ranking.exact_scores
+    monkeypatch.setattr(full_ranking, "exact_scores", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.full_sort_predict(histories([3, 4]))
+    monkeypatch.setattr(full_ranking, "exact_scores", scored)
+    scores = model.full_sort_predict(histories([3, 4]))
+    torch.testing.assert_close(scores, pmi_by_hand(model, [3, 4]), atol=1e-4, rtol=0)
+
+
+def test_many_targets_are_not_embedded_at_once() -> None:
+    """The children of the root of a large catalogue: one matrix of all their embeddings would be 16 MB."""
+    draw = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(100, 500, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 100, generator=draw)
+    row, target = (torch.randint(n, (40_000,), generator=draw) for n in (3, 500))
+    with torch.no_grad(), LiveBytes() as live:
+        found = token_logps(hidden, row, target, head, None)
+    torch.testing.assert_close(found, head(hidden).log_softmax(-1)[row, target], atol=1e-5, rtol=0)
+    assert live.peak < 40_000 * 100 * 4

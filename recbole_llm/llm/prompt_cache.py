@@ -6,6 +6,7 @@ log-sum-exps. So no mask over prompt and catalogue is ever made, and a prompt's 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -65,9 +66,14 @@ class PromptCache:
 
 
 class NodeCache:
-    """Keys and values of trie nodes in numbered slots, by layer; grows with the highest slot that is written."""
+    """Keys and values of trie nodes in numbered slots, by layer; grows with the highest slot that is written.
 
-    def __init__(self) -> None:
+    Args:
+        most: slots at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._kept: dict[int, Tensor] = {}  # layer -> [capacity, 2, KV, D]
 
     def write(self, layer: int, slots: Tensor, most: int, key: Tensor, value: Tensor) -> Tensor:
@@ -75,7 +81,8 @@ class NodeCache:
         new = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3)
         kept = self._kept.get(layer, new[:0])
         if most > len(kept):
-            kept = torch.cat([kept, kept.new_zeros(max(most, 2 * len(kept)) - len(kept), *kept.shape[1:])])
+            size = max(most, min(2 * len(kept), self._most))
+            kept = torch.cat([kept, kept.new_zeros(size - len(kept), *kept.shape[1:])])
         self._kept[layer] = kept.index_copy_(0, slots, new)
         return self._kept[layer]
 
@@ -83,6 +90,30 @@ class NodeCache:
         """What lies in ``slots`` becomes slots 0, 1, ..."""
         for kept in self._kept.values():
             kept[: len(slots)] = kept[slots.to(kept.device)]
+
+
+class Slots:
+    """Numbers of places in a node cache, and the path in the trie that ends at each."""
+
+    def __init__(self, deepest: int) -> None:
+        self.path = np.full((0, deepest), -1)  # slots of the ancestors, the node's own last
+        self.free: list[int] = []
+
+    def take(self, above: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """A slot for each node below the nodes in slots ``above`` (-1 = the prompt)."""
+        if len(self.free) < len(above):
+            size = len(self.path)
+            more = max(len(above), size)
+            self.path = np.concatenate([self.path, np.full((more, self.path.shape[1]), -1)])
+            self.free = [*range(size + more - 1, size - 1, -1), *self.free]
+        taken = np.array([self.free.pop() for _ in above])
+        self.path[taken] = np.where((above >= 0)[:, None], self.path[above], -1)
+        self.path[taken, depth - 1] = taken
+        return taken
+
+    @property
+    def in_use(self) -> int:
+        return len(self.path) - len(self.free)
 
 
 class BelowPrompts:
@@ -171,21 +202,19 @@ def _blocks(rows: Tensor, size: int, key: Tensor, value: Tensor, mask: Tensor | 
     filled = pad(rows, (0, 0, 0, 0, 0, 0, 0, blocks * size - len(rows)))
     query = filled.view(blocks, size, groups, heads, width).transpose(1, 2).reshape(blocks, groups, -1, width)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-    attention = _cpu_attention if query.device.type == "cpu" else _attention
+    attention = _cpu_kernel if query.device.type == "cpu" else _spelled_out
     found, lse = attention(query, key, value, mask, scale)
     found = found.reshape(blocks, groups, size, heads, width).transpose(1, 2).reshape(filled.shape)
     return [found, lse.reshape(blocks, groups, size, heads).transpose(1, 2).reshape(filled.shape[:3])]
 
 
-def _cpu_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """The kernel behind SDPA on a CPU, which tells the log-sum-exp too."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _spelled_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     products = (query.float() * scale) @ key.float().transpose(-1, -2)
     products = products if mask is None else products + mask
     lse = products.logsumexp(-1)

@@ -18,7 +18,7 @@ from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
-from recbole_llm.full_ranking import ExactRanking
+from recbole_llm.full_ranking import ExactRanking, check_search
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
@@ -74,7 +74,8 @@ class LLMRanker(SequentialRecommender):
     training rows; the trainer feeds windows instead, which train every position of a stretch in one pass.
 
     Raises:
-        UserError: no item text, an LLM that cannot be loaded, or prompts that do not fit its context.
+        UserError: no item text, an LLM that cannot be loaded or cannot do what ``full_ranking`` asks, or prompts that
+            do not fit its context.
     """
 
     input_type = InputType.POINTWISE
@@ -104,6 +105,8 @@ class LLMRanker(SequentialRecommender):
         self.budget = TokenBudget(config["token_budget"])
         self.base: AbstractRecommender | None = None
         if config["full_ranking"] == "exact_topk":
+            if "full" in config["eval_args"]["mode"].values():
+                check_search(config, self.policy)
             self.users_at_once = 64  # searches share passes, and one that ends makes room for the next
         self.rank_items_of(self.read_items(config, dataset))
 
@@ -223,7 +226,7 @@ class LLMRanker(SequentialRecommender):
         if self.config["full_ranking"] == "rerank":
             return self._reranked(interaction, histories, hidden).view(-1)
         if self.exact is None:
-            self.exact = ExactRanking(self.config, self.policy, self.prompt, self.budget)
+            self.exact = ExactRanking(self.config, self.policy, self.prompt)
         scores = self.exact.rank([self.prompt.fit(h, self.llm.context) for h in histories], hidden)
         return scores.view(-1).to(interaction[self.ITEM_SEQ].device)
 
