@@ -120,6 +120,21 @@ def body_bytes(model: torch.nn.Module, tokens: int, *, trained: bool, checkpoint
     return Pass(kept, live.peak - kept)
 
 
+@torch.no_grad()
+def kept_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the keys and values of one token, all layers together."""
+    decoder, _ = decoder_and_head(model)
+    sizes = []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        sizes.append(key.nbytes + value.nbytes)
+        return fused_attention(layer, query, key, value, scale)
+
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    decoder(input_ids=token, position_ids=token, use_cache=False, attention_mask=None, attend=attend)
+    return sum(sizes)
+
+
 @contextmanager
 def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterator[None]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -189,6 +204,14 @@ def machine_bytes(device: torch.device) -> int:
         told = Path(file).read_text().strip() if Path(file).is_file() else ""
         found = min(found, int(told)) if told.isdigit() else found
     return found
+
+
+def machine_name(device: torch.device) -> str:
+    """The device and what it has."""
+    size = machine_bytes(device) / GIB
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {size:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads, {size:.0f} GiB"
 
 
 def process_bytes() -> int:

@@ -8,10 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from recbole.trainer import Trainer
-from recbole.utils import get_trainer
-
 from recbole_llm import memory
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
@@ -19,8 +15,10 @@ from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
-from recbole_llm.plan_counts import Work, eval_work, pass_work, prior_work, stage_work
-from recbole_llm.probe import Pace, PeakMemory, batch_seconds, pace_of
+from recbole_llm.plan_counts import Work, pass_work, stage_work
+from recbole_llm.plan_eval import eval_work
+from recbole_llm.plan_recbole import plan_of_recbole
+from recbole_llm.probe import Pace, PeakMemory, pace_of
 from recbole_llm.recommender import check_recommenders, needed_recommenders
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
@@ -29,7 +27,7 @@ from recbole_llm.transfer import eval_config_of
 
 
 def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
-    """Count a run's work and memory, and time a few passes; nothing is trained or written.
+    """Count a run's work and memory, and time a few passes; nothing is trained, nor written to ``checkpoint_dir``.
 
     Args:
         config: of the run.
@@ -43,7 +41,7 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
         UserError: as a run, and where the LLM's config.json or tokenizer cannot be had.
     """
     if "llm" not in config:
-        return _other_model(config, probe)
+        return plan_of_recbole(config, probe)
     clock = time.perf_counter()
     test_config = eval_config_of(config)
     check_recommenders(config)
@@ -61,6 +59,8 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
         seconds = _probe(config, protocol, llm, work, parts)
         seconds["start"] += read
         seconds["total"] += read
+        left_out = [w.name for w in work if not w.sample]
+        notes += [f"{', '.join(left_out)}: time not measured, and not in the total."] if left_out else []
     else:
         notes.append("time: not measured" + ("." if has_weights else ": weights not at hand."))
     return {
@@ -69,17 +69,9 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
         "work": [{k: v for k, v in asdict(w).items() if k != "sample"} for w in work],
         "memory": _totals(config, parts),
         "seconds": seconds,
-        "machine": machine(config["device"]),
+        "machine": memory.machine_name(config["device"]),
         "notes": notes,
     }
-
-
-def machine(device: torch.device) -> str:
-    """The device and what it has."""
-    size = memory.machine_bytes(device) / memory.GIB
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {size:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads, {size:.0f} GiB"
 
 
 # ---- counts
@@ -115,12 +107,9 @@ def _all_work(
             validations += stage.epochs // min(config["eval_step"], stage.epochs)
         work += parts
     validations = validations if work else 1  # zero-shot: RecBole's result has a validation part all the same
-    popular = protocol.popularity
     if validations:
-        work.append(eval_work(config, catalogue.prompt, protocol.valid, popular, llm.context, validations))
-    work.append(eval_work(config, ranked.prompt, asked.test, asked.popularity, llm.context, 1))
-    if config["score_norm"] == "pmi":
-        work.append(prior_work(config, ranked.prompt, validations + 1))
+        work += eval_work(config, catalogue.prompt, protocol.valid, protocol.popularity, llm.context, validations)
+    work += eval_work(config, ranked.prompt, asked.test, asked.popularity, llm.context, 1)
     return work, _notes(config, work)
 
 
@@ -174,7 +163,8 @@ def _memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
     parts["LM head of it"] = max(
         (memory.head_bytes(llm.model, w.largest[1], config["device"], trained=True) for w in trained), default=0
     )
-    parts["evaluation pass"] = max(pass_bytes(config, llm, w, w.largest) for w in work if not w.trained)
+    kept = memory.kept_bytes(llm.model)
+    parts["evaluation pass"] = max(pass_bytes(config, llm, w, w.largest) + w.kept * kept for w in work if not w.trained)
     parts["held"] = memory.HELD[device]
     return parts
 
@@ -222,7 +212,7 @@ def _probe(
     timed: dict[tuple[bool, float], Pace] = {}
     expected = 0
     with PeakMemory(device) as peak:
-        for part in (w for w in work if not w.cached):
+        for part in (w for w in work if w.sample and not w.cached):
             share = part.head_rows / part.tokens
             alike = (part.trained, round(share, 1))  # passes of one kind with as much work for the LM head
             if alike not in timed:
@@ -231,39 +221,7 @@ def _probe(
             part.seconds = timed[alike].seconds(part)
     if any(trained for trained, _ in timed):
         expected += parts["gradients"] + parts["optimizer"]
-    parts["held"] = min(max(1.0, (peak.peak - peak.before) / expected), 2.5)
+    if expected:
+        parts["held"] = min(max(1.0, (peak.peak - peak.before) / expected), 2.5)
     computed = sum(w.seconds or 0 for w in work)
     return {"start": start, "passes": computed, "total": start + computed}
-
-
-# ---- RecBole's own models
-
-
-def _other_model(config: LLMConfig, probe: bool) -> dict[str, Any]:
-    """Batches and parameters of a model of RecBole's; time of a few batches where its trainer does nothing else."""
-    with explained(config, None, "reading the data"):
-        protocol = prepare_data(config)
-        model = config.model_class(config, protocol.train_data._dataset).to(config["device"])
-    batches, seconds = len(protocol.train_data), None
-    if probe and get_trainer(config["MODEL_TYPE"], config["model"]) is Trainer:
-        with explained(config, None, "training on a few batches"):
-            seconds = config["epochs"] * batches * batch_seconds(model, protocol.train_data)
-    notes = ["validation and test are not measured; early stopping can only shorten this."]
-    notes += [] if seconds is not None else ["time: not measured."]
-    training = {
-        "name": "training",
-        "rounds": config["epochs"],
-        "positions": len(protocol.train_data._dataset),
-        "steps": config["epochs"] * batches,
-        "seconds": seconds,
-    }
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {
-        "model": config["model"],
-        "dataset": config["dataset"],
-        "work": [training],
-        "memory": {"weights": weights},
-        "seconds": None if seconds is None else {"passes": seconds, "total": seconds},
-        "machine": machine(config["device"]),
-        "notes": notes,
-    }

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from statistics import median
 
 import torch
-from recbole.data.interaction import Interaction
 
 from recbole_llm.data.prompt import Window
 from recbole_llm.memory import process_bytes
@@ -139,20 +136,3 @@ def _within(model: LLMRanker, windows: Sequence[Window], most: int) -> tuple[Seq
         taken.append(window)
         total += size
     return taken, total
-
-
-def batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:
-    """Seconds of a training step of a RecBole model, the median of a few after one that warms up."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=0.0) if weights else None
-    clocks = []
-    for batch in islice(batches, count + 1):
-        clock = time.perf_counter()
-        loss = model.calculate_loss(batch.to(model.device))
-        loss = sum(loss) if isinstance(loss, tuple) else loss
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        clocks.append(time.perf_counter() - clock)
-    return median(clocks[1:] or clocks)

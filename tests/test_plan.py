@@ -13,13 +13,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from recbole_llm import cli, memory
+from recbole_llm import catalogue, cli, memory, topk_search
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.errors import UserError
 from recbole_llm.keys import LOSSES
-from recbole_llm.llm import logps
+from recbole_llm.llm import logps, prompt_cache
 from recbole_llm.llm.embedded import embedded_folder
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.pretrained import load_llm
@@ -28,9 +28,11 @@ from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.token_tree import batch_trees
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.plan import plan
-from recbole_llm.plan_counts import expected_expansions, head_rows, prior_work, tokens_one_by_one
+from recbole_llm.plan_counts import head_rows, tokens_one_by_one
+from recbole_llm.plan_eval import expected_expansions
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.plan_table import plan_text
+from tests.conftest import write_dataset
 
 GIB = 2**30
 CATALOGUE = [
@@ -38,6 +40,8 @@ CATALOGUE = [
     for i, animal in enumerate("cat dog fox owl bee ant elk cow pig hen rat bat cod eel jay".split())
     for j, colour in enumerate(("red", "blue", "green", "black"))
 ]
+EXACT = {"full_ranking": "exact", "eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
+ALIKE = {"MAX_ITEM_LIST_LENGTH": 1, "eval_users": 40}  # several users then have the same history
 FEW = {"few_shot": 10, "eval_users": 12, "train_batch_size": 16, "stopping_step": 100}
 
 
@@ -86,11 +90,12 @@ def test_head_rows_and_sequences_are_those_of_the_trees(family: str) -> None:
 
 def test_candidates_beyond_the_budget_pay_for_their_prompt_once(tiny: dict[str, Any]) -> None:
     prompt = Prompt(load_template("stream", PROPERTIES), ["", *CATALOGUE], tiny_llm()[1])
-    config = LLMConfig(config_dict={**tiny, "token_budget": 100})
-    found = prior_work(config, prompt, 3)
-    assert found.tokens == len(prompt.prefix) + sum(len(a) - 1 for a in prompt.answers[1:]) > 400
-    assert found.head_rows == 1 + sum(len(a) - 1 for a in prompt.answers[1:])
-    assert found.passes > 4 and found.largest[0] <= 100
+    small = {**tiny, **FEW, "score_norm": "pmi", "token_budget": 64}
+    found = by_name(planned(small))["test: titles without history"]
+    beginnings = {tuple(a[:n]) for a in prompt.answers[1:] for n in range(1, len(a))}
+    assert found["tokens"] == len(prompt.prefix) + len(beginnings) > 100
+    assert found["head_rows"] == 1 + len(beginnings)
+    assert found["passes"] > 3 and found["largest"][0] == 64
 
 
 @pytest.fixture
@@ -108,6 +113,18 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((batch.input_ids.numel(), len(batch.head_rows)))
         return batch
 
+    def below(model: Any, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append((len(tokens), 0))
+        return states(model, tokens, *args)
+
+    def headed(model: Any, hidden: torch.Tensor, *args: Any) -> Any:  # follows the pass that its rows are of
+        seen[-1] = (seen[-1][0], len(hidden))
+        return edges(model, hidden, *args)
+
+    states, edges = prompt_cache.hidden_states, catalogue.edge_logps
+    for module in (prompt_cache, catalogue):
+        monkeypatch.setattr(module, "hidden_states", below)
+    monkeypatch.setattr(catalogue, "edge_logps", headed)
     monkeypatch.setattr(LLMTrainer, "start", started)
     monkeypatch.setattr(logps, "batch_trees", packed)
     return seen
@@ -121,6 +138,10 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         {"loss": "SFT", "finetune": "none"},
         {"loss": "SFT", "epochs": 3, "eval_step": 2, "sft_positions": 3},
         {"loss": "DPO", "rejected_num": 1, "prompt": "pair", "eval_args": {"mode": {"valid": "uni1", "test": "uni1"}}},
+        {"loss": "SFT", "finetune": "none", "token_budget": 64, "score_norm": "pmi", "eval_users": None},
+        {"loss": "SFT", "finetune": "none", "token_budget": 96, **EXACT, **ALIKE},
+        {"loss": "SFT", "score_norm": "pmi", **EXACT},
+        {"loss": "SFT", "finetune": "none", "attention": "sdpa", "token_budget": 128, **EXACT, **ALIKE},
     ],
 )
 def test_counts_are_those_of_the_run(
@@ -161,7 +182,8 @@ def test_models_that_choose_are_named_and_not_trained(tiny: dict[str, Any], tmp_
 
 
 def test_whole_catalogue(tiny: dict[str, Any]) -> None:
-    full = {**tiny, **FEW, "eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
+    write_dataset(Path(tiny["data_path"]), structure=0)  # no two users have the same history
+    full = {**tiny, **FEW, **EXACT}
     prompt = Prompt(load_template("stream", PROPERTIES), ["", *CATALOGUE], tiny_llm()[1])
     prefixes = {tuple(a[:n]) for a in prompt.answers[1:] for n in range(1, len(a))}
     assert len(title_trie(prompt.answers).inner) == len(prefixes)
@@ -195,6 +217,15 @@ def test_passes_of_every_loss_are_timed(tiny: dict[str, Any], one_thread: None, 
     assert [part["name"] for part in found["work"] if part["trained"]] == list(dict.fromkeys(("SFT", loss)))
     assert all(part["seconds"] > 0 for part in found["work"])
     assert found["seconds"]["passes"] == pytest.approx(sum(part["seconds"] for part in found["work"]))
+
+
+def test_full_passes_are_not_timed_and_that_is_told(tiny: dict[str, Any], one_thread: None) -> None:
+    found = plan(LLMConfig(config_dict={**tiny, **FEW, **EXACT, "loss": "SFT", "finetune": "none"}))
+    parts = by_name(found)
+    assert parts["test"]["seconds"] is None
+    assert found["seconds"]["passes"] == parts["validation"]["seconds"] > 0
+    assert "test: time not measured, and not in the total." in found["notes"]
+    assert "for what is measured" in plan_text(found)
 
 
 # ---- memory
@@ -274,6 +305,30 @@ def test_bytes_of_a_pass_are_what_the_allocator_gives(
             peak = max(peak, held)
     gradients = memory.weight_bytes(real, config)["gradients"] if trained else 0
     assert told_by_shapes.kept + told_by_shapes.work == pytest.approx(peak - gradients, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["exact", "exact_topk"])
+@pytest.mark.parametrize("token_budget", [64, 4096])
+def test_keys_and_values_of_full_ranking_are_counted(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, one_thread: None, kind: str, token_budget: int
+) -> None:
+    """Against the caches that a run makes."""
+    made: list[Any] = []
+    for module in (catalogue, topk_search):
+        for name in ("PromptCache", "NodeCache"):
+            cache = getattr(prompt_cache, name)
+            monkeypatch.setattr(module, name, lambda *sizes, of=cache: made.append(of(*sizes)) or made[-1])
+    settings = {**tiny, **FEW, **EXACT, "full_ranking": kind, "token_budget": token_budget}
+    settings |= {"loss": "SFT", "finetune": "none", "eval_users": 40}
+    a_token = memory.kept_bytes(hollow_llm(LLMConfig(config_dict=settings))[0].model)
+    assert a_token == 2 * 2 * 32 * 4  # layers, keys and values, width, float32
+    kept = by_name(planned(settings))["test"]["kept"] * a_token
+    run_recbole_llm(config_dict=settings)
+    sizes = [sum(part.nbytes for part in cache._kept.values()) for cache in made]
+    pairs = sorted(prompts + nodes for prompts, nodes in zip(sizes[::2], sizes[1::2], strict=True))
+    # One search for all users, held while those that it gives up get full passes one by one.
+    held = sum(pairs[-2:]) if kind == "exact_topk" else pairs[-1]
+    assert 0.75 * kept <= held <= kept
 
 
 def test_what_is_kept_is_what_autograd_saves(tiny: dict[str, Any], one_thread: None) -> None:

@@ -18,7 +18,9 @@ def plan_text(found: dict[str, Any]) -> str:
     lines += [tabulate(rows, headers=COLUMNS, disable_numparse=True, colalign=("left",) + ("right",) * 9), ""]
     lines += _memory_lines(found["memory"])
     if found["seconds"]:
-        lines += ["", f"time: at most {_time(found['seconds']['total'])} in all."]
+        whole = all(part["seconds"] is not None or part.get("cached") for part in found["work"])
+        told = "in all" if whole else "for what is measured"
+        lines += ["", f"time: at most {_time(found['seconds']['total'])} {told}."]
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"])])
 
 
