@@ -43,12 +43,12 @@ def eval_work(
         items = rows.candidates.tolist() if rows.mode != "full" else _most_popular(config, rows, popularity)
         asked = [[_asked(fitted[row], items[row]) for row in group] for group in groups]
         found = _ranking_work(config, prompt, name, asked, rounds)
-    return [found] + ([prior_work(config, prompt, rows, rounds)] if config["score_norm"] == "pmi" else [])
+    return [found] + ([_prior_work(config, prompt, name, rows, rounds)] if config["score_norm"] == "pmi" else [])
 
 
-def prior_work(config: Config, prompt: Prompt | PairPrompt, rows: EvalRows, rounds: int) -> Work:
+def _prior_work(config: Config, prompt: Prompt | PairPrompt, name: str, rows: EvalRows, rounds: int) -> Work:
     """Log-probs of all titles after an empty history (``score_norm=pmi``)."""
-    name = f"{rows.split}: titles without history"
+    name += ": titles without history"
     if rows.mode == "full" and config["full_ranking"] != "rerank":
         return _catalogue_work(config, prompt, name, [[((), ())]], rounds)
     return _ranking_work(config, prompt, name, [[_asked((), range(1, len(prompt.answers)))]], rounds)
@@ -93,26 +93,27 @@ def _catalogue_work(
     *,
     search: bool = False,
 ) -> Work:
-    """Ranking of the whole catalogue below each prompt; nothing to time it with.
+    """Ranking of the whole catalogue below each prompt; only where that is by packed trees can it be timed.
 
     Args:
         batches: history, and what is hidden from a search, of users whose equal questions are asked once.
         search: for the best K alone. Counts are then what a trained ranker needs, memory is what any may need.
     """
-    if not _goes_on(config, prompt):
-        everything = range(1, len(prompt.answers))
-        alone = [[_asked(history, everything)] for batch in batches for history, _ in dict.fromkeys(batch)]
-        return _ranking_work(config, prompt, name, alone, rounds)
     trie, budget = title_trie(prompt.answers), config["token_budget"]
-    trunks = [len(prompt.trunk(history)) for batch in batches for history, _ in batch]
-    found = sum_work(name, prompt, [], [], rounds=rounds)
-    found.positions = len(trunks)
-    found.one_by_one = sum((trie.n_items - 1) * trunk + sum(map(len, prompt.answers[1:])) for trunk in trunks)
-    nodes = expected_expansions(max(config["topk"]), len(trie.inner)) if search else None
-    for history, _ in (one for batch in batches for one in dict.fromkeys(batch)):
-        _add_below(found, trie, len(prompt.trunk(history)), budget, nodes)
+    everyone = [len(prompt.trunk(history)) for batch in batches for history, _ in batch]
+    asked = [history for batch in batches for history, _ in dict.fromkeys(batch)]
+    if _goes_on(config, prompt):
+        found = sum_work(name, prompt, [], [], rounds=rounds)
+        nodes = expected_expansions(max(config["topk"]), len(trie.inner)) if search else None
+        for history in asked:
+            _add_below(found, trie, len(prompt.trunk(history)), budget, nodes)
+    else:
+        alone = [[_asked(history, range(1, trie.n_items))] for history in asked]
+        found = _ranking_work(config, prompt, name, alone, rounds)
+    found.positions = len(everyone)
+    found.one_by_one = sum((trie.n_items - 1) * trunk + sum(map(len, prompt.answers[1:])) for trunk in everyone)
     if search:
-        found.kept += _kept_by_search(config, trie, len(trunks), max(trunks))
+        found.kept += _kept_by_search(config, trie, len(everyone), max(everyone))
     return found
 
 

@@ -195,6 +195,7 @@ def test_whole_catalogue(tiny: dict[str, Any]) -> None:
     longest = max(map(len, prompt.answers)) - 1
     assert prompts < rerank["tokens"] <= prompts + 12 * 20 * longest
     titles = sum(map(len, prompt.answers[1:]))
+    assert exact["positions"] == topk["positions"] == 12
     assert exact["one_by_one"] == 60 * prompts + 12 * titles
     assert expected_expansions(10, 150) == 150  # never more than there are
 
