@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.logps import decoder_and_head
 
 Asked = tuple[list[int], list[int]]  # tokens of a prompt, tokens of its completion
@@ -25,17 +26,21 @@ def sequence_logps(model: torch.nn.Module, asked: Sequence[Asked], head: Literal
         head: where logits are computed. *all*: at every position, as the released code of S-DPO and DMPO does;
             *last*: transformers' ``logits_to_keep``, from the last prompt token on; *titles*: at predicting rows alone.
     """
-    ids, attend = _padded([before + tokens for before, tokens in asked])
+    device = next(model.parameters()).device
+    ids, attend = (x.to(device) for x in _padded([before + tokens for before, tokens in asked]))
     wanted = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)  # where the next token is of the completion
     for row, (before, tokens) in enumerate(asked):
         wanted[row, len(before) - 1 : len(before) + len(tokens) - 1] = True
+    wanted = wanted.to(device)
     if head == "titles":
         decoder, lm_head = decoder_and_head(model)
-        hidden = decoder(input_ids=ids, attention_mask=attend, use_cache=False).last_hidden_state[:, :-1]
+        with autocast(model):
+            hidden = decoder(input_ids=ids, attention_mask=attend, use_cache=False).last_hidden_state[:, :-1]
         logps = lm_head(hidden[wanted]).float().log_softmax(-1).gather(-1, ids[:, 1:][wanted][:, None])[:, 0]
-        return torch.zeros(wanted.shape).masked_scatter(wanted, logps).sum(-1)
+        return torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps).sum(-1)
     keep = 0 if head == "all" else ids.shape[1] - min(len(before) for before, _ in asked) + 1
-    logits = model(input_ids=ids, attention_mask=attend, logits_to_keep=keep, use_cache=False).logits[:, :-1]
+    with autocast(model):
+        logits = model(input_ids=ids, attention_mask=attend, logits_to_keep=keep, use_cache=False).logits[:, :-1]
     target, wanted = ids[:, -logits.shape[1] :], wanted[:, -logits.shape[1] :]
     logps = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
     return (logps * wanted).sum(-1)
@@ -111,7 +116,7 @@ def stir_adapter(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     for name, weight in sorted(model.named_parameters()):
         if "lora_B" in name:
-            weight.data.normal_(0, 0.01, generator=generator)
+            weight.data.copy_(torch.empty(weight.shape).normal_(0, 0.01, generator=generator))  # alike on a GPU
     return model
 
 

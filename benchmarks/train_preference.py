@@ -79,7 +79,7 @@ def trl_side(llm: str, prompt: list[int], answers: Sequence[list[int]], *, best:
 
     model = policy(llm, "sdpa")
     base = load(llm, attention="sdpa", finetune="none")
-    trainer, batch = trl.trl_trainer(base, model.peft_config["default"], prompt, answers, best=best)
+    trainer, batch = trl.trl_trainer(base, model.peft_config["default"], [(prompt, answers)], best=best)
     adapter = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     if trainer.model.load_state_dict(adapter, strict=False).unexpected_keys:
         raise RuntimeError("the weights of TRL's adapter have other names than ours")

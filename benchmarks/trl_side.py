@@ -28,10 +28,15 @@ class TokenPairs(DPOTrainer):
         return dataset
 
 
+Asked = tuple[list[int], Sequence[list[int]]]  # a prompt, and its answers, the chosen one first
+
+
 def trl_trainer(
-    llm: LLM, lora: LoraConfig, prompt: list[int], answers: Sequence[list[int]], *, best: bool
+    llm: LLM, lora: LoraConfig, users: Sequence[Asked], *, best: bool
 ) -> tuple[DPOTrainer, dict[str, torch.Tensor]]:
-    """A trainer over a model without an adapter, and its batch of all pairs (answers[0], another).
+    """A trainer over a model without an adapter, and its batch of all pairs (answers[0], another) of some users.
+
+    It trains where the model lies; in autocast where that is a GPU and the weights are in bfloat16.
 
     Args:
         best: reference log-probs computed beforehand, no gradient checkpointing, padding-free asked for; otherwise
@@ -40,7 +45,12 @@ def trl_trainer(
     for name in ("trl", "transformers", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bars()
-    pairs = [{"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": other} for other in answers[1:]]
+    pairs = [
+        {"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": other}
+        for prompt, answers in users
+        for other in answers[1:]
+    ]
+    on_gpu = llm.device != "cpu"
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
             output_dir=folder,
@@ -50,8 +60,8 @@ def trl_trainer(
             gradient_checkpointing=not best,
             beta=BETA,
             max_length=None,
-            bf16=False,
-            use_cpu=True,
+            bf16=on_gpu and llm.dtype == "bfloat16",
+            use_cpu=not on_gpu,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,

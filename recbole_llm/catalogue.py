@@ -12,9 +12,7 @@ from recbole_llm.llm.title_trie import InnerNodes, TitleTrie
 from recbole_llm.title_scores import TitleScores, edge_logps
 from recbole_llm.topk_search import BestFirst, Found, SearchStats
 
-NODES_A_BLOCK = (
-    32  # in preorder, sharing the keys of their paths: fewer gather more, more see less of what they share
-)
+NODES_A_BLOCK = 32  # in preorder, sharing the keys of their paths: fewer gather more, more see less of what they share
 MOST_SHARE, MOST_NODES = 0.3, 4096  # of the inner nodes, and at all: a search that needs more is a full pass instead
 
 

@@ -10,6 +10,7 @@ import torch
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.item_text import clean
 from recbole_llm.data.prompt import load_template
+from recbole_llm.llm.half_precision import autocast
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run of another model need not wait
     from recbole_llm.model.llmranker import LLMRanker
@@ -98,7 +99,8 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str) -> str
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
     feed, cache, written, text = torch.tensor([trunk], device=device), None, [], ""
     while len(written) < most:
-        out = model.policy(input_ids=feed, past_key_values=cache, use_cache=True)
+        with autocast(model.policy):
+            out = model.policy(input_ids=feed, past_key_values=cache, use_cache=True)
         feed, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
         if int(feed) == tokenizer.eos_token_id:
             break

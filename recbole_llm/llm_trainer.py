@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,25 +217,29 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """Gradients of a step in passes of ``budget`` tokens; returns the loss and what is logged, summed."""
         loss_name, whole = self.stage.loss, self._count(windows)
         self.optimizer.zero_grad(set_to_none=True)
-        total, logged = 0.0, {}
-        for group in batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget):
+        groups = batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget)
+        totals, logged = [], {}
+        for group in groups:
             part = self.model.window_loss([windows[i] for i in group], loss_name)
-            if not torch.isfinite(part.total):
-                users = sorted(
-                    {
-                        str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, windows[i].user))
-                        for i in group
-                    }
-                )
-                raise UserError(
-                    f"--learning_rate: the {loss_name} loss became {part.total.item()} in epoch {epoch}, step {number} "
-                    f"(users {', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in "
-                    f"{self.stage.folder}."
-                )
             (part.total / whole).backward()
-            total += part.total.item()
-            logged = {k: logged.get(k, 0.0) + v for k, v in part.logged.items()}
-        return total, logged
+            totals.append(part.total.detach())
+            logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
+        # Read once a step: a GPU would stand still after each pass until the next trees are made.
+        found = torch.stack([*totals, *logged.values()]).tolist()
+        for group, total in zip(groups, found, strict=False):
+            if not math.isfinite(total):
+                self._refuse(total, [windows[i] for i in group], epoch, number)
+        return sum(found[: len(groups)]), dict(zip(logged, found[len(groups) :], strict=True))
+
+    def _refuse(self, total: float, windows: Sequence[Window], epoch: int, number: int) -> None:
+        """Raises ``UserError`` for a loss that is no number; the adapters are still those of the step before."""
+        dataset = self.protocol.dataset
+        users = sorted({str(dataset.id2token(dataset.uid_field, window.user)) for window in windows})
+        raise UserError(
+            f"--learning_rate: the {self.stage.loss} loss became {total} in epoch {epoch}, step {number} "
+            f"(users {', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in "
+            f"{self.stage.folder}."
+        )
 
     def _count(self, windows: Sequence[Window]) -> int:
         """What a step's loss is averaged over: title tokens (SFT) or pairs."""

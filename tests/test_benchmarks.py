@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import sys
@@ -140,6 +141,7 @@ def test_memory(script: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(3)
 
     monkeypatch.setattr(module, "side", lambda *about: script("common").Side(grow, lambda found: (found, found)))
+    gc.collect()  # what earlier tests left must not be given back while the probe looks
     found = module.probe(module.OURS, "tiny", [1], [[2]])
     assert found["growth_bytes"] == pytest.approx(3 * 64 * 2**20, rel=0.1)
     assert found["peak_bytes"] > found["growth_bytes"]
@@ -175,7 +177,7 @@ def test_catalogue(script: Run, run: Run) -> None:
     flags = ("--form", "bare", "--users", "2", "--history", "4", "--train_users", "5")
     results = run(module, *flags)
     assert_timed(results, cells=1, ours=module.TOPK)
-    cell = results.cells["bare"]
+    cell = results.cells["bare, K=10, history 4, 2 users"]
     assert cell["titles"] == 1682 and len(cell["expansions"]) == cell["users"] == 2
     assert cell["hit"]["exact"] == cell["hit"]["exact_topk"]
     assert {module.PLAIN, module.CACHE} < set(cell["times_faster"][module.EXACT])
@@ -237,7 +239,12 @@ def test_runner(script: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     results = run(module, "--models", "SASRec", "--rounds=3")
     assert_timed(results, cells=1, ours=module.OURS)
     assert asked == [*module.SIDES, *reversed(module.SIDES), *module.SIDES]
-    assert results.cells["SASRec"]["times_recbole"][module.OURS] == {"wall": 0.6, "cpu": 1, "train": 1, "evaluate": 1}
+    assert results.cells["SASRec, 3 epochs"]["times_recbole"][module.OURS] == {
+        "wall": 0.6,
+        "cpu": 1,
+        "train": 1,
+        "evaluate": 1,
+    }
     changed["rows"] = 99
     assert "trains 99 rows, RecBole 100" in run(module, "--models", "SASRec", "--again").exit_message
     changed.update(rows=100, loss=3.3)
@@ -256,6 +263,20 @@ def test_runner_in_a_process(script: Run, side: str) -> None:
     films = pd.read_csv(dataset_folder("", "ml-100k") / "ml-100k.inter", sep="\t")["user_id:token"].value_counts()
     assert found["rows"] == (films[films >= 450] - 3).sum()
     assert set(found["test_result"]) > {"hit@10", "ndcg@10"}
+
+
+@pytest.mark.parametrize(("name", "flags"), [("gpu_scoring", ["--candidates=3"]), ("gpu_training", ["--k=2"])])
+def test_gpu_sides_without_a_gpu(script: Run, run: Run, name: str, flags: list[str]) -> None:
+    """The same code on a CPU: all sides pass the gate, and the table is written."""
+    module = script(name)
+    sizes = ["--prompt=20", "--users=4", "--tokens", "150", "--product=128", "--title=3"]
+    results = run(module, "--device=cpu", *sizes, *flags)
+    (cell,) = results.cells.values()
+    ours = module.OURS if name == "gpu_scoring" else module.CACHED
+    assert results.exit_message is None and ours in cell["times_faster"]
+    for side in cell["sides"].values():
+        assert side["difference"] <= cell["allowed_difference"] < 0.1
+        assert side["users_a_second"] > 0 < side["useful_mfu"] and side["users_a_pass"] in (1, 2, 3, 4)
 
 
 def test_operations(script: Run) -> None:

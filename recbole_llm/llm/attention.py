@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -149,8 +149,8 @@ class Flex:
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < subtree_end[key])
 
-        size = len(subtree_end)
-        self.mask = create_block_mask(sees, None, None, size, size, subtree_end.device, FLEX_BLOCK)
+        some, every = (_listed(blocks) for blocks in _block_pairs(subtree_end))
+        self.mask = BlockMask.from_kv_blocks(*some, *every, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         group = query.shape[1] // key.shape[1]
@@ -160,6 +160,27 @@ class Flex:
         kernel = _compiled_flex() if query.device.type == "cuda" else flex_attention
         found = kernel(query, key, value, block_mask=self.mask, scale=scale, enable_gqa=group > 1)
         return found.transpose(1, 2)
+
+
+def _block_pairs(subtree_end: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of queries and keys ``[S / FLEX_BLOCK, S / FLEX_BLOCK]`` of which some but not all pairs see each other,
+    and those of which all do.
+
+    A key is seen by the queries before its ``subtree_end``, so the largest and the least of a block of keys tell; no
+    mask over all pairs of tokens is made.
+    """
+    ends = subtree_end.view(-1, FLEX_BLOCK)
+    start = torch.arange(len(ends), device=ends.device) * FLEX_BLOCK
+    before = start[:, None] > start
+    every = before & (ends.amin(1) >= start[:, None] + FLEX_BLOCK)
+    some = (before & (ends.amax(1) > start[:, None])) | (start[:, None] == start)
+    return some & ~every, every
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys belong to each block of queries ``[1, 1, Q]``, and which, first ones first."""
+    order = blocks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 @cache

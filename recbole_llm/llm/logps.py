@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
 from recbole_llm.llm.fast_linears import OneDNNLinear, onednn_linear
+from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
 
 TARGETS_AT_ONCE = 8192  # the root of a large catalogue has tens of thousands: their embeddings would be GBs
@@ -55,12 +56,13 @@ def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
     decoder, head = decoder_and_head(model)
     multiple = FLEX_BLOCK if model.config._attn_implementation == NAMES["flex"] else 1
     batch = batch_trees(trees, multiple).to(next(model.parameters()).device)
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        **attention_inputs(batch, model),
-    ).last_hidden_state
+    with autocast(model):
+        hidden = decoder(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **attention_inputs(batch, model),
+        ).last_hidden_state
     logps = token_logps(hidden[0, batch.head_rows], batch.row, batch.target, head, model.config)
     return logps.new_zeros(batch.n_completions).index_add(0, batch.completion, logps)
 

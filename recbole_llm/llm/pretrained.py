@@ -18,6 +18,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.base import context_of, explained_load, load_base
 from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
+from recbole_llm.llm.half_precision import keep_half_inputs
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -106,6 +107,7 @@ def load_llm(
         if finetune == "lora":
             lora = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             model = add_lora(model, {**lora, "target_modules": lora_target_modules})
+            keep_half_inputs(model)
     return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device), kernels)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.logps import decoder_and_head
 
 
@@ -19,7 +20,8 @@ def hidden_states(model: torch.nn.Module, tokens: Tensor, positions: Tensor, att
     decoder, _ = decoder_and_head(model)
     device = next(model.parameters()).device
     row = {"input_ids": tokens.to(device)[None], "position_ids": positions.to(device)[None]}
-    return decoder(**row, use_cache=False, attend=attend).last_hidden_state[0]
+    with autocast(model):
+        return decoder(**row, use_cache=False, attend=attend).last_hidden_state[0]
 
 
 class PromptCache:

@@ -7,7 +7,7 @@ itself. A node's log-probability comes from its parent's hidden state, so leaves
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -81,14 +81,13 @@ class TreeBuilder:
             ancestor = self._parent[ancestor]
         if ancestor != parent or (parent == -1 and last >= 0):
             raise ValueError(f"node {parent} is not on the path to node {last}: the tree would not be in preorder")
-        nodes = []
-        for token in tokens:
-            self._parent.append(parent)
-            self._depth.append(self._depth[parent] + 1 if parent >= 0 else 0)
-            self._token.append(token)
-            parent = len(self._token) - 1
-            nodes.append(parent)
-        return nodes
+        first, depth = last + 1, self._depth[parent] + 1 if parent >= 0 else 0
+        end = first + len(tokens)
+        # Whole chains at a time: a GPU waits for its trees.
+        self._token += tokens
+        self._parent += [parent, *range(first, end - 1)][: len(tokens)]
+        self._depth += range(depth, depth + len(tokens))
+        return list(range(first, end))
 
     def completion(self, nodes: Sequence[int]) -> int:
         """Score these nodes together (a title, its end included); returns the completion's number."""
@@ -105,9 +104,11 @@ class TreeBuilder:
         """
         if 0 in self._scored:
             raise ValueError("the root cannot be scored: nothing comes before it")
-        end = list(range(1, len(self._token) + 1))
+        end, parents = list(range(1, len(self._token) + 1)), self._parent
         for node in range(len(end) - 1, 0, -1):
-            end[self._parent[node]] = max(end[self._parent[node]], end[node])
+            parent = parents[node]
+            if end[node] > end[parent]:
+                end[parent] = end[node]
         as_tensor = [
             torch.tensor(x, dtype=torch.long)
             for x in (self._token, self._parent, self._depth, end, self._scored, self._completion)
@@ -140,9 +141,14 @@ class TreeBatch:
     n_completions: int
 
     def to(self, device: torch.device) -> TreeBatch:
-        """The same on another device."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
-        return TreeBatch(**moved)
+        """The same on another device; a GPU's queue does not wait for the copy."""
+        pinned = device.type == "cuda"
+        moved = {
+            name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+            for name, value in self.__dict__.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def batch_trees(trees: Sequence[TokenTree], multiple: int = 1) -> TreeBatch:

@@ -35,12 +35,12 @@ class LossSum:
     Attributes:
         total: scalar, differentiable, nats.
         count: title tokens (SFT) or pairs (preference).
-        logged: name -> sum over pairs.
+        logged: name -> sum over pairs, a scalar.
     """
 
     total: torch.Tensor
     count: int
-    logged: dict[str, float]
+    logged: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class LLMRanker(SequentialRecommender):
             nll = sft_loss(chosen_logps=logps[:, 0]) / lengths  # mean nats a token of each chosen title
             total = total + self.config["sft_weight"] * nll.sum()
             logged["sft"] = nll.detach()
-        return LossSum(total, len(logps), {name: float(value.sum()) for name, value in logged.items()})
+        return LossSum(total, len(logps), {name: value.sum() for name, value in logged.items()})
 
     @torch.no_grad()
     def reference_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:

@@ -1,0 +1,32 @@
+"""LoRA's products in the half precision of the frozen weights, on a GPU.
+
+Adapters are trained in float32, and peft would take each layer's input to float32 for their small products: in memory
+traffic that costs as much as the frozen product beside it. Autocast takes the adapters' weights to half precision
+instead, as transformers' and TRL's trainers do.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def keep_half_inputs(model: torch.nn.Module) -> None:
+    """Have peft leave the inputs of adapters in half precision; what runs the model must then use ``autocast``.
+
+    Nothing is done but for a GPU and weights in half precision.
+    """
+    if _suits(model):
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+
+
+def autocast(model: torch.nn.Module) -> torch.autocast:
+    """The context in which a model that ``keep_half_inputs`` prepared is run; for all others it does nothing."""
+    return torch.autocast("cuda", model.dtype if _suits(model) else torch.bfloat16, enabled=_suits(model))
+
+
+def _suits(model: torch.nn.Module) -> bool:
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return half and hasattr(model, "peft_config") and next(model.parameters()).device.type == "cuda"
