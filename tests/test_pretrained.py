@@ -268,16 +268,27 @@ def test_4bit_without_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch
         load(folder, quantization="4bit")
 
 
-def test_4bit_on_the_cpu_is_exact() -> None:
+def test_4bit_on_the_cpu_is_exact(folder: Path) -> None:
+    """Logits and the adapters' gradients are those over the weights that the 4 bits stand for."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    quantised, plain = load("embedded", quantization="4bit"), load("embedded")
+    quantised, plain = load(folder, quantization="4bit"), load(folder, fast_linears=False)
     layers = dict(quantised.model.named_modules())
     with torch.no_grad():
         for name, layer in plain.model.named_modules():
             if isinstance(layers[name], bitsandbytes.nn.Linear4bit):
                 weight = layers[name].weight
                 layer.weight.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+    gradients = []
+    for llm in (quantised, plain):
+        for name, weight in llm.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.fill_(0.01)
+        llm.model(input_ids=torch.arange(20)[None]).logits.logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad for n, p in llm.model.named_parameters() if p.grad is not None})
     assert torch.equal(logits(quantised), logits(plain))
+    assert gradients[0].keys() == gradients[1].keys() and all("lora_" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
     assert quantised.revision == plain.revision
 
 
