@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from transformers.utils import logging as transformers_logging
 
 from recbole_llm.config import LLMConfig
@@ -23,11 +19,11 @@ from recbole_llm.data.atomic import read_items
 from recbole_llm.data.prompt import plain_tokens
 from recbole_llm.llm.pretrained import LLM, load_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
-from recbole_llm.run_folder import environment, write_json
 
 transformers_logging.disable_progress_bar()
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 WITH_YEAR, BARE = "{movie_title} ({release_year})", "{movie_title}"
+FORMS = {"bare": BARE, "with year": WITH_YEAR}
 
 
 def arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -42,21 +38,37 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
     return args
 
 
+def form_argument(parser: argparse.ArgumentParser) -> None:
+    """How titles are written; bare ones have about 8 tokens with their end, as in the literature, with a year 11."""
+    parser.add_argument("--form", choices=FORMS, default="bare", help="how titles are written")
+
+
+def named(cell: str, form: str) -> str:
+    """A cell's name with the form of its titles, unless that is the plain one."""
+    return cell if form == "bare" else f"{cell}, {form}"
+
+
 def load(llm: str, **options: Any) -> LLM:
     """An LLM in float32 on the CPU, PyTorch's own linears unless asked otherwise."""
     given = {"device": torch.device("cpu"), "dtype": "float32", "fast_linears": False, "seed": 0, **options}
     return load_llm(llm=llm, **given)
 
 
-def ml_100k_titles(form: str = WITH_YEAR) -> list[str]:
+def ml_100k_titles(form: str) -> list[str]:
     """Titles of all films of ml-100k in the order of its file, as a template over its columns writes them."""
     _, rows = read_items(LLMConfig("LLMRanker", "ml-100k").final_config_dict, "ml-100k")
     return [form.format(**row) for row in rows.values()]
 
 
-def material(tokenizer: Any, prompt_tokens: int, titles: int, end: str = "\n") -> tuple[list[int], list[list[int]]]:
-    """A prompt of real titles, a line each, cut to so many tokens, and other real titles, each with its end."""
-    texts = ml_100k_titles()
+def material(
+    tokenizer: Any, prompt_tokens: int, titles: int, *, form: str, end: str = "\n"
+) -> tuple[list[int], list[list[int]]]:
+    """A prompt of real titles, a line each, cut to so many tokens, and other real titles, each with its end.
+
+    Args:
+        form: of titles, a key of ``FORMS``.
+    """
+    texts = ml_100k_titles(FORMS[form])
     random.Random(0).shuffle(texts)
     lines = plain_tokens(tokenizer, [f"{title}\n" for title in texts[titles:]])
     prompt = [token for line in lines for token in line][:prompt_tokens]
@@ -149,96 +161,3 @@ def speedups(records: Mapping[str, Mapping[str, Any]], ours: str) -> dict[str, d
         for name, record in records.items()
         if "wall_s" in record
     }
-
-
-# ---- results
-
-
-class Results:
-    """A benchmark's JSON file, written after every cell; a cell that is whole is not measured again.
-
-    Attributes:
-        cells: name of a cell, such as ``P=300 k=7``, -> its record; its ``sides`` are as ``compare`` gives them.
-    """
-
-    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        self.file = args.out / f"{benchmark}-{Path(args.llm).name}.json"
-        self.again, self.rounds = args.again, args.rounds
-        self.cells: dict[str, dict[str, Any]] = {}
-        if self.file.is_file():
-            self.cells = json.loads(self.file.read_text(encoding="utf-8"))["cells"]
-
-    def todo(self, cells: Iterable[str]) -> Iterator[str]:
-        """Those that are to be measured now."""
-        for cell in cells:
-            if cell in self.cells and not self.again and not failures({cell: self.cells[cell]}):
-                print(f"{cell}: kept from before (--again measures it again)", flush=True)
-                continue
-            self._started, self._load = time.perf_counter(), _load_average()
-            yield cell
-
-    def keep(self, cell: str, record: Mapping[str, Any]) -> None:
-        """Write a cell with the machine that it was measured on, and say so."""
-        took = time.perf_counter() - self._started
-        self.cells[cell] = {
-            **record,
-            "rounds": self.rounds,
-            "took_s": took,
-            "load_average_before": self._load,
-            "environment": {**environment(), "trl": _trl_version()},
-        }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, {"benchmark": self.file.stem, "cells": self.cells})
-        print(f"{cell}: {took:.0f} s", *failures({cell: self.cells[cell]}), sep="; ", flush=True)
-
-    @property
-    def exit_message(self) -> str | None:
-        """What ``sys.exit`` is given: the sides that failed, or None."""
-        return "\n".join(failures(self.cells)) or None
-
-    def table(self, ours: str) -> str:
-        """Markdown: a row for each cell and side."""
-        rows = []
-        for cell, record in self.cells.items():
-            gain = speedups(record["sides"], ours)
-            for name, side in record["sides"].items():
-                said = side.get("failed") or side.get("not_run") or ""
-                rows.append(
-                    {
-                        "cell": cell,
-                        "side": name,
-                        "wall s": side.get("wall_s"),
-                        "CPU s": side.get("cpu_s"),
-                        f"/ {ours}, wall": gain.get(name, {}).get("wall"),
-                        f"/ {ours}, CPU": gain.get(name, {}).get("cpu"),
-                        "difference": f"{side['difference']:.0e}" if "difference" in side else "",
-                        "": said,
-                    }
-                )
-        return markdown(rows)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, numbers with three digits."""
-    return tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".3g", missingval="–")
-
-
-def failures(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each side that failed the gate."""
-    return [
-        f"{cell}, {name}: {side['failed']}"
-        for cell, record in cells.items()
-        for name, side in record["sides"].items()
-        if "failed" in side
-    ]
-
-
-def _load_average() -> list[float] | None:
-    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-
-
-def _trl_version() -> str | None:
-    try:
-        return version("trl")
-    except PackageNotFoundError:
-        return None

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from common import Results, Side, arguments, compare, load, material, speedups, title_tree
+from common import Side, arguments, compare, load, material, speedups, title_tree
 from plain import difference, gradients, pair_loss, stir_adapter
 
 from recbole_llm.llm.logps import batch_logps
+from results import Results
 
 TOLERANCE = 1e-4
 OFF, ON = "fast_linears off", "fast_linears on"
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> Results:
     models = {name: stir_adapter(llm.model) for name, llm in llms.items()}
     shapes = {f"score P={args.prompt} N={args.candidates}": args.candidates, f"step P={args.prompt} k={args.k}": 0}
     for cell in results.todo(shapes):
-        prompt, titles = material(llms[ON].tokenizer, args.prompt, shapes[cell] or args.k + 1)
+        prompt, titles = material(llms[ON].tokenizer, args.prompt, shapes[cell] or args.k + 1, form="bare")
         make = scoring if shapes[cell] else step
         sides = {name: make(model, prompt, titles) for name, model in models.items()}
         right = sides[OFF].result(sides[OFF].run())

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BARE, WITH_YEAR, Results, Side, arguments, compare, load, speedups
+from common import FORMS, Side, arguments, compare, load, speedups
 from plain import ROUGH_NATS, cached_logps, in_batches, logp_by_hand
 from ranker import SETTINGS, ml_100k_ranker
 
@@ -28,13 +28,13 @@ from recbole_llm.llm.title_trie import TitleTrie, title_trie
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.title_scores import title_scores
 from recbole_llm.topk_search import Found
+from results import Results
 
 TOLERANCE = 2e-4  # nats on title log-probs of tens of nats, float32
 TIE = 1e-4
 SOME = 40  # titles that plain scoring is timed on
 PLAIN, CACHE = f"plain, from {SOME} titles", "expanded KV cache"
 EXACT, TOPK = "ours, exact", "ours, exact_topk"
-FORMS = {"bare": BARE, "with year": WITH_YEAR}
 
 
 def trained_adapter(llm: str, form: str, history: int, users: int) -> Path:
@@ -97,7 +97,7 @@ def measured(args: argparse.Namespace, form: str, folder: Path) -> dict[str, Any
         "k": args.k,
         "prompt_tokens": lengths.tolist(),
         "prompt_tokens_of_one_user": len(prompts[typical]),
-        "adapter": str(folder),
+        "adapter": folder.name,
         **searched.facts(),
         "times_faster": {ours: speedups(records, ours) for ours in (TOPK, EXACT)},
         "sides": records,

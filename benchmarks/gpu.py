@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from common import Results, Side, arguments, load, markdown, speedups, timed, title_tree
+from common import Side, arguments, load, speedups, timed, title_tree
 from plain import sequence_logps, stir_adapter
 
 from recbole_llm.llm.logps import completion_logps
 from recbole_llm.llm.pretrained import LLM
+from results import Results, markdown
 
 Asked = tuple[list[int], list[list[int]]]  # a prompt, and its titles, the chosen one first
 Cell = Callable[[argparse.Namespace, Mapping[str, LLM], int, int, float], dict[str, Any]]

@@ -17,13 +17,14 @@ import time
 from typing import Any
 
 import torch
-from common import Results, arguments, markdown
+from common import arguments
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.memory import GIB
 from recbole_llm.plan import plan
 from recbole_llm.probe import PeakMemory
 from recbole_llm.quick_start import run_recbole_llm
+from results import Results, markdown
 
 SETTINGS: dict[str, Any] = {
     "quantization": "4bit",
@@ -63,7 +64,7 @@ def measured(settings: dict[str, Any], gib: float) -> dict[str, Any]:
         "allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "run_s": seconds,
         "stages": [{k: s[k] for k in ("loss", "positions", "steps", "tokens", "seconds")} for s in stages],
-        "settings": settings,
+        "settings": {key: value for key, value in settings.items() if key not in ("llm", "checkpoint_dir")},
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "sides": {},
     }

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import Results, Side, compare
+from common import Side, compare
 from gpu import (
     GATED,
     SLACK,
@@ -33,6 +33,7 @@ from operations import one_sequence_each, scoring, shared_prompt
 
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.pretrained import LLM
+from results import Results
 
 FULL, KEEP, CACHE, OURS = "full logits", "logits_to_keep", "expanded KV cache", "ours"
 

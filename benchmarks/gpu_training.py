@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import Results, Side, compare, timed
+from common import Side, compare, timed
 from gpu import (
     GATED,
     SLACK,
@@ -38,6 +38,7 @@ from operations import lora_step, one_sequence_each, shared_prompt
 from plain import gradients, pair_loss
 
 from recbole_llm.llm.pretrained import LLM
+from results import Results
 
 SEQUENCES, TITLES = "sequences", "sequences, head on titles"
 TRL = "TRL, best settings"

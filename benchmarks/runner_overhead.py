@@ -25,7 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import Results, arguments, markdown, seconds
+from common import arguments, seconds
+
+from results import Results, markdown
 
 RECBOLE, QUICKER = "RecBole", "RecBole, anomaly detection off"
 OURS, HARM = "ours", "ours, with harm metrics"

@@ -1,6 +1,6 @@
 """Scoring N candidates after one prompt: ours against plain transformers, with and without its own KV cache.
 
-    python benchmarks/score_candidates.py [--prompt 150 300 600] [--candidates 20 100] [--llm=embedded] [--rounds=5]
+    python benchmarks/score_candidates.py [--prompt 150 300 600] [--candidates 20 100] [--form=bare] [--llm=embedded]
 
 *full logits*: one sequence (prompt + title) a candidate, 20 in a padded batch, log-softmax of all logits, as most
 published rankers do. *logits_to_keep*: the same with logits from the prompt's end on. *expanded KV cache*: the prompt
@@ -15,11 +15,12 @@ import sys
 from typing import Any
 
 import torch
-from common import Results, Side, arguments, compare, load, material, speedups, title_tree
+from common import Side, arguments, compare, form_argument, load, material, named, speedups, title_tree
 from operations import one_sequence_each, scoring, shared_prompt
 from plain import ROUGH_NATS, cached_logps, in_batches, logp_by_hand
 
 from recbole_llm.llm.logps import batch_logps
+from results import Results
 
 TOLERANCE = 2e-4  # nats on title log-probs of tens of nats, float32
 PLAIN, KEEP, CACHE, OURS = "full logits", "logits_to_keep", "expanded KV cache", "ours"
@@ -62,12 +63,20 @@ def main(argv: list[str] | None = None) -> Results:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, nargs="+", default=[150, 300, 600], help="prompt tokens")
     parser.add_argument("--candidates", type=int, nargs="+", default=[20, 100])
+    form_argument(parser)
     args = arguments(parser, argv)
     results = Results("score_candidates", args)
     plain, ours = load(args.llm, finetune="none", attention="sdpa"), load(args.llm, finetune="none")
-    shapes = {f"P={prompt} N={number}": (prompt, number) for prompt in args.prompt for number in args.candidates}
+    shapes = {
+        named(f"P={prompt} N={number}", args.form): (prompt, number)
+        for prompt in args.prompt
+        for number in args.candidates
+    }
     for cell in results.todo(shapes):
-        results.keep(cell, measured(plain.model, ours.model, *material(ours.tokenizer, *shapes[cell]), args.rounds))
+        results.keep(
+            cell,
+            measured(plain.model, ours.model, *material(ours.tokenizer, *shapes[cell], form=args.form), args.rounds),
+        )
     print(results.table(OURS))
     for cell, record in results.cells.items():
         if record["share_of_limit_reached"]:

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import Results, Side, arguments, compare, load, speedups
+from common import Side, arguments, compare, load, speedups
 from plain import (
     BETA,
     ROUGH,
@@ -39,6 +39,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.stages import sft_windows
+from results import Results
 
 TOLERANCE = 1e-5
 LOSS = "DMPO"  # with pairwise_mean: the mean of DPO over the pairs of a position

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import Results, Side, arguments, compare, load, markdown, material, speedups, title_tree
+from common import Side, arguments, compare, form_argument, load, material, named, speedups, title_tree
 from memory import GIB, PeakMemory, step_bytes
 from operations import lora_step, one_sequence_each, shared_prompt
 from plain import (
@@ -36,6 +36,7 @@ from plain import (
 )
 
 from recbole_llm.llm.logps import batch_logps
+from results import Results, markdown
 
 TOLERANCE = 1e-5
 OURS, OURS_IN_STEP = "ours, reference cached", "ours, reference in the step"
@@ -171,7 +172,7 @@ def memory(args: argparse.Namespace, prompt: list[int], answers: Sequence[list[i
             records[name] = {"not_run": reason}
             continue
         command = [sys.executable, __file__, f"--llm={args.llm}", f"--threads={args.threads}", f"--probe={name}"]
-        command += ["--prompt", str(len(prompt)), "--k", str(len(answers) - 1)]
+        command += ["--prompt", str(len(prompt)), "--k", str(len(answers) - 1), f"--form={args.form}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         failed = {"failed": f"the process ended with status {done.returncode}"}
         records[name] = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
@@ -203,6 +204,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, nargs="+", default=[150, 300, 600], help="prompt tokens")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 7, 15], help="rejected titles")
+    form_argument(parser)
     parser.add_argument("--trl_default", action="store_true", help="also TRL as it comes")
     parser.add_argument("--most_gib", type=float, default=16, help="sides that would take more memory are left out")
     parser.add_argument("--memory", action="store_true", help="measure memory, not time")
@@ -215,10 +217,10 @@ def main(argv: list[str] | None = None) -> Results:
     args = read_arguments(argv)
     results = Results("train_memory" if args.memory else "train_preference", args)
     tokenizer = load(args.llm, finetune="none").tokenizer
-    shapes = {f"P={prompt} k={k}": (prompt, k) for prompt in args.prompt for k in args.k}
+    shapes = {named(f"P={prompt} k={k}", args.form): (prompt, k) for prompt in args.prompt for k in args.k}
 
     def texts(cell: str) -> tuple[list[int], list[list[int]]]:
-        prompt, titles = material(tokenizer, shapes[cell][0], shapes[cell][1] + 1, end="")
+        prompt, titles = material(tokenizer, shapes[cell][0], shapes[cell][1] + 1, form=args.form, end="")
         return prompt, [[*title, tokenizer.eos_token_id] for title in titles]
 
     if args.probe:

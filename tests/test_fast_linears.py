@@ -172,11 +172,11 @@ def chosen(monkeypatch: pytest.MonkeyPatch, layers: float, head: float, folder: 
     return kernels, len(timed)
 
 
-@pytest.mark.parametrize(("layers", "head"), [(1.02, 1.04), (1.04, 1.02), (0.5, 0.9), (1.7, 2.0)])
+@pytest.mark.parametrize(("layers", "head"), [(1.09, 1.11), (1.11, 1.09), (0.5, 0.9), (1.7, 2.0)])
 def test_what_is_clearly_faster_is_chosen_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layers: float, head: float
 ) -> None:
-    expected = {"layers": "onednn" if layers > 1.03 else "default", "head": "onednn" if head > 1.03 else "default"}
+    expected = {"layers": "onednn" if layers > 1.1 else "default", "head": "onednn" if head > 1.1 else "default"}
     assert chosen(monkeypatch, layers, head, tmp_path) == (expected, 2)
     assert chosen(monkeypatch, 1 / layers, 1 / head, tmp_path) == (expected, 0)  # kept, whatever a new timing says
     torch.set_num_threads(2)
@@ -219,7 +219,8 @@ def test_a_gain_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fast_linears._gain(layers, 16) == pytest.approx(2.5)
     cases = {(shape, rows) for shape in ((4, 8), (16, 4)) for rows in fast_linears.ROWS}  # the third one is cut
     assert {s for s in seen if s[0] is OneDNNLinear} == {(OneDNNLinear, *case) for case in cases}
-    assert len(seen) == 2 * 2 * len(cases)  # two rounds, two kernels
+    rounds = 1 + fast_linears.LEAST_ROUNDS  # the first warms up
+    assert len(seen) == rounds * 2 * len(cases)
     assert fast_linears._gain([], 16) == 1
 
 
