@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "quantization": "4bit",
     "dtype": "bfloat16",
     "gradient_checkpointing": True,
+    "token_budget": 2048,
     "loss": "SDPO",
     "rejected_num": 7,
     "epochs": 1,

@@ -180,6 +180,12 @@ class LLMConfig(Config):
             final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset)}
         return final
 
+    def _init_device(self) -> None:
+        """RecBole's; then what ``auto`` means on the device."""
+        super()._init_device()
+        if self.final_config_dict.get("token_budget") == "auto":
+            self.final_config_dict["token_budget"] = keys.TOKEN_BUDGET[self.final_config_dict["device"].type]
+
     def _properties_of_dataset(self) -> dict[str, Any]:
         file = PROPERTIES / f"dataset/{self.dataset}.yaml"
         return read_yaml(str(file)) if file.is_file() else {}

@@ -45,6 +45,16 @@ def one_of(*choices: Any) -> Check:
     return lambda value: None if value in choices else f"must be one of {told}"
 
 
+def or_auto(check: Check) -> Check:
+    """What a check allows, or ``auto``."""
+
+    def told(value: Any) -> str | None:
+        wrong = None if value == "auto" else check(value)
+        return wrong and f"{wrong}, or auto"
+
+    return told
+
+
 def text(value: Any) -> str | None:
     """Any non-empty text."""
     return None if isinstance(value, str) and value else "must be text"

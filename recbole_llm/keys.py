@@ -22,6 +22,7 @@ from recbole_llm.key_checks import (
     number,
     one_of,
     optional_text,
+    or_auto,
     smoothing,
     table,
     text,
@@ -31,6 +32,7 @@ from recbole_llm.key_checks import (
 LOSSES = ("SFT", "DPO", "DMPO", "SDPO", "RosePO", "MultDPO")
 REJECTED = ("uniform", "popularity", "low_rating", "self_hard", "semantic", "from_model")
 SCORE_NORMS = ("sum", "mean", "pmi")
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}  # what token_budget=auto is, by device: a GPU is not filled by less
 
 
 # Keys that every model shares (properties/overall.yaml).
@@ -90,7 +92,7 @@ LLM_KEYS: dict[str, Check] = {
     "sft_positions": integer(0),
     "lr_scheduler": one_of("cosine", "linear", "constant"),
     "warmup_ratio": number(0, 1),
-    "token_budget": integer(64),
+    "token_budget": or_auto(integer(64)),
     "score_norm": one_of(*SCORE_NORMS),
     "full_ranking": one_of("rerank", "exact", "exact_topk"),
     "rerank_model": text,

@@ -451,3 +451,13 @@ def test_recbole_does_not_slow_autograd_down() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROPERTIES.parent, check=True
     )
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_token_budget_follows_the_device(toy: dict[str, Any]) -> None:
+    """And a number stays; RecBole's models have none."""
+    assert LLMConfig("LLMRanker", config_dict=toy)["token_budget"] == 2048
+    assert LLMConfig("LLMRanker", config_dict={**toy, "token_budget": 100})["token_budget"] == 100
+    assert LLMConfig("SASRec", config_dict=toy)["token_budget"] is None
+    for wrong in ("most", 63, 2048.0):
+        with pytest.raises(ConfigError, match="token_budget.*must be a whole number >= 64, or auto"):
+            LLMConfig("LLMRanker", config_dict={**toy, "token_budget": wrong})
