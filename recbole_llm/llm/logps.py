@@ -109,9 +109,11 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, fast: bool) -> torch.Tensor:
         values, expected = [], []
+        # Words first: MKL is up to twice as fast where the rows are few and the words are many.
+        words_first = hidden.device.type == "cpu" and not fast
         product = onednn_linear if fast else functional.linear
         for chunk in hidden.split(head_rows_at_once(hidden.device)):
-            logits = product(chunk, weight).float()
+            logits = (weight @ chunk.t()).float().t() if words_first else product(chunk, weight).float()
             value = logits.logsumexp(-1)
             values.append(value)
             if ctx.needs_input_grad[0]:
