@@ -37,14 +37,16 @@ class Counter(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         words, width = model.get_output_embeddings().weight.shape
-        self.head, self.tokens, self.head_rows = (width, words), 0, 0
+        self.head, self.tokens, self.head_rows = (words, width), 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name == "embedding":
             self.tokens += args[1].numel()
-        if name == "mm" and tuple(args[1].shape) == self.head:
-            self.head_rows += len(args[0])
+        if name == "mm" and args[1].t().shape == self.head:
+            self.head_rows += args[0].shape[0]
+        if name == "mm" and args[0].shape == self.head:  # words first
+            self.head_rows += args[1].shape[1]
         return func(*args, **(kwargs or {}))
 
 
