@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> Results:
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--history", type=int, default=30, help="items of history (MAX_ITEM_LIST_LENGTH)")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter that SFT on one form has trained")
-    parser.add_argument("--train_users", type=int, default=200, help="without --adapter: users of one epoch of SFT")
+    parser.add_argument("--train_users", type=int, default=60, help="without --adapter: users of one epoch of SFT")
     args = arguments(parser, argv)
     results = Results("full_catalogue", args)
     cells = {f"{form}, K={args.k}, history {args.history}, {args.users} users": FORMS[form] for form in args.form}

@@ -1,6 +1,6 @@
 """Training every position of a history in one pass, against a pass for each position; supervised positions a second.
 
-    python benchmarks/stream_training.py [--history 50] [--k 7] [--llm=embedded] [--rounds=5]
+    python benchmarks/stream_training.py [--history 75] [--k 7] [--llm=embedded] [--rounds=5]
 
 The material is one real user of ml-100k with at least so many films of history. *SFT*: plain transformers with one
 sequence a position against ours. *preference*: ours with one window a position (what an instruct prompt takes) against
@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import Side, arguments, compare, load, speedups
+from common import FORMS, Side, arguments, compare, form_argument, load, named, speedups
 from plain import (
     BETA,
     ROUGH,
@@ -49,10 +49,10 @@ SINGLE, OURS = "ours, one window a position", "ours"
 
 
 @cache
-def material(llm: str, history: int, k: int) -> tuple[LLMRanker, Window]:
+def material(llm: str, history: int, k: int, form: str) -> tuple[LLMRanker, Window]:
     """Our model, and the window of a user with a full history."""
     loss = {"loss": LOSS, "pairwise_mean": True, "beta": BETA, "rejected_num": k}
-    model, protocol = ml_100k_ranker(llm=llm, MAX_ITEM_LIST_LENGTH=history, **loss)
+    model, protocol = ml_100k_ranker(llm=llm, MAX_ITEM_LIST_LENGTH=history, item_text=FORMS[form], **loss)
     stir_adapter(model.policy)
     windows = sft_windows(model.config, protocol, model.prompt, model.llm.context)
     return model, random.Random(0).choice([w for w in windows if len(w.items) == history + 1])
@@ -155,13 +155,16 @@ def both_ways(model: LLMRanker, window: Window) -> dict[str, Side]:
 def main(argv: list[str] | None = None) -> Results:
     """Measure both cells and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--history", type=int, default=50, help="items of history (MAX_ITEM_LIST_LENGTH)")
+    parser.add_argument("--history", type=int, default=75, help="items of history (MAX_ITEM_LIST_LENGTH)")
     parser.add_argument("--k", type=int, default=7, help="rejected titles a position")
     parser.add_argument("--gated", type=int, default=4, help="items of the window that preference checks by hand")
+    parser.add_argument("--stage", nargs="+", choices=["SFT", "preference"], default=["SFT", "preference"])
+    form_argument(parser)
     args = arguments(parser, argv)
     results = Results("stream_training", args)
-    for cell in results.todo([f"SFT L={args.history}", f"preference k={args.k} L={args.history}"]):
-        model, window = material(args.llm, args.history, args.k)
+    cells = {"SFT": f"SFT L={args.history}", "preference": f"preference k={args.k} L={args.history}"}
+    for cell in results.todo(named(cells[stage], args.form) for stage in args.stage):
+        model, window = material(args.llm, args.history, args.k, args.form)
         plain = stir_adapter(load(args.llm, attention="sdpa").model)
         if cell.startswith("SFT"):
             records = sft(model, plain, window, args.rounds)

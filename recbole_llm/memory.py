@@ -152,13 +152,13 @@ def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterato
 
 
 def head_bytes(model: torch.nn.Module, rows: int, device: torch.device, *, trained: bool) -> int:
-    """Bytes of the LM head over some rows: a chunk of logits, float32 copy and exponentials, and each row's own.
+    """Bytes of the LM head over some rows: a chunk of logits, its float32 copy in half precision, and each row's own.
 
     A row's own are its hidden state, the gradient that is computed beside its logits, and the float32 products with the
     embedding of its target.
     """
     head = decoder_and_head(model)[1].weight
-    logits = 8 if head.dtype == torch.float32 else 8 + head.element_size()
+    logits = 4 if head.dtype == torch.float32 else 4 + head.element_size()
     own = head.element_size() * (2 if trained else 1) + 12
     return min(rows, head_rows_at_once(device)) * head.shape[0] * logits + rows * head.shape[1] * own
 

@@ -114,10 +114,14 @@ class _LogSumExp(torch.autograd.Function):
         product = onednn_linear if fast else functional.linear
         for chunk in hidden.split(head_rows_at_once(hidden.device)):
             logits = (weight @ chunk.t()).float().t() if words_first else product(chunk, weight).float()
-            value = logits.logsumexp(-1)
-            values.append(value)
+            most = logits.amax(-1)
+            shares = logits.sub_(most[:, None]).exp_()  # in place: a second matrix of this size costs as much again
+            total = shares.sum(-1)
+            values.append(most + total.log())
             if ctx.needs_input_grad[0]:
-                expected.append(product(logits.sub_(value[:, None]).exp_().to(weight.dtype), weight.t()))
+                mean = product(shares.to(weight.dtype), weight.t())
+                expected.append((mean.float() / total[:, None]).to(weight.dtype))
+            del logits, shares  # or they would stand beside the next chunk's
         if expected:
             ctx.save_for_backward(torch.cat(expected))
         return torch.cat(values)
