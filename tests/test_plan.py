@@ -403,14 +403,14 @@ def said(code: str, folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_predictions_of_the_embedded_model_hold(tmp_path: Path) -> None:
     try:
         embedded_folder()
     except UserError as error:
         pytest.skip(f"the embedded LLM cannot be had: {error}")
     ratios = []
-    for attempt in range(2):  # time depends on what else the machine does
+    for attempt in range(4):  # time depends on what else the machine does
         seconds, peak = said(PLAN, tmp_path / f"plan-{attempt}")
         took, held = said(RUN, tmp_path / f"run-{attempt}")
         ratios.append((seconds / took, peak / held))
