@@ -1,8 +1,8 @@
 """LoRA's products in the half precision of the frozen weights, on a GPU.
 
-Adapters are trained in float32, and peft would take each layer's input to float32 for their small products: in memory
-traffic that costs as much as the frozen product beside it. Autocast takes the adapters' weights to half precision
-instead, as transformers' and TRL's trainers do.
+Adapters are trained in float32, and peft would take each layer's input to float32 for their small products, which
+moves twice the bytes. Autocast takes the adapters' weights to half precision instead, as transformers' and TRL's
+trainers do.
 """
 
 from __future__ import annotations
