@@ -16,6 +16,7 @@ from recbole_llm import keys
 from recbole_llm.data.atomic import inter_columns, item_columns
 from recbole_llm.data.item_text import text_template
 from recbole_llm.data.prompt import load_template
+from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
 
@@ -29,6 +30,8 @@ READ_WITH = (
     "RATING_FIELD",
     "item_text",
     "prompt",
+    "reasoning_item",
+    "reasoning_prompt",
     "liked_only",
     "min_disliked",
 )
@@ -62,7 +65,7 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
             f"--model={model}: it predicts clicks from an interaction's own columns (rating, time), "
             "which no model may see here; name a general, sequential or knowledge-aware model."
         ]
-    if "llm" not in settings and settings.get("epochs") == 0:
+    if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
     return []
 
@@ -71,7 +74,9 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are fine alone and wrong together."""
     ill_typed = {k for k, v in settings.items() if k in keys.CHECKS and keys.CHECKS[k](v)}
     problems = _wrong_users(settings) if not ill_typed & {"few_shot", "disjoint_users", "liked_only"} else []
-    if "llm" not in settings:
+    if "recommender_model" in settings:
+        return problems + wrong_dpo4rec(settings)
+    if not keys.ranks_titles(settings):
         return problems
     if not ill_typed & (set(keys.LLM_KEYS) | {"epochs"}):
         problems += [told for told, wrong in _wrong_training(settings).items() if wrong]
@@ -170,7 +175,9 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         if lacks:
             problems.append(f"--load_col: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
     problems += _needs_ratings(settings, dataset)
-    if "llm" not in settings:
+    if settings.get("knowledge", "none") != "none":
+        return problems + _told(lambda: check_texts(settings, dataset, properties))
+    if not keys.ranks_titles(settings):
         return problems
     if Path(settings["data_path"]).is_dir():  # a missing folder is told once
         wanted = settings["item_text"]

@@ -101,6 +101,41 @@ LLM_KEYS: dict[str, Check] = {
     "eval_dataset": optional_text,
     "eval_config": table,
 }
+# Keys of DPO4Rec alone (properties/model/DPO4Rec.yaml); those of its LLM are above.
+DPO4REC_KEYS: dict[str, Check] = {
+    "recommender_model": one_of("SASRec", "GRU4Rec"),
+    "knowledge": one_of("reasoning", "placebo", "none"),
+    "text_encoder": text,
+    "item_knowledge": flag,
+    "adaptor": one_of("experts", "mlp"),
+    "adaptor_width": integer(1),
+    "adaptor_hidden": integer(1),
+    "adaptor_dropout": number(0, 0.99),
+    "shared_experts": integer(1),
+    "own_experts": integer(1),
+    "text_users": integer(1, optional=True),
+    "text_positions": integer(1),
+    "pair_users": integer(0),
+    "reward_positions": integer(1),
+    "reward_others": integer(1),
+    "reasoning_prompt": text,
+    "reasoning_item": text,
+    "reasoning_history": integer(1),
+    "reasoning_tokens": integer(1),
+    "samples": integer(2),
+    "temperature": number(above=True),
+    "top_p": number(0, 1, above=True),
+    "generation_batch": integer(1),
+    "endpoint": optional_text,
+    "endpoint_model": optional_text,
+    "iterations": integer(0),
+    "select_iteration": one_of("best", "last"),
+    "alignment": one_of("DPO", "SFT"),
+    "reward_gap": number(),
+    "align_epochs": integer(1),
+    "align_batch_size": integer(1),
+    "align_learning_rate": number(above=True),
+}
 # RecBole's keys whose wrong values RecBole would meet late, or never tell.
 RECBOLE_KEYS: dict[str, Check] = {
     "epochs": integer(0),
@@ -159,10 +194,10 @@ READING_KEYS = {
     "item_text",
     "item_text_max_tokens",
 }
-CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS
+CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS | DPO4REC_KEYS
 
 # Keys with a choice called none, which the command line reads as an empty value.
-NONE_IS_A_CHOICE = ("finetune", "encoder")
+NONE_IS_A_CHOICE = ("finetune", "encoder", "knowledge")
 
 # Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.
 UNLISTED_KEYS = {"config_files", "encoding", "tail_ratio"}
@@ -197,6 +232,11 @@ _LOOSE = {
     "use_proj_bias",
     "reranker_CAN_NUM",
 }
+
+
+def ranks_titles(settings: Collection[str]) -> bool:
+    """Whether these are settings of a model that ranks by the log-probs of titles (LLMRanker)."""
+    return "score_norm" in settings
 
 
 def unknown_keys(

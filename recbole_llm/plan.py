@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from recbole_llm import memory
+from recbole_llm import keys, memory
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
@@ -40,7 +40,7 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
     Raises:
         UserError: as a run, and where the LLM's config.json or tokenizer cannot be had.
     """
-    if "llm" not in config:
+    if not keys.ranks_titles(config):
         return plan_of_recbole(config, probe)
     clock = time.perf_counter()
     test_config = eval_config_of(config)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from recbole.utils import init_seed
 
+from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
@@ -130,7 +131,7 @@ def _try_ahead(config: LLMConfig, protocol: Protocol, asked: Protocol) -> None:
     """
     title_embeddings(asked.dataset)  # kept for the evaluation
     try_recommenders(config, protocol)
-    if "llm" in config and config["loss"] != "SFT" and "semantic" in config["rejected"].split("+"):
+    if keys.ranks_titles(config) and config["loss"] != "SFT" and "semantic" in config["rejected"].split("+"):
         title_vectors(config, protocol.dataset)
 
 

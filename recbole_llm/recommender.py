@@ -80,8 +80,10 @@ def check_recommenders(config: LLMConfig) -> None:
 
 
 def needed_recommenders(config: LLMConfig) -> list[str]:
-    """The keys that name a model which this run will train first."""
-    if "llm" not in config:
+    """The keys that name a model which this run will train first, or that is a part of its own."""
+    if "recommender_model" in config:
+        return ["recommender_model"]
+    if not keys.ranks_titles(config):
         return []
     needed = {
         "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
@@ -130,7 +132,7 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
     Raises:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
-    own = set(keys.LLM_KEYS) | keys.TRAINING_KEYS | {"model", "dataset"}
+    own = set(keys.LLM_KEYS) | set(keys.DPO4REC_KEYS) | keys.TRAINING_KEYS | {"model", "dataset"}
     shared = {k: v for k, v in config.external_config_dict.items() if k not in own}
     return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
 

@@ -21,7 +21,7 @@ from recbole.config import Config
 
 from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.errors import UserError
 from recbole_llm.machine import processor
 
@@ -77,8 +77,9 @@ def _files_hash(settings: Mapping[str, Any], dataset: str) -> str:
 def run_hash(config: Config) -> str:
     """What determines a run's result: resolved configuration, prompt, data, versions and our code."""
     what = [{k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}, data_hash(config), versions()]
-    if "prompt" in config:  # a file of that name may change
-        what.append(load_template(config["prompt"], config.properties))
+    for key in FAMILIES:  # a file of that name may change
+        if key in config:
+            what.append(load_template(config[key], config.properties, key))
     if other := config["eval_dataset"]:
         given = {**config.external_config_dict, **(config["eval_config"] or {})}
         path = given.get("data_path", config.internal_config_dict["data_path"])

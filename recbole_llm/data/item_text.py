@@ -24,7 +24,9 @@ TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 logger = logging.getLogger()
 
 
-def item_texts(config: Config, dataset: Dataset, count_tokens: Callable[[Sequence[str]], list[int]]) -> list[str]:
+def item_texts(
+    config: Config, dataset: Dataset, count_tokens: Callable[[Sequence[str]], list[int]], wanted: str | None = None
+) -> list[str]:
     """The text of every internal item id; entry 0 (padding) is empty.
 
     HTML entities and tags are resolved, control characters and runs of blanks become one blank. A text over
@@ -35,15 +37,17 @@ def item_texts(config: Config, dataset: Dataset, count_tokens: Callable[[Sequenc
     Args:
         config: needs ``item_text`` (``auto`` or a template such as ``{title} ({year})``) and ``item_text_max_tokens``.
         count_tokens: texts -> their lengths in tokens.
+        wanted: in the place of ``item_text``.
 
     Raises:
         UserError: no ``.item`` file, a column that it does not have, or more than half of the items without text.
     """
     columns, rows = read_items(config.final_config_dict, config["dataset"])
-    template = text_template(config["item_text"], columns, config["dataset"])
+    wanted = wanted or config["item_text"]
+    template = text_template(wanted, columns, config["dataset"])
     tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
     # Of the columns that `auto` finds the year may lack, and the title may not.
-    needed = text_columns(template)[:1] if config["item_text"] == "auto" else []
+    needed = text_columns(template)[:1] if wanted == "auto" else []
     texts = [clean(_fill(template, rows[t])) if t in rows and all(rows[t][c] for c in needed) else "" for t in tokens]
     texts = _name_the_untitled(texts, tokens, config["dataset"])
     texts = _cut_the_long(texts, config["item_text_max_tokens"], count_tokens)

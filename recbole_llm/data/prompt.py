@@ -19,11 +19,13 @@ from torch import Tensor
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
 
-REQUIRED = {
+REQUIRED: dict[str, dict[str, type]] = {
     "stream": {"header": str, "line": str},
     "instruct": {"question": str, "line": str},
     "pair": {"question": str, "line": str, "answer": str},
+    "reasoning": {"question": str, "line": str},  # DPO4Rec's question about a user, which no title answers
 }
+FAMILIES = {"prompt": ("stream", "instruct", "pair"), "reasoning_prompt": ("reasoning",)}  # by configuration key
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,11 @@ class Prompt:
         return logps
 
 
-def load_template(name: str, folder: Path) -> dict[str, Any]:
-    """A template by name (``stream``, ``instruct``, ``pair``) or by path of a YAML file.
+def load_template(name: str, folder: Path, key: str = "prompt") -> dict[str, Any]:
+    """A template by name (``stream``, ``instruct``, ``pair``; ``reasoning``) or by path of a YAML file.
+
+    Args:
+        key: the configuration key that names it; says which families it may be of.
 
     Raises:
         UserError: no such template, or one with missing, unknown or ill-typed entries.
@@ -160,18 +165,20 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
     file = folder / "prompt" / f"{name}.yaml"
     file = file if file.is_file() else Path(name)
     if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in (folder / "prompt").glob("*.yaml")))
+        known = ", ".join(FAMILIES[key])
         raise UserError(
-            f"--prompt={name}: no such template; use {known}, or the path of a YAML file "
+            f"--{key}={name}: no such template; use {known}, or the path of a YAML file "
             "like those in properties/prompt."
         )
     try:
         template = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"--prompt={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"--{key}={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
     family = template.get("family") if isinstance(template, dict) else None
-    if not isinstance(family, str) or family not in REQUIRED:
-        raise UserError(f"--prompt={name}: {file} needs `family: stream`, `family: instruct` or `family: pair`.")
+    if not isinstance(family, str) or family not in FAMILIES[key]:
+        *others, last = (f"`family: {f}`" for f in FAMILIES[key])
+        needed = f"{', '.join(others)} or {last}" if others else last
+        raise UserError(f"--{key}={name}: {file} needs {needed}.")
     wrong = [k for k, kind in REQUIRED[family].items() if not isinstance(template.get(k), kind)]
     wrong += [str(k) for k in template if k not in REQUIRED[family] and k != "family"]
     holes = {"line": ["title"], "question": ["history"]}
@@ -182,12 +189,12 @@ def load_template(name: str, folder: Path) -> dict[str, Any]:
     if wrong:
         told = "; ".join(f"`{k}` {', '.join(f'{{{n}}}' for n in names)}" for k, names in holes.items())
         raise UserError(
-            f"--prompt={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
+            f"--{key}={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
             f"{', '.join(REQUIRED[family])}, and holds once, in this order: {told}."
         )
     if family == "stream" and template["line"].endswith("{title}"):
         raise UserError(
-            f"--prompt={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
+            f"--{key}={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
             "a line, and a title without an end is as likely as all that begin with it."
         )
     return template

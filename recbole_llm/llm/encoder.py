@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,24 @@ def text_embeddings(texts: Sequence[str], encoder: str = "minilm", cache_folder:
             where, revision = _minilm_folder(cache_folder), " ".join(FILES.values())
         else:
             where, revision = _locate(encoder)
-        what = json.dumps([COMPUTATION, revision, list(texts)])
-        kept = cache_root(cache_folder) / "embeddings" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
-        vectors = _read(kept, len(texts))
-        if vectors is None:
-            with torch.random.fork_rng(devices=[]):
-                vectors = _encode(texts, *_load(encoder, where))
-            _keep(encoder, vectors, kept)
+        return kept_vectors(revision, texts, lambda: _encode(texts, *_load(encoder, where)), cache_folder)
+
+
+def kept_vectors(
+    revision: object, texts: Sequence[str], encode: Callable[[], np.ndarray], cache_folder: Path | None = None
+) -> np.ndarray:
+    """Vectors of texts from the cache, else made by ``encode`` and kept there.
+
+    Args:
+        revision: what identifies the encoder, JSON-able.
+    """
+    what = json.dumps([COMPUTATION, revision, list(texts)])
+    kept = cache_root(cache_folder) / "embeddings" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
+    vectors = _read(kept, len(texts))
+    if vectors is None:
+        with torch.random.fork_rng(devices=[]):
+            vectors = encode()
+        _keep(vectors, kept)
     return vectors
 
 
@@ -199,7 +210,7 @@ def _read(kept: Path, n: int) -> np.ndarray | None:
     return vectors if sound and np.all((lengths == 0) | (np.abs(lengths - 1) < 1e-3)) else None
 
 
-def _keep(encoder: str, vectors: np.ndarray, kept: Path) -> None:
+def _keep(vectors: np.ndarray, kept: Path) -> None:
     partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -207,8 +218,6 @@ def _keep(encoder: str, vectors: np.ndarray, kept: Path) -> None:
             np.save(file, vectors, allow_pickle=False)
         os.replace(partial, kept)
     except OSError as error:
-        say(
-            f"--encoder={encoder}: the vectors cannot be kept in {kept.parent} ({error}); next time they are made anew."
-        )
+        say(f"The vectors of texts cannot be kept in {kept.parent} ({error}); next time they are made anew.")
         with suppress(OSError):
             partial.unlink()

@@ -12,7 +12,7 @@ from recbole import __file__ as recbole_file
 from recbole_llm import keys
 from recbole_llm.errors import ConfigError
 
-OWN_MODELS = ("LLMRanker",)
+OWN_MODELS = ("LLMRanker", "DPO4Rec")
 TREES = ("lightgbm", "xgboost")
 # Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
 PACKAGES = (

@@ -20,27 +20,10 @@ from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
 from recbole_llm.errors import UserError
 from recbole_llm.full_ranking import ExactRanking, check_search
 from recbole_llm.llm.budget import TokenBudget
-from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
-from recbole_llm.loss import sft_loss
-from recbole_llm.preference import preference_loss
+from recbole_llm.policy import WindowPolicy
 from recbole_llm.scoring import candidate_logps, normalise, rerank
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """A loss summed over what it is averaged over, so that steps may be split at will.
-
-    Attributes:
-        total: scalar, differentiable, nats.
-        count: title tokens (SFT) or pairs (preference).
-        logged: name -> sum over pairs, a scalar.
-    """
-
-    total: torch.Tensor
-    count: int
-    logged: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,7 @@ def read_catalogue(config: Config, dataset: Dataset, tokenizer: Any) -> Catalogu
     return Catalogue(texts, make_prompt(load_template(config["prompt"], config.properties), texts, tokenizer))
 
 
-class LLMRanker(SequentialRecommender):
+class LLMRanker(WindowPolicy, SequentialRecommender):
     """An LLM as a RecBole sequential model.
 
     ``predict`` scores all candidates of a user over one pass of the prompt; ``full_sort_predict`` ranks the whole
@@ -157,42 +140,6 @@ class LLMRanker(SequentialRecommender):
             windows.append(Window(0, (*kept, target), (len(kept),)))
         loss = self.window_loss(windows, "SFT")
         return loss.total / loss.count
-
-    def window_logps(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Log-probs of windows that fit one pass: ``[T, P + k]`` nats over all their targets, chosen first."""
-        targets = sum(len(w.targets) for w in windows)
-        logps = batch_logps(self.policy, [self.prompt.window_tree(w) for w in windows])
-        return self.prompt.combined(logps.view(targets, -1))
-
-    def window_loss(self, windows: Sequence[Window], loss: str) -> LossSum:
-        """SFT or a preference loss over windows that fit one pass."""
-        logps = self.window_logps(windows)
-        if loss == "SFT":
-            tokens = sum(n for w in windows for n in self.prompt.chosen_lengths(w))
-            return LossSum(sft_loss(chosen_logps=logps[:, 0]).sum(), tokens, {})
-        reference = torch.tensor([r for w in windows for r in w.reference], device=logps.device)
-        smoothing = [e for w in windows for e in w.smoothing]
-        given = torch.tensor(smoothing, device=logps.device) if smoothing else None
-        result, logged = preference_loss(self.config, loss, logps, reference, given)
-        total = result.loss.sum()
-        if self.config["sft_weight"]:
-            lengths = torch.tensor([n for w in windows for n in self.prompt.chosen_lengths(w)], device=logps.device)
-            nll = sft_loss(chosen_logps=logps[:, 0]) / lengths  # mean nats a token of each chosen title
-            total = total + self.config["sft_weight"] * nll.sum()
-            logged["sft"] = nll.detach()
-        return LossSum(total, len(logps), {name: value.sum() for name, value in logged.items()})
-
-    @torch.no_grad()
-    def reference_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:
-        """Log-probs of the policy as it is now, for each window and target: chosen first, then rejected, nats.
-
-        The model is left in evaluation mode: dropout would blur what the loss is measured against.
-        """
-        self.eval()
-        trees = [self.prompt.window_tree(w) for w in windows]
-        logps = self.budget.run(lambda tokens: completion_logps(self.policy, trees, token_budget=tokens))
-        by_target = [p.view(len(w.targets), -1) for p, w in zip(logps, windows, strict=True)]
-        return [self.prompt.combined(p).tolist() for p in by_target]
 
     # ---- ranking
 

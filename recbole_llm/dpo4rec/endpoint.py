@@ -1,0 +1,60 @@
+"""Texts from a server with OpenAI's interface: a local vLLM or llama.cpp, or a service.
+
+The key comes from the environment variable ``OPENAI_API_KEY``; it stands in no configuration, log or file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from recbole.config import Config
+
+from recbole_llm.dpo4rec.reasoning import Asked, Writer
+from recbole_llm.errors import UserError
+from recbole_llm.llm.sampling import Sampling, Written
+
+KEY = "OPENAI_API_KEY"
+SECONDS = 120  # that an answer may take
+# Its bases: the error of whichever HTTP library the client is built on, and OSError.
+FAILED = (*HfHubHTTPError.__bases__, ValueError, KeyError, TypeError)
+
+
+def endpoint_writer(config: Config) -> Writer:
+    """Writes by the server at ``endpoint``; a batch's texts are asked for side by side.
+
+    Raises:
+        UserError: when it is called and the server cannot be reached or refuses.
+    """
+    url, model = config["endpoint"], config["endpoint_model"]
+    # Never without a key: the client would send this machine's hub token instead.
+    client = InferenceClient(base_url=url, api_key=os.environ.get(KEY) or "none", timeout=SECONDS)
+
+    def one(prompt: str, sampling: Sampling, seed: int) -> Written:
+        choice = {"temperature": sampling.temperature}
+        if sampling.temperature:
+            choice |= {"top_p": sampling.top_p, "seed": seed}
+        answer = client.chat_completion(
+            [{"role": "user", "content": prompt}], model=model, max_tokens=sampling.most, **choice
+        )
+        first = answer.choices[0]
+        tokens = answer.usage.completion_tokens if answer.usage else 0
+        return Written(first.message.content or "", tokens, first.finish_reason == "stop")
+
+    def write(asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
+        jobs = [(str(a.prompt), sampling, seed + n) for a in asked for n in range(sampling.number)]
+        try:
+            with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
+                found = list(pool.map(lambda job: one(*job), jobs))
+        except FAILED as error:
+            reason = " ".join(str(error).split())[:300].replace(os.environ.get(KEY) or "\0", "<key>")
+            raise UserError(
+                f"--endpoint={url}: the server did not answer as OpenAI's interface does ({reason}). Check the address "
+                f"(it ends with /v1), --endpoint_model={model}, and the key in {KEY}; texts that came are kept."
+            ) from error
+        return [found[i : i + sampling.number] for i in range(0, len(found), sampling.number)]
+
+    return write

@@ -1,0 +1,277 @@
+"""The loop: texts, a recommender that reads them, rewards, an aligned LLM; and again.
+
+Each stage lies in ``<checkpoint_dir>/stages`` under the hash of what determines it, so a killed run goes on with the
+stage it was in, and runs that share stages (a control, another number of iterations) compute them once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.trainer import Trainer
+from recbole.utils import init_seed
+
+from recbole_llm.data.candidates import EvalRows
+from recbole_llm.data.dataset import POSITION
+from recbole_llm.data.protocol import Protocol
+from recbole_llm.dpo4rec.align import Reasoner, align
+from recbole_llm.dpo4rec.places import draw_places, train_rows_of, trained_rows
+from recbole_llm.dpo4rec.text_vectors import text_vectors
+from recbole_llm.dpo4rec.work import Judged, Work, judged_facts, others_in_place
+from recbole_llm.llm.adapter import load_adapter, save_adapter
+from recbole_llm.llm.sampling import Sampling, Written
+from recbole_llm.run_folder import content_hash, data_hash, versions, write_json, write_text
+from recbole_llm.trainer import ProtocolEvaluation
+
+# What determines a trained recommender, besides data, texts and rows.
+RECOMMENDER_KEYS = tuple(
+    """
+    recommender_model recommender_config epochs stopping_step train_batch_size learning_rate learner weight_decay
+    clip_grad_norm eval_step seed eval_args valid_metric metrics topk metric_decimal_place MAX_ITEM_LIST_LENGTH
+    knowledge text_encoder item_knowledge adaptor adaptor_width adaptor_hidden adaptor_dropout shared_experts
+    own_experts mask_history reasoning_item item_text_max_tokens llm
+""".split()
+)
+ALIGN_KEYS = tuple(
+    """
+    alignment beta align_epochs align_batch_size align_learning_rate lr_scheduler warmup_ratio seed lora_r lora_alpha
+    lora_dropout lora_target_modules quantization
+""".split()
+)
+
+
+class DPO4RecTrainer(ProtocolEvaluation, Trainer):
+    """RecBole's trainer, run once an iteration on texts of an LLM that is aligned in between."""
+
+    def start(self, protocol: Protocol, run_folder: Path) -> None:
+        """Where the data come from and where the checkpoint and the record of stages go."""
+        super().start(protocol, run_folder)
+        self.run_folder = run_folder
+        self.places = draw_places(self.config, protocol)
+        self.work = Work(self.config, protocol, self.places) if self.model.reads else None
+        keys = ("recommender_model", "knowledge", "llm", "endpoint", "text_encoder", "alignment")
+        self.facts: dict[str, Any] = {key: self.config[key] for key in keys}
+        if self.work and self.work.reasoner:
+            llm = self.work.reasoner.llm
+            self.facts |= {"llm_revision": llm.revision, "dtype": llm.dtype, "kernels": llm.kernels}
+        self.facts |= {"readers": len(self.places.readers), "pair_users": len(self.places.pairs), "iterations": []}
+
+    # ---- the loop
+
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: EvalRows | None = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Any = None,
+    ) -> tuple[float, dict[str, float] | None]:
+        """All iterations; the recommender of the one that ``select_iteration`` names is kept.
+
+        Returns:
+            Its best validation score and result.
+        """
+        config, records = self.config, self.facts["iterations"]
+        last = config["iterations"] if config["knowledge"] == "reasoning" else 0
+        self._tell(last)
+        folders: list[Path] = []
+        for iteration in range(last + 1):
+            clock = time.perf_counter()
+            texts = self._texts_to_read(iteration) if self.work else {}
+            wrote = time.perf_counter()
+            folder, record = self._recommender(texts, valid_data, verbose, show_progress)
+            record = {"iteration": iteration, "texts_s": wrote - clock, **record}
+            records.append(record)
+            folders.append(folder)
+            self.logger.info(f"DPO4Rec iteration {iteration}: validation {record['best_valid_score']:.6f}.")
+            if iteration == last or self._fell(records):
+                break
+            record |= self._align(iteration)
+        chosen = self._chosen(records)
+        self.facts["selected_iteration"] = chosen
+        self._take(folders[chosen])
+        super()._save_checkpoint(chosen, verbose=verbose)
+        if self.work and self.work.reasoner:
+            if chosen < len(records) - 1:
+                self._policy_of(records, chosen)
+            save_adapter(self.work.reasoner.llm, self.run_folder)
+        write_json(self.run_folder / "dpo4rec.json", self.facts)
+        return records[chosen]["best_valid_score"], records[chosen]["best_valid_result"]
+
+    def _tell(self, last: int) -> None:
+        """What is ahead, in the log."""
+        if not self.work:
+            self.logger.info("DPO4Rec: no texts, one recommender to train.")
+            return
+        texts, pairs = len(self.places.written()), len(self.places.pairs)
+        self.logger.info(
+            f"DPO4Rec: {last + 1} times {texts} texts of up to {self.config['reasoning_tokens']} tokens and a "
+            f"recommender to train; {last} times {pairs * self.config['samples']} texts about {pairs} users and "
+            f"{self.config['alignment']} on their best and worst."
+        )
+
+    def _fell(self, records: list[dict[str, Any]]) -> bool:
+        """Whether the last iteration is worse on validation than the one before."""
+        if len(records) < 2 or self.config["select_iteration"] == "last":
+            return False
+        now, before = (r["best_valid_score"] for r in (records[-1], records[-2]))
+        fell = now < before if self.valid_metric_bigger else now > before
+        if fell:
+            self.logger.info("DPO4Rec: validation fell, so no further iteration.")
+        return fell
+
+    def _chosen(self, records: list[dict[str, Any]]) -> int:
+        if self.config["select_iteration"] == "last":
+            return len(records) - 1
+        sign = 1 if self.valid_metric_bigger else -1
+        return max(range(len(records)), key=lambda i: (sign * records[i]["best_valid_score"], -i))
+
+    # ---- texts
+
+    def _texts_to_read(self, iteration: int) -> dict[tuple[int, int], str]:
+        """One greedy text at each place that the recommender reads; another user's each under ``placebo``."""
+        places = self.places.written()
+        sampling = Sampling(1, self.config["reasoning_tokens"])
+        written = self.work.write(places, sampling, f"Write texts, iteration {iteration}")
+        texts = [text.text for (text,) in written]
+        self._keep_texts(iteration, places, written)
+        if self.config["knowledge"] == "placebo":
+            texts = [texts[i] for i in others_in_place([u for u, _ in places], self.config["seed"])]
+        empty = sum(not text.strip() for text in texts)
+        if empty:
+            self.logger.warning(f"DPO4Rec: {empty} of {len(texts)} texts are empty; their users have none.")
+        return dict(zip(places, texts, strict=True))
+
+    def _keep_texts(self, iteration: int, places: Sequence[tuple[int, int]], written: list[list[Written]]) -> None:
+        lines = [
+            {"user": str(self.work.user_tokens[u]), "known": known, "text": text.text, "tokens": text.tokens}
+            for (u, known), (text,) in zip(places, written, strict=True)
+        ]
+        told = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.run_folder / f"texts-{iteration}.jsonl", told)
+
+    # ---- the recommender
+
+    def _recommender(
+        self, texts: dict[tuple[int, int], str], valid_data: EvalRows | None, verbose: bool, show_progress: bool
+    ) -> tuple[Path, dict[str, Any]]:
+        """Train a recommender on these texts from new weights, or find it trained; the model then holds its best."""
+        loader = self._train_rows()
+        told = sorted([str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, u)), k, t]
+                      for (u, k), t in texts.items())  # fmt: skip
+        inter = loader._dataset.inter_feat
+        rows = content_hash([inter[self.protocol.dataset.uid_field].tolist(), inter[POSITION].tolist()])
+        folder = self._folder("recommender", [RECOMMENDER_KEYS, told, rows, self.protocol.valid.digest])
+        done, clock = folder / "stage.json", time.perf_counter()
+        init_seed(self.config["seed"], self.config["reproducibility"])
+        fresh = type(self.model)(self.config, self.protocol.train_data._dataset)
+        self.model.load_state_dict(fresh.state_dict())
+        if self.model.reads:
+            self._read(texts)
+        if done.is_file():
+            self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
+            record = json.loads(done.read_text())
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._begin(folder)
+            score, result = super().fit(loader, valid_data, verbose, True, show_progress)
+            record = {
+                "best_valid_score": float(score),
+                "best_valid_result": result,
+                "epochs": len(self.train_loss_dict),
+                "train_loss": list(self.train_loss_dict.values()),
+                "rows": len(loader._dataset),
+                "train_s": time.perf_counter() - clock,
+            }
+            write_json(done, record)
+        self._take(folder)
+        return folder, record
+
+    def _begin(self, folder: Path) -> None:
+        """RecBole's trainer as new, with its checkpoint in a folder."""
+        self.saved_model_file = str(folder / "recommender.pth")
+        self.start_epoch = self.cur_step = 0
+        self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
+        self.train_loss_dict = {}
+        self.optimizer = self._build_optimizer()
+
+    def _take(self, folder: Path) -> None:
+        """The recommender of a stage into the model; the run's own checkpoint is written to again."""
+        self._load_checkpoint(str(folder / "recommender.pth"))
+        self.saved_model_file = str(self.run_folder / f"{self.config['model']}.pth")
+
+    def _train_rows(self) -> Any:
+        """A new loader of the training rows, without the labels that judge texts."""
+        rows = self.protocol.train_data._dataset
+        kept = trained_rows(self.places, *train_rows_of(self.protocol))
+        part = rows.copy(rows.inter_feat[torch.as_tensor(kept)])
+        loader = self.protocol.train_data
+        return type(loader)(self.config, part, loader._sampler, shuffle=self.config["shuffle"])
+
+    def _read(self, texts: dict[tuple[int, int], str]) -> None:
+        """Let the model read the texts at their places."""
+        places = list(texts)
+        vectors = text_vectors(self.config, [texts[place] for place in places])
+        by_place = dict(zip(places, vectors, strict=True))
+        train = {u: (known, by_place[u, known]) for u, known in self.places.readers.items()}
+        self.model.read_texts(train, {u: by_place[u, known] for u, known in self.places.asked.items()})
+
+    # ---- alignment
+
+    def _align(self, iteration: int) -> dict[str, Any]:
+        """Judge N texts about each pair user, and train the LLM on the best and the worst."""
+        clock = time.perf_counter()
+        judged = self.work.judge(self.model, self.places.pairs)
+        record = {"judged": judged_facts(judged), "samples_s": time.perf_counter() - clock}
+        self._keep_judged(iteration, judged)
+        if not judged.pairs:
+            self.logger.warning(
+                f"DPO4Rec: no pair differs by --reward_gap={self.config['reward_gap']}; the LLM stays as it is. Lower "
+                "it, or raise --pair_users, --samples or --temperature."
+            )
+            return {**record, "align_s": 0.0}
+        clock, reasoner = time.perf_counter(), self.work.reasoner
+        pairs = self.work.text_pairs(judged)
+        windows = reasoner.windows(pairs, self.config["alignment"])
+        folder = self._folder("align", [ALIGN_KEYS, reasoner.author, reasoner.texts, self.config["alignment"]])
+        if (folder / "stage.json").is_file():
+            self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
+            load_adapter(reasoner.llm, folder)
+            stage = json.loads((folder / "stage.json").read_text())
+        else:
+            init_seed(self.config["seed"], self.config["reproducibility"])
+            stage = align(self.config, reasoner, self.protocol, windows, folder)
+        return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
+
+    def _policy_of(self, records: list[dict[str, Any]], iteration: int) -> None:
+        """The LLM that wrote an iteration's texts: that of the last alignment before it, or the untuned one."""
+        adapters = [r["adapter"] for r in records[:iteration] if "adapter" in r]
+        if adapters:
+            load_adapter(self.work.reasoner.llm, Path(adapters[-1]))
+        else:
+            self.work.reasoner = Reasoner(self.config)
+
+    def _keep_judged(self, iteration: int, judged: Judged) -> None:
+        chosen = {pair.row: pair for pair in judged.pairs}
+        lines = []
+        for row, (one, texts, rewards) in enumerate(zip(judged.lists, judged.texts, judged.rewards, strict=True)):
+            pair = chosen.get(row)
+            told = [{"text": t.text, "tokens": t.tokens, **r._asdict()} for t, r in zip(texts, rewards, strict=True)]
+            line = {"user": str(self.work.user_tokens[one.user]), "texts": told}
+            line |= {"best": pair.best, "worst": pair.worst} if pair else {}
+            lines.append(json.dumps(line, ensure_ascii=False))
+        write_text(self.run_folder / f"judged-{iteration}.jsonl", "\n".join(lines) + "\n")
+
+    def _folder(self, kind: str, told: list[Any]) -> Path:
+        """``<checkpoint_dir>/stages/DPO4Rec-<kind>-<hash>``."""
+        keys, *others = told
+        settings = {key: self.config[key] for key in keys}
+        what = content_hash([settings, others, data_hash(self.config), versions()])
+        return Path(self.config["checkpoint_dir"]) / "stages" / f"DPO4Rec-{kind}-{what[:12]}"
