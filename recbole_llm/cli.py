@@ -17,7 +17,8 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
   recbole-llm run     -m LLMRanker -d ml-100k [--key=value ...]   train and evaluate one model
   recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k    several models, same candidates, one table
   recbole-llm plan    -m LLMRanker -d ml-100k [--key=value ...]   tokens, memory and time of a run, before it
-  recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it
+  recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it; of DPO4Rec the
+                                                                  texts about a user, and what they are worth
   recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
   recbole-llm env                                                 machine and versions, for a bug report
 
@@ -40,6 +41,11 @@ TEXT_FLAGS = {
     "llm",
     "prompt",
     "item_text",
+    "reasoning_prompt",
+    "reasoning_item",
+    "text_encoder",
+    "endpoint",
+    "endpoint_model",
     "user_inter_num_interval",
     "item_inter_num_interval",
     "entity_kg_num_interval",
@@ -169,12 +175,12 @@ def preview(settings: dict[str, Any]) -> int:
 
 def list_all(settings: dict[str, Any]) -> int:
     """Models, data sets, prompts and comparisons; with --keys every key as its YAML explains it."""
-    from recbole_llm.model import model_names
+    from recbole_llm.model import OWN_MODELS, model_names
 
     keys = settings.pop("keys", False)
     _takes_nothing("ls", settings, "--keys alone")
     if keys:
-        for name in ("overall", "model/LLMRanker"):
+        for name in ("overall", *(f"model/{model}" for model in OWN_MODELS)):
             print((PROPERTIES / f"{name}.yaml").read_text(encoding="utf-8"))
         return 0
     print(f"models: {', '.join(model_names())}")

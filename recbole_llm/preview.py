@@ -8,7 +8,9 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.dpo4rec.preview import preview_texts
 from recbole_llm.errors import UserError
+from recbole_llm.model import OWN_MODELS
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.recommender import check_recommenders
 from recbole_llm.run_log import explained
@@ -22,15 +24,17 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     it first.
 
     Args:
-        config: of LLMRanker.
+        config: of LLMRanker, or of DPO4Rec (see ``preview_texts``).
         user: user token; None = the first training user.
 
     Raises:
         UserError: no training user of this token, or a model that reads no prompts.
     """
-    if config["model"] != "LLMRanker":
-        raise UserError(f"--model={config['model']}: only LLMRanker reads prompts.")
+    if config["model"] not in OWN_MODELS:
+        raise UserError(f"--model={config['model']}: only {' and '.join(OWN_MODELS)} read prompts.")
     check_recommenders(config)
+    if config["model"] == "DPO4Rec":
+        return preview_texts(config, user)
     with explained(config, None, "reading the data"):
         protocol = prepare_data(config)
     tokens, sequences = protocol.dataset.field2id_token[protocol.dataset.uid_field], protocol.training_sequences()

@@ -79,6 +79,8 @@ def _told(seconds: float) -> str:
 
 
 def _kind(config: Config) -> str:
+    if "recommender_model" in config:
+        return "dpo4rec"
     return "llm" if "llm" in config else "trained" if config["MODEL_TYPE"] != ModelType.TRADITIONAL else "counted"
 
 
@@ -89,9 +91,13 @@ def _guess(config: Config, with_sft: bool) -> float:
     sizes = _sizes(config)
     if _kind(config) == "counted":
         return 5.0
-    if _kind(config) == "trained":  # early stopping ends most runs within some forty epochs
-        length = config["MAX_ITEM_LIST_LENGTH"] if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else 1
-        return 10 + sizes["rows"] * min(config["epochs"], 40) * (2e-5 * length + 3e-6)
+    length = config["MAX_ITEM_LIST_LENGTH"] if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else 1
+    # Early stopping ends most runs within some forty epochs.
+    training = sizes["rows"] * min(config["epochs"], 40) * (2e-5 * length + 3e-6)
+    if _kind(config) == "trained":
+        return 10 + training
+    if _kind(config) == "dpo4rec":
+        return 10 + _dpo4rec_seconds(config, sizes, training)
     return 10 + _llm_tokens(config, sizes, with_sft) * FLOPS_PER_TOKEN / _machine_flops()
 
 
@@ -128,6 +134,19 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
         if "self_hard" in config["rejected"]:
             asked += trunk + _positions(config["preference_positions"], sizes) * config["rejected_pool"]
     return title * (2.3 * trained + asked)
+
+
+def _dpo4rec_seconds(config: Config, sizes: dict[str, float], training: float) -> float:
+    """Of all iterations; a token that is written costs about three that are read, because few are written at a time."""
+    rounds = config["iterations"] if config["knowledge"] == "reasoning" else 0
+    if config["knowledge"] == "none":
+        return training
+    prompt, text = 12 * config["reasoning_history"], 3 * config["reasoning_tokens"]
+    read = sizes["tested"] + min(sizes["users"], config["text_users"] or sizes["users"])
+    judged = config["pair_users"] * (prompt + config["samples"] * text)
+    aligned = config["pair_users"] * 2.3 * config["align_epochs"] * (prompt + 2 * config["reasoning_tokens"])
+    tokens = (rounds + 1) * read * (prompt + text) + rounds * (judged + aligned)
+    return (rounds + 1) * 2 * training + tokens * FLOPS_PER_TOKEN / _machine_flops()
 
 
 def _positions(last: int, sizes: dict[str, float]) -> float:

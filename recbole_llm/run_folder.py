@@ -112,6 +112,21 @@ def make_run_folder(config: Config) -> Path:
     return folder
 
 
+def make_stage_folder(folder: Path) -> Path:
+    """The folder, made where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir: cannot make {folder} ({error}). Name a folder that can be written."
+        ) from error
+    return folder
+
+
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else."""

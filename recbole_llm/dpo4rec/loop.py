@@ -83,11 +83,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self._tell(last)
         folders: list[Path] = []
         for iteration in range(last + 1):
-            clock = time.perf_counter()
-            texts = self._texts_to_read(iteration) if self.work else {}
-            wrote = time.perf_counter()
-            folder, record = self._recommender(texts, valid_data, verbose, show_progress)
-            record = {"iteration": iteration, "texts_s": wrote - clock, **record}
+            folder, record = self.teach_recommender(iteration, valid_data, verbose, show_progress)
             records.append(record)
             folders.append(folder)
             self.logger.info(f"DPO4Rec iteration {iteration}: validation {record['best_valid_score']:.6f}.")
@@ -104,6 +100,20 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             save_adapter(self.work.reasoner.llm, self.run_folder)
         write_json(self.run_folder / "dpo4rec.json", self.facts)
         return records[chosen]["best_valid_score"], records[chosen]["best_valid_result"]
+
+    def teach_recommender(
+        self, iteration: int, valid_data: EvalRows | None, verbose: bool = True, show_progress: bool = False
+    ) -> tuple[Path, dict[str, Any]]:
+        """Texts by the LLM as it is now, and a recommender that reads them; the model is then that recommender.
+
+        Returns:
+            The recommender's folder, and a record of scores and seconds.
+        """
+        clock = time.perf_counter()
+        texts = self._texts_to_read(iteration) if self.work else {}
+        wrote = time.perf_counter() - clock
+        folder, record = self._recommender(texts, valid_data, verbose, show_progress)
+        return folder, {"iteration": iteration, "texts_s": wrote, **record}
 
     def _tell(self, last: int) -> None:
         """What is ahead, in the log."""

@@ -46,7 +46,7 @@ class DPO4Rec(SequentialRecommender):
         if not self.reads:
             return
         vectors = torch.as_tensor(text_vectors(config, described_items(config, dataset)))
-        self.register_buffer("item_vectors", vectors)
+        self.register_buffer("item_vectors", vectors * self.scale_of(vectors))
         width_in, width = vectors.shape[1], self.recommender.item_embedding.embedding_dim
         sides = ("user", "item") if config["item_knowledge"] else ("user",)
         sizes = (width_in, config["adaptor_hidden"], config["adaptor_width"])
@@ -71,16 +71,22 @@ class DPO4Rec(SequentialRecommender):
         """Take the texts' vectors.
 
         Args:
-            train: user -> items that the text was written from, and its vector ``[d]``; training rows from that
+            train: user -> items that the text was written from, and its unit vector ``[d]``; training rows from that
                 position on read it.
-            asked: user -> the vector that rows without a position (validation, test) read.
+            asked: user -> the unit vector that rows without a position (validation, test) read.
         """
         self.train_text.zero_(), self.asked_text.zero_(), self.train_from.fill_(NEVER)
+        scale = self.scale_of(self.item_vectors)
         for user, (known, vector) in train.items():
-            self.train_text[user] = torch.as_tensor(vector)
+            self.train_text[user] = torch.as_tensor(vector) * scale
             self.train_from[user] = known
         for user, vector in asked.items():
-            self.asked_text[user] = torch.as_tensor(vector)
+            self.asked_text[user] = torch.as_tensor(vector) * scale
+
+    @staticmethod
+    def scale_of(vectors: Tensor) -> float:
+        """Unit vectors of many dimensions have entries near zero; by this factor they have a mean square of 1."""
+        return vectors.shape[1] ** 0.5
 
     def _texts(self, interaction: Interaction) -> Tensor | None:
         """The vector that each row may read ``[B, d]``, zeros for none."""
@@ -137,12 +143,13 @@ class DPO4Rec(SequentialRecommender):
         """Scores of all items ``[B, n_items]`` after each history of item ids, oldest first, with a text vector each.
 
         Args:
-            texts: ``[B, d]``.
+            texts: unit vectors ``[B, d]``.
         """
         self.eval()
         most, device = self.max_seq_length, self.recommender.item_embedding.weight.device
         kept = [[int(i) for i in h][-most:] for h in histories]
         padded = torch.tensor([h + [0] * (most - len(h)) for h in kept], device=device)
         lengths = torch.tensor([len(h) for h in kept], device=device)
-        users = self.forward(padded, lengths, torch.as_tensor(texts, device=device))
+        vectors = torch.as_tensor(texts, device=device) * self.scale_of(self.item_vectors)
+        users = self.forward(padded, lengths, vectors)
         return (users @ self.items().t()).float().cpu().numpy()

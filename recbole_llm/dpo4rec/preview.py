@@ -1,0 +1,70 @@
+"""What the LLM is asked about a user, what it writes, and what each text is worth to the recommender."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
+from recbole_llm.dpo4rec.loop import DPO4RecTrainer
+from recbole_llm.dpo4rec.work import Judged
+from recbole_llm.errors import UserError
+from recbole_llm.run_folder import make_stage_folder, run_folder_of
+from recbole_llm.run_log import explained
+
+
+def preview_texts(config: LLMConfig, user: str | None) -> str:
+    """The prompt about a pair user, the N texts with their rewards, and the pair, all by the untuned LLM.
+
+    The stages that this takes (texts for the recommender, its training, texts about all pair users) are those of the
+    run itself: kept, and found there by it.
+
+    Args:
+        config: of DPO4Rec.
+        user: token of a pair user; None = the first one.
+
+    Raises:
+        UserError: no pair user of this token, or a run that judges no texts.
+    """
+    if config["knowledge"] != "reasoning" or not config["pair_users"]:
+        raise UserError(
+            "preview of DPO4Rec shows texts about pair users: set --knowledge=reasoning and --pair_users=10."
+        )
+    with explained(config, None, "reading the data"):
+        protocol = prepare_data(config)
+    trainer = DPO4RecTrainer(config, config.model_class(config, protocol.train_data._dataset).to(config["device"]))
+    trainer.start(protocol, make_stage_folder(run_folder_of(config)))
+    names = {str(trainer.work.user_tokens[u]): u for u in trainer.places.pairs}
+    if user is not None and user not in names:
+        some = ", ".join(sorted(names)[:5])
+        raise UserError(f"--user={user}: not a pair user; there are {len(names)}, for example {some}.")
+    trainer.teach_recommender(0, protocol.valid, show_progress=config["show_progress"])
+    judged = trainer.work.judge(trainer.model, trainer.places.pairs)
+    internal = names[user] if user is not None else next(iter(trainer.places.pairs))
+    row = list(trainer.places.pairs).index(internal)
+    return _shown(trainer, judged, row, str(trainer.work.user_tokens[internal]))
+
+
+def _shown(trainer: DPO4RecTrainer, judged: Judged, row: int, user: str) -> str:
+    one, work = judged.lists[row], trainer.work
+    titles = work.question.texts
+    pair: Any = next((p for p in judged.pairs if p.row == row), None)
+    following = "; ".join(titles[i] for i in one.items[one.relevant])
+    told = len(work.question.history(one.history))
+    lines = [
+        f"user {user}: {len(one.history)} items known, {told} of them in this prompt",
+        "",
+        work.question.text(one.history),
+        "",
+        f"chosen next: {following}",
+        "",
+    ]
+    for number, (text, reward) in enumerate(zip(judged.texts[row], judged.rewards[row], strict=True)):
+        mark = "best" if pair and number == pair.best else "worst" if pair and number == pair.worst else ""
+        told = f"NDCG@5 {reward.ndcg:.3f}  MAP@5 {reward.map:.3f}  log-prob {reward.logp:.3f}"
+        lines += [f"[{number + 1}] {told}  {text.tokens} tokens  {mark}".rstrip(), text.text.strip(), ""]
+    if pair is None:
+        lines.append(
+            f"no pair: best and worst differ by less than --reward_gap={trainer.config['reward_gap']} in NDCG@5."
+        )
+    return "\n".join(lines).rstrip()
