@@ -105,8 +105,8 @@ def test_planted_labels_stay_out(small: dict[str, Any], tmp_path: Path) -> None:
         assert not labels & set(one.history)
     everyone = train_rows_of(protocol)
     assert len(rows) == len(everyone[0]) - 2 * len(pairs)
-    titles = trainer.work.question.lines
-    for asked, (user, known) in zip(trainer.work.asked(trainer.places.written()), trainer.places.written(), strict=True):
+    titles, places = trainer.work.question.lines, trainer.places.written()
+    for asked, (user, known) in zip(trainer.work.asked(places), places, strict=True):
         told = trainer.work.reasoner.llm.tokenizer.decode(asked.prompt)
         mine = protocol.events.items_of(user)
         assert all(titles[i] in told for i in mine[:known])

@@ -28,7 +28,8 @@ class Author:
             raise KeyboardInterrupt
         self.calls.append([one.user for one in asked])
         return [
-            [Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0) for n in range(sampling.number)] for one in asked
+            [Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0) for n in range(sampling.number)]
+            for one in asked
         ]
 
 

@@ -5,6 +5,7 @@ The key comes from the environment variable ``OPENAI_API_KEY``; it stands in no 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ def endpoint_writer(config: Config) -> Writer:
         UserError: when it is called and the server cannot be reached or refuses.
     """
     url, model = config["endpoint"], config["endpoint_model"]
+    for library in ("httpx", "httpx2"):  # a line for each text in the run's log
+        logging.getLogger(library).setLevel(logging.WARNING)
     # Never without a key: the client would send this machine's hub token instead.
     client = InferenceClient(base_url=url, api_key=os.environ.get(KEY) or "none", timeout=SECONDS)
 

@@ -1,0 +1,50 @@
+"""A small server with OpenAI's chat interface, run as a process of its own: ``python openai_server.py <key> [fail]``.
+
+Prints its port, then one line a request: the answer depends on the question and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers POST /v1/chat/completions for those who know the key."""
+
+    def do_POST(self) -> None:  # noqa: N802 - the library's name
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = self.headers.get("Authorization") == f"Bearer {sys.argv[1]}"
+        status = 404 if self.path != "/v1/chat/completions" else 200 if known else 401
+        question = body["messages"][0]["content"]
+        told = json.dumps([question, body.get("seed"), body["temperature"], body["max_tokens"]])
+        words = f"likes {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [
+                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": words}},
+            ],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13},
+        }
+        data = json.dumps(answer if status == 200 else {"error": {"message": f"refused: {self.headers}"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        keep = {key: body.get(key) for key in ("model", "seed", "temperature", "top_p", "max_tokens")}
+        print(json.dumps({**keep, "status": status, "question": question}), flush=True)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+if __name__ == "__main__":
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()

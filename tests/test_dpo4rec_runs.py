@@ -1,0 +1,203 @@
+"""Whole runs of DPO4Rec: iterations, controls, shared stages, and kills in the middle of each stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from recbole_llm.cli import main
+from recbole_llm.dpo4rec.loop import DPO4RecTrainer
+from recbole_llm.quick_start import run_recbole_llm
+from tests.conftest import toy_settings, write_dataset
+from tests.test_dpo4rec import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def small(toy: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of DPO4Rec on the made-up data with the random LLM."""
+    return {**toy, **SMALL, "align_learning_rate": 0.01}
+
+
+def record_of(run: dict[str, Any]) -> dict[str, Any]:
+    return json.loads((Path(run["run_folder"]) / "dpo4rec.json").read_text(encoding="utf-8"))
+
+
+def texts_of(run: dict[str, Any], iteration: int) -> list[str]:
+    lines = (Path(run["run_folder"]) / f"texts-{iteration}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_ladder(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rungs share what they have in common, and each differs where it should."""
+    trained: list[Any] = []
+    fit = DPO4RecTrainer._begin
+
+    def counted(self: DPO4RecTrainer, folder: Path) -> None:
+        trained.append(folder)
+        fit(self, folder)
+
+    monkeypatch.setattr(DPO4RecTrainer, "_begin", counted)
+    last = {**small, "select_iteration": "last"}
+    kar = run_recbole_llm("DPO4Rec", None, None, {**last, "iterations": 0})
+    assert len(trained) == 1
+    one = run_recbole_llm("DPO4Rec", None, None, {**last, "iterations": 1})
+    assert len(trained) == 2  # the first recommender is KAR's
+    two = run_recbole_llm("DPO4Rec", None, None, {**last, "iterations": 2})
+    assert len(trained) == 3
+    sft = run_recbole_llm("DPO4Rec", None, None, {**last, "iterations": 1, "alignment": "SFT"})
+    placebo = run_recbole_llm("DPO4Rec", None, None, {**last, "knowledge": "placebo"})
+    assert len(trained) == 5
+    assert [len(record_of(run)["iterations"]) for run in (kar, one, two, sft, placebo)] == [1, 2, 3, 2, 1]
+    assert texts_of(kar, 0) == texts_of(two, 0) == texts_of(placebo, 0) != texts_of(one, 1)
+    assert texts_of(one, 1) == texts_of(two, 1) not in (texts_of(two, 2), texts_of(sft, 1))
+    losses = [record_of(run)["iterations"][-1]["train_loss"] for run in (kar, placebo, one, sft)]
+    assert len({tuple(loss) for loss in losses}) == 4
+    aligned = record_of(two)["iterations"][0]["align"]
+    assert aligned["loss"] == "DPO"
+    assert aligned["train_loss"]["0"] == pytest.approx(np.log(2), abs=0.05)  # the reference is the policy at the start
+    assert aligned["train_loss"]["2"] < 0.6
+
+
+def test_second_round_has_its_own_reference(small: dict[str, Any]) -> None:
+    """In each round DPO's loss begins at ln 2: the reference is the LLM as the round before left it."""
+    run = run_recbole_llm("DPO4Rec", None, None, {**small, "select_iteration": "last", "align_batch_size": 10})
+    first = [r["align"]["train_loss"]["0"] for r in record_of(run)["iterations"][:2]]
+    assert first == pytest.approx([np.log(2)] * 2, abs=1e-4)  # one step an epoch
+
+
+def test_best_iteration_is_kept(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation falls after the first round: no second one, and recommender, texts and LLM are those before it."""
+    teach = DPO4RecTrainer.teach_recommender
+
+    def worse(self: DPO4RecTrainer, iteration: int, *args: Any) -> tuple[Path, dict[str, Any]]:
+        folder, record = teach(self, iteration, *args)
+        return folder, {**record, "best_valid_score": 0.9 - iteration / 10}
+
+    kar = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 0})
+    monkeypatch.setattr(DPO4RecTrainer, "teach_recommender", worse)
+    run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 2})
+    record = record_of(run)
+    assert (len(record["iterations"]), record["selected_iteration"]) == (2, 0)
+    assert run["test_result"] == kar["test_result"]
+    mine, theirs = (load_file(Path(r["run_folder"]) / "adapter_model.safetensors") for r in (run, kar))
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_no_pairs(small: dict[str, Any]) -> None:
+    """A gap that no pair has: the LLM stays, its texts too, and the run says so."""
+    run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 1, "reward_gap": 1.5, "state": "WARNING"})
+    record = record_of(run)["iterations"][0]
+    assert record["judged"]["pairs"] == 0
+    assert "align" not in record
+    assert texts_of(run, 0) == texts_of(run, 1)
+    assert "no pair differs by --reward_gap=1.5" in (Path(run["run_folder"]) / "train.log").read_text()
+
+
+def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A pair user's prompt, texts, rewards and pair, as the run has them."""
+    run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 1})
+    flags = [f"--{key}={value}" for key, value in {**small, "iterations": 1}.items()]
+    line = json.loads((Path(run["run_folder"]) / "judged-0.jsonl").read_text(encoding="utf-8").split("\n")[2])
+    assert main(["preview", "--model=DPO4Rec", *flags, f"--user={line['user']}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"user {line['user']}: 8 items known" in shown
+    assert "Say in a few sentences" in shown
+    for number, text in enumerate(line["texts"]):
+        mark = {line["best"]: "  best", line["worst"]: "  worst"}.get(number, "")
+        assert f"[{number + 1}] NDCG@5 {text['ndcg']:.3f}" in shown
+        assert f"{text['tokens']} tokens{mark}\n" in shown
+    assert main(["preview", "--model=DPO4Rec", *flags, "--user=nobody"]) == 2
+    assert "--user=nobody: not a pair user; there are 10" in capsys.readouterr().err
+
+
+# ---- kills
+
+
+def texts_half_written(stages: Path) -> bool:
+    return any(0 < file.stat().st_size < 6000 for file in stages.glob("texts-*.jsonl"))
+
+
+def recommender_begun(stages: Path) -> bool:
+    return any(not (folder / "stage.json").is_file() for folder in stages.glob("DPO4Rec-recommender-*"))
+
+
+def samples_half_written(stages: Path) -> bool:
+    whole = [file for file in stages.glob("texts-*.jsonl") if b'"number": 2' in file.read_bytes()]
+    return any(file.read_bytes().count(b"\n") < 30 for file in whole)
+
+
+def alignment_begun(stages: Path) -> bool:
+    return any(not (folder / "stage.json").is_file() for folder in stages.glob("DPO4Rec-align-*"))
+
+
+KILLED = {"texts": texts_half_written, "recommender": recommender_begun, "samples": samples_half_written,
+          "alignment": alignment_begun}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("killed")
+    settings = {**toy_settings(write_dataset(folder / "data"), folder / "saved"), **SMALL}
+    # Long enough in each stage for a kill to meet it.
+    return {**settings, "epochs": 8, "align_epochs": 20, "reasoning_tokens": 40, "generation_batch": 3, "iterations": 1}
+
+
+@pytest.fixture(scope="module")
+def unbroken(killed_settings: dict[str, Any]) -> dict[str, Any]:
+    here = Path.cwd()
+    os.chdir(killed_settings["data_path"])
+    try:
+        return run_recbole_llm("DPO4Rec", None, None, killed_settings)
+    finally:
+        os.chdir(here)
+
+
+def kill_in(stage: Callable[[Path], bool], settings: dict[str, Any], folder: Path) -> None:
+    """Start a run as a process and kill it where the stage is in the middle."""
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "recbole_llm", "run", "--model=DPO4Rec", *flags]
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stages, until = Path(settings["checkpoint_dir"]) / "stages", time.monotonic() + 300
+    while not stage(stages):
+        assert child.poll() is None, "the run ended before the stage was met"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_kill_and_go_on(
+    killed_settings: dict[str, Any],
+    unbroken: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    """Killed by SIGKILL in a stage and started again: texts, rewards, LLM and results of an unbroken run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {**killed_settings, "checkpoint_dir": str(tmp_path / "saved")}
+    kill_in(KILLED[stage], settings, tmp_path)
+    assert not list((tmp_path / "saved").glob("*/result.json"))
+    again = run_recbole_llm("DPO4Rec", None, None, settings)
+    assert again["test_result"] == unbroken["test_result"]
+    assert again["best_valid_result"] == unbroken["best_valid_result"]
+    mine, theirs = Path(again["run_folder"]), Path(unbroken["run_folder"])
+    for name in ("texts-0.jsonl", "judged-0.jsonl", "texts-1.jsonl", "per_user.csv.gz"):
+        assert (mine / name).read_bytes() == (theirs / name).read_bytes()
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (mine, theirs))
+    assert all(np.array_equal(one[name], other[name]) for name in other)
