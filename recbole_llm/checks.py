@@ -212,6 +212,7 @@ def _wrong_pairs(settings: Mapping[str, Any], properties: Path) -> list[str]:
         f"--eval_args: a pair prompt ranks two candidates; set mode low1, uni1 or pop1, not {asked}.": not all(
             re.fullmatch("(low|uni|pop)1", str(m)) for m in asked.values()
         ),
+        "--next_items: a pair prompt ranks two candidates; set --next_items=1.": settings["next_items"] != 1,
         "--score_norm: a pair prompt's answers hold both titles, so they are compared by their sum.": settings[
             "score_norm"
         ]

@@ -23,7 +23,7 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the evaluation settings, where ``eval_args`` holds the defaults of what was left out."""
     eval_args = settings["eval_args"]
     if isinstance(eval_args, dict):
-        problems = _wrong_eval_args(eval_args)
+        problems = _wrong_eval_args(eval_args) + _wrong_lists(settings, eval_args)
     else:
         problems = [f"--eval_args={eval_args!r}: must be a table, for example \"{{'mode': 'uni99'}}\"."]
     metrics = settings["metrics"] if isinstance(settings["metrics"], (list, tuple)) else [settings["metrics"]]
@@ -63,6 +63,28 @@ def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
         if not (isinstance(mode, str) and MODE.fullmatch(mode)):
             problems.append(f"mode {mode!r} must be full, uniN, popN or lowN (N whole, >= 1), for example uni99")
     return [f"--eval_args: {problem}" + ("" if problem.endswith((".", "?")) else ".") for problem in problems]
+
+
+def _wrong_lists(settings: Mapping[str, Any], eval_args: Mapping[str, Any]) -> list[str]:
+    """What asking for several next items at once cannot be put together with."""
+    size = settings["next_items"]
+    if integer(2)(size):
+        return []
+    mode = eval_args.get("mode", "full")
+    modes = mode.values() if isinstance(mode, dict) else [mode]
+    split = eval_args.get("split", LEAVE_ONE_OUT)
+    found = {
+        f"split {split} holds out no fixed number of events; set --eval_args split {LEAVE_ONE_OUT}": split
+        != LEAVE_ONE_OUT,
+        "mode lowN asks for one liked item against disliked ones; set --eval_args mode uniN, popN or full": any(
+            str(m).startswith("low") for m in modes
+        ),
+        "--generate_users counts answers to a question with one right answer; set --generate_users=0": settings.get(
+            "generate_users", 0
+        )
+        != 0,
+    }
+    return [f"--next_items={size}: {told}, or --next_items=1." for told, wrong in found.items() if wrong]
 
 
 def _wrong_topk_search(settings: Mapping[str, Any], mode: Any, metrics: Sequence[Any]) -> list[str]:

@@ -1,11 +1,10 @@
-"""From scores to per-user rows to RecBole's means: ties at their expected rank, NaN an error."""
+"""From scores to per-user rows to RecBole's means: a tied target at its expected rank, NaN an error."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ import torch
 from recbole.evaluator import Evaluator
 from recbole.evaluator.base_metric import TopkMetric
 from recbole.evaluator.collector import DataStruct
+from scipy.stats import rankdata
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.errors import UserError
@@ -21,13 +21,17 @@ from recbole_llm.pair_metrics import pair_metrics, paired_accuracy
 
 @dataclass
 class Ranking:
-    """Where each row's target came, and what stood at the top.
+    """Where each row's targets came, and what stood at the top.
 
     Attributes:
-        above: answers scored strictly higher than the target ``[R]``.
+        above: answers scored strictly higher than the target, or the best of several ``[R]``.
         tied: answers scored equal to it, itself included ``[R]``.
         answers: how many answers were ranked ``[R]``.
         top: item ids of the best K, ties in an order that says nothing ``[R, K]``; 0 where there are fewer.
+        hits: whether these are targets ``[R, K]``, where a row has several; so the next three.
+        distinct: how many targets ``[R]``.
+        best: how many of them have the best score of them ``[R]``.
+        rank_sum: sum of their ranks, each at the mean of what it ties with ``[R]``.
         pairs: scores of the target and of the other ``[R, 2]``, where there are two columns.
         rows: which rows these are, batch by batch.
     """
@@ -36,6 +40,10 @@ class Ranking:
     tied: list[np.ndarray] = field(default_factory=list)
     answers: list[np.ndarray] = field(default_factory=list)
     top: list[np.ndarray] = field(default_factory=list)
+    hits: list[np.ndarray] = field(default_factory=list)
+    distinct: list[np.ndarray] = field(default_factory=list)
+    best: list[np.ndarray] = field(default_factory=list)
+    rank_sum: list[np.ndarray] = field(default_factory=list)
     pairs: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
 
@@ -47,37 +55,49 @@ class Ranking:
         self,
         rows: np.ndarray,
         scores: torch.Tensor,
-        target_column: torch.Tensor,
+        target_columns: torch.Tensor,
         item_ids: torch.Tensor,
         topk: int,
     ) -> None:
         """Rank a batch.
 
+        Where rows have several targets, ties stand in the order of the columns: that of the frozen candidates, or in
+        full mode one seeded order of the catalogue. Neither knows what is a target.
+
         Args:
             rows: numbers of the rows ``[B]``.
             scores: ``[B, C]``; -inf marks what is no answer.
-            target_column: column of the target ``[B]``.
+            target_columns: columns of the targets, repeats allowed ``[B, P]``.
             item_ids: item of each column ``[B, C]``.
 
         Raises:
-            UserError: a score is NaN or +inf, or the target's is -inf: such a ranking means nothing.
+            UserError: a score is NaN or +inf, or a target's is -inf: such a ranking means nothing.
         """
-        target = scores.gather(1, target_column[:, None])
-        if not torch.isfinite(target).all() or torch.isnan(scores).any() or torch.isposinf(scores).any():
+        targets = scores.gather(1, target_columns)
+        if not torch.isfinite(targets).all() or torch.isnan(scores).any() or torch.isposinf(scores).any():
             raise UserError(
                 "The model returned a score that is not a number (NaN or infinite), so there is no ranking. Often it "
                 "means that training diverged: lower --learning_rate, or set --clip_grad_norm=\"{'max_norm': 1.0}\"."
             )
+        target, several = targets.amax(1, keepdim=True), targets.shape[1] > 1
         self.rows.append(rows)
         self.above.append((scores > target).sum(1).cpu().numpy())
         self.tied.append((scores == target).sum(1).cpu().numpy())
         self.answers.append((scores != -torch.inf).sum(1).cpu().numpy())
         width = min(topk, scores.shape[1])
-        best, columns = scores.topk(width, dim=1)
-        top = torch.where(best == -torch.inf, 0, item_ids.gather(1, columns)).cpu().numpy()
-        self.top.append(np.pad(top, ((0, 0), (0, topk - width))))
-        if scores.shape[1] == 2:
-            other = scores.gather(1, 1 - target_column[:, None])
+        # topk leaves open which of tied answers it takes; a single target's metrics do not hang on it.
+        columns = scores.sort(dim=1, descending=True, stable=True)[1] if several else scores.topk(width, dim=1)[1]
+        columns, fill = columns[:, :width], ((0, 0), (0, topk - width))
+        no_answer = scores.gather(1, columns) == -torch.inf
+        self.top.append(np.pad(torch.where(no_answer, 0, item_ids.gather(1, columns)).cpu().numpy(), fill))
+        if several:
+            is_target = torch.zeros_like(scores, dtype=torch.bool).scatter(1, target_columns, True)
+            self.hits.append(np.pad(is_target.gather(1, columns).cpu().numpy(), fill))
+            self.distinct.append(is_target.sum(1).cpu().numpy())
+            self.best.append((is_target & (scores == target)).sum(1).cpu().numpy())
+            self.rank_sum.append((rankdata(-scores.cpu().numpy(), axis=1) * is_target.cpu().numpy()).sum(1))
+        elif scores.shape[1] == 2:
+            other = scores.gather(1, 1 - target_columns)
             self.pairs.append(torch.cat([target, other], dim=1).double().cpu().numpy())
 
 
@@ -85,6 +105,8 @@ class PerUserEvaluator(Evaluator):
     """RecBole's metrics, kept for each row before RecBole averages them.
 
     A target tied with others stands, with equal chance, at each of the tied places: its metric is the mean over them.
+    Several targets of a row (``next_items``) stand in one order instead, in which ties are broken by a seeded draw that
+    knows no target; only ``rank`` (of the best of them) and GAUC are expectations then.
     """
 
     def evaluate_ranking(
@@ -97,22 +119,27 @@ class PerUserEvaluator(Evaluator):
             item_counter: training interactions of each item, for the popularity metrics.
 
         Returns:
-            Metric name -> mean, rounded as RecBole does, and a table with user, target, expected rank, ties, and
-            every top-K metric of each row. With two candidates the pair metrics come first.
+            Metric name -> mean, rounded as RecBole does, and a table with user, targets (separated by spaces), expected
+            rank of the best one, ties, and every top-K metric of each row. With two candidates the pair metrics come
+            first.
         """
         above, tied, answers = (ranking.whole(name) for name in ("above", "tied", "answers"))
+        several = rows.relevant.shape[1] > 1
+        hits, distinct, best = (ranking.whole(n) if several else 1 for n in ("hits", "distinct", "best"))
         table = pd.DataFrame(
             {
                 "user": rows.user_tokens[rows.users],
-                "target": rows.item_tokens[rows.targets],
-                "rank": above + (tied + 1) / 2,
+                "target": [" ".join(rows.target_tokens(row)) for row in range(len(rows))],
+                "rank": above + (tied + 1) / (best + 1),  # of the first of `best` among `tied` in random order
                 "tied": tied,
                 "answers": answers,
             }
         )
         struct = DataStruct()
         struct.set("rec.items", torch.as_tensor(ranking.whole("top")))
-        struct.set("rec.meanrank", torch.as_tensor(np.stack([table["rank"], answers, np.ones(len(table))], axis=1)))
+        rank_sum = ranking.whole("rank_sum") if several else table["rank"]
+        mean_rank = np.stack([rank_sum, answers, distinct * np.ones(len(table))], axis=1)
+        struct.set("rec.meanrank", torch.as_tensor(mean_rank))
         struct.set("data.num_items", num_items)
         struct.set("data.num_users", len(rows.user_tokens))
         struct.set("data.count_items", item_counter)
@@ -123,28 +150,39 @@ class PerUserEvaluator(Evaluator):
             result.update(pair_metrics(target, other, self.config["metric_decimal_place"]))
         for metric in self.metric_class.values():
             if isinstance(metric, TopkMetric):
-                result.update(self._expected(metric, above, tied, table))
+                values = self._by_row(metric, hits, distinct) if several else self._expected(metric, above, tied)
+                ((name, value),) = values.items()
+                for k in metric.topk:
+                    table[f"{name}@{k}"] = value[:, k - 1]
+                result.update(metric.topk_result(name, value))
             else:
                 result.update(metric.calculate_metric(struct))
         return OrderedDict((name, float(value)) for name, value in result.items()), table
 
     @staticmethod
-    def _expected(metric: TopkMetric, above: np.ndarray, tied: np.ndarray, table: pd.DataFrame) -> dict[str, Any]:
-        """A top-K metric of each row by RecBole's own formula, added to ``table``; returns RecBole's means."""
-        deepest = max(metric.topk)
+    def _by_row(metric: TopkMetric, hits: np.ndarray, distinct: np.ndarray) -> dict[str, np.ndarray]:
+        """A metric's name -> its value for each row and every k, by RecBole's own formula ``[R, K]``.
+
+        Args:
+            hits: whether the answer at each place is a target ``[R, K]``.
+            distinct: targets of each row ``[R]``.
+        """
         struct, kept = DataStruct(), {}
-        # Row p of this table has its one relevant item at place p; the last row has none among the top K.
-        hits = torch.cat([torch.eye(deepest, dtype=torch.int), torch.zeros(1, deepest, dtype=torch.int)])
-        struct.set("rec.topk", torch.cat([hits, torch.ones(deepest + 1, 1, dtype=torch.int)], dim=1))
+        struct.set("rec.topk", torch.as_tensor(np.column_stack([hits, distinct]).astype(np.int64)))
         metric.topk_result = partial(lambda name, value: kept.update({name: value}) or {})
         try:
             metric.calculate_metric(struct)
         finally:
             del metric.topk_result  # the class's own again
-        ((name, by_place),) = kept.items()
+        return kept
+
+    @classmethod
+    def _expected(cls, metric: TopkMetric, above: np.ndarray, tied: np.ndarray) -> dict[str, np.ndarray]:
+        """As ``_by_row`` for rows of one target: its mean over the places that the target ties for ``[R, K]``."""
+        deepest = max(metric.topk)
+        # Row p has its one target at place p; the last row has none among the top K.
+        hits = np.eye(deepest + 1, deepest)
+        ((name, by_place),) = cls._by_row(metric, hits, np.ones(deepest + 1)).items()
         total = np.concatenate([np.zeros((1, deepest)), np.cumsum(by_place[:deepest], axis=0)])
         first, last = np.minimum(above, deepest), np.minimum(above + tied, deepest)
-        value = (total[last] - total[first]) / tied[:, None]
-        for k in metric.topk:
-            table[f"{name}@{k}"] = value[:, k - 1]
-        return metric.topk_result(name, value)
+        return {name: (total[last] - total[first]) / tied[:, None]}

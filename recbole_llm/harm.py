@@ -57,9 +57,9 @@ def harm_metrics(
         by_row[f"popularity_lift@{k}"] = popularity_lift(top[:, :k], rows.history, popularity)
         by_row[f"long_tail@{k}"] = long_tail_share(top[:, :k], popularity)
         if alike is not None:
-            by_row[f"hallucination@{k}"] = hallucination(top[:, :k], rows.targets, alike)
+            by_row[f"hallucination@{k}"] = hallucination(top[:, :k], rows.relevant, alike)
     if topk and alike is not None and rows.candidates is not None:
-        by_row["hallucination_base"] = hallucination(rows.candidates, rows.targets, alike)
+        by_row["hallucination_base"] = hallucination(rows.candidates, rows.relevant, alike)
     result = _means(by_row)
     for k in topk:
         result.update(catalogue_metrics(config, top[:, :k], len(popularity), f"@{k}"))
@@ -145,17 +145,18 @@ def look_alikes(history: Sequence[np.ndarray], embeddings: np.ndarray, count: in
 
 
 def hallucination(top: np.ndarray, targets: np.ndarray, alike: np.ndarray) -> np.ndarray:
-    """Share of the top-K that looks like the history and is not the target ``[R]``; NaN without look-alikes.
+    """Share of the top-K that looks like the history and is no target ``[R]``; NaN without look-alikes.
 
     With the candidates as ``top`` it is what a random order of them would have.
 
     Args:
         top: item ids ``[R, K]``.
-        targets: ``[R]``.
+        targets: ``[R]``, or several a row ``[R, P]``.
         alike: item ids that look like each row's history, 0 = none ``[R, count]``.
     """
     looks = np.array([np.isin(t, a) for t, a in zip(top, alike, strict=True)], dtype=bool).reshape(top.shape)
-    share = _mean_of(looks & (top != targets[:, None]), top > 0)
+    no_target = (top[:, :, None] != targets.reshape(len(top), 1, -1)).all(2)
+    share = _mean_of(looks & no_target, top > 0)
     return np.where((alike > 0).any(1), share, np.nan)
 
 

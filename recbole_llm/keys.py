@@ -38,6 +38,7 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}  # what token_budget=auto is, by dev
 # Keys that every model shares (properties/overall.yaml).
 PROTOCOL_KEYS: dict[str, Check] = {
     "mask_history": flag,
+    "next_items": integer(1),
     "candidate_seed": integer(),
     "eval_users": integer(1, optional=True),
     "few_shot": integer(1, optional=True),

@@ -119,7 +119,7 @@ def folds_of(protocol: Protocol, users: np.ndarray, folds: int, seed: int) -> np
 def calibrate(judges: Sequence[Recommender], fold_of: np.ndarray, rows: EvalRows, seed: int) -> Calibration:
     """The temperature that makes the right order of validation pairs most likely (maximum likelihood).
 
-    A pair is a row's target against one of its candidates.
+    A pair is a row's target, the next item, against one of its candidates that is not relevant.
     """
     places = []
     for row in range(len(rows)):
@@ -138,11 +138,11 @@ def calibrate(judges: Sequence[Recommender], fold_of: np.ndarray, rows: EvalRows
 
 
 def _negatives(rows: EvalRows, row: int, seed: int) -> list[int]:
-    """The row's candidates but the target; in full mode a seeded draw of items that the user has not met."""
-    target = int(rows.targets[row])
+    """The row's candidates but the relevant; in full mode a seeded draw of items that the user has not met."""
+    relevant = rows.relevant[row]
     if rows.candidates is not None:
-        return [int(i) for i in rows.candidates[row] if i != target]
-    met = np.append(rows.history[row], target)
+        return [int(i) for i in rows.candidates[row] if i not in relevant]
+    met = np.append(rows.history[row], relevant)
     free = np.setdiff1d(np.arange(1, len(rows.item_tokens)), met)
     rng = np.random.default_rng([seed, int(rows.users[row])])
     return [int(i) for i in rng.choice(free, min(FULL_MODE_NEGATIVES, len(free)), replace=False)]

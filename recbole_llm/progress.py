@@ -122,7 +122,7 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     rounds *= config["eval_step"] > 0
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        answers = int(mode[3:]) + 1 if mode != "full" else config["rerank_topk"]
+        answers = int(mode[3:]) + config["next_items"] if mode != "full" else config["rerank_topk"]
         asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
     trained = 0.0
     if with_sft:

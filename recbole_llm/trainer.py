@@ -66,9 +66,9 @@ class ProtocolEvaluation:
         with random_state_kept(self.device), shown:  # evaluation must not move training
             for rows in self._batches(eval_data):
                 scores, items = self.score_rows(eval_data, rows)
-                targets = torch.as_tensor(eval_data.targets[rows], device=scores.device)
-                column = (items == targets[:, None]).int().argmax(1)
-                ranking.add(rows, scores, column, items, topk)
+                relevant = torch.as_tensor(eval_data.relevant[rows], device=scores.device)
+                columns = [(items == one[:, None]).int().argmax(1) for one in relevant.T]
+                ranking.add(rows, scores, torch.stack(columns, dim=1), items, topk)
                 shown.update(len(rows))
                 shown.set_postfix_str()
         counter = self.protocol.item_counter

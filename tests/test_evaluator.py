@@ -87,7 +87,7 @@ def rank(
     numbers = np.random.default_rng(0).permutation(len(scores))
     for part in (numbers[:2], numbers[2:]):  # two batches, in an order of their own
         if len(part):
-            ranking.add(part, scores[part], columns[part], items[part], max(config["topk"]))
+            ranking.add(part, scores[part], columns[part, None], items[part], max(config["topk"]))
     evaluator = PerUserEvaluator(config)
     return evaluator.evaluate_ranking(ranking, rows, scores.shape[1] + 1, counter or Counter())
 

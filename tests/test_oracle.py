@@ -65,6 +65,7 @@ def test_calibration_finds_the_temperature_that_made_the_data() -> None:
     rows = Rows(
         users=np.zeros(n, dtype=int),
         targets=target + 1,
+        relevant=target[:, None] + 1,
         candidates=np.tile([1, 2], (n, 1)),
         history=[np.array([i]) for i in range(n)],
         item_tokens=np.arange(3),

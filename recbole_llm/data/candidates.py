@@ -23,17 +23,20 @@ from recbole_llm.run_folder import whole
 
 @dataclass
 class EvalRows:
-    """One row for each target of a split. With leave-one-out that is one row a user.
+    """One row for each question of a split. With leave-one-out that is one row a user.
+
+    A row asks for the next item, or with ``next_items`` for the next P: all of them are its relevant items.
 
     Attributes:
         split: "valid" or "test".
         mode: "full", "uniN", "popN" or "lowN".
         visible: what a model may see of each row: user and history, no target, label, rating or time of it ``[R]``.
-        users, targets: internal ids ``[R]``.
-        candidates: internal item ids in an order that says nothing ``[R, N + 1]``; None for "full".
+        users, targets: internal ids of the user and of the next item ``[R]``.
+        candidates: internal item ids in an order that says nothing ``[R, N + P]``; None for "full".
         hidden: items that are no answers in "full" mode, for each row.
         digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
         history: items of the user before each row, oldest first, uncut; for measures, not for models.
+        relevant: internal ids of the next P items by time; one that the user met twice stands twice ``[R, P]``.
     """
 
     split: str
@@ -47,6 +50,11 @@ class EvalRows:
     item_tokens: np.ndarray
     digest: str = ""
     history: list[np.ndarray] = field(default_factory=list)
+    relevant: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.relevant is None:
+            self.relevant = self.targets[:, None]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -62,13 +70,18 @@ class EvalRows:
         for first in range(0, len(self), size):
             yield np.array(order[first : first + size])
 
+    def target_tokens(self, row: int) -> list[str]:
+        """The distinct relevant items of a row, by time."""
+        return list(dict.fromkeys(map(str, self.item_tokens[self.relevant[row]])))
+
     def records(self) -> Iterator[dict[str, object]]:
-        """One JSON-able record a row, by tokens, in file order."""
+        """One JSON-able record a row, by tokens, in file order; ``targets`` in place of ``target`` where P > 1."""
         for row in range(len(self)):
             candidates = None if self.candidates is None else self.item_tokens[self.candidates[row]].tolist()
+            tokens = self.target_tokens(row)
             yield {
                 "user": str(self.user_tokens[self.users[row]]),
-                "target": str(self.item_tokens[self.targets[row]]),
+                **({"target": tokens[0]} if self.relevant.shape[1] == 1 else {"targets": tokens}),
                 "candidates": candidates,
             }
 
@@ -89,8 +102,9 @@ def freeze_rows(
     """Evaluation rows of a split, with candidates drawn once.
 
     Candidates are distinct, never met by the user (before or after the row), or with lowN disliked at any time, and
-    drawn by a generator seeded with (candidate_seed, split, user token, row of the user): never with the target,
-    which is left out of the draw and moves nothing else in it, nor the order.
+    drawn by a generator seeded with (candidate_seed, split, user token, row of the user): never with the targets,
+    which are left out of the draw and move nothing else in it, nor the order. All lists are equally long: where the
+    user meets an item twice among the next P, one more drawn item fills the place.
 
     Args:
         part: the split of the sequential data set.
@@ -100,16 +114,17 @@ def freeze_rows(
     Raises:
         UserError: a user has fewer than N never-seen items, or no user has a row.
     """
-    feat = _rows_of(part, split, asked)
-    users, targets = feat[part.uid_field].numpy(), feat[part.iid_field].numpy()
+    feat, relevant = _rows_of(part, split, asked)
+    users, targets = feat[part.uid_field].numpy(), relevant[:, 0]
     positions = feat[POSITION].numpy()
     mode = config["eval_args"]["mode"][split]
     user_tokens, item_tokens = part.field2id_token[part.uid_field], part.field2id_token[part.iid_field]
     rows = EvalRows(split, mode, _visible(part, feat), users, targets, None, [], user_tokens, item_tokens)
+    rows.relevant = relevant
     rows.history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
     if mode == "full":
         masked = config["mask_history"]
-        rows.hidden = [h[h != t] if masked else h[:0] for h, t in zip(rows.history, targets, strict=True)]
+        rows.hidden = [h[~np.isin(h, r)] if masked else h[:0] for h, r in zip(rows.history, relevant, strict=True)]
     else:
         rows.candidates = _draw(config, rows, positions, events, train_ends)
     rows.digest = _digest(rows, config["mask_history"])
@@ -122,16 +137,18 @@ def popularity(events: Events, train_ends: np.ndarray, n_items: int) -> np.ndarr
     return np.bincount(events.item[position < train_ends[events.user]], minlength=n_items)
 
 
-def _rows_of(part: Dataset, split: str, users: np.ndarray) -> Interaction:
-    """Rows of these users, by user and position."""
-    feat = part.inter_feat
+def _rows_of(part: Dataset, split: str, users: np.ndarray) -> tuple[Interaction, np.ndarray]:
+    """Rows of these users, by user and position; of every P the first, and the items of all P ``[R, P]``."""
+    feat, size = part.inter_feat, part.config["next_items"]
     if len(feat) == 0:
         raise UserError(
-            f"--eval_args: the split leaves no {split} interactions; leave-one-out needs users with at least 4 events."
+            f"--eval_args: the split leaves no {split} interactions; leave-one-out needs users with at least "
+            f"{2 * size + 2} events{f' (--next_items={size})' if size > 1 else ''}."
         )
     feat = feat[torch.as_tensor(np.isin(feat[part.uid_field].numpy(), users))]
     order = np.lexsort((feat[POSITION].numpy(), feat[part.uid_field].numpy()))
-    return feat[torch.as_tensor(order)]
+    relevant = feat[part.iid_field].numpy()[order].reshape(-1, size)
+    return feat[torch.as_tensor(order[::size].copy())], relevant
 
 
 def _visible(part: Dataset, feat: Interaction) -> Interaction:
@@ -144,12 +161,12 @@ def _visible(part: Dataset, feat: Interaction) -> Interaction:
 
 
 def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events, train_ends: np.ndarray) -> np.ndarray:
-    """Candidates of each row, the target among them ``[R, N + 1]``."""
+    """Candidates of each row, the relevant items among them ``[R, N + P]``."""
     wanted = int(rows.mode[3:])
     universe = events.catalogue
     universe = universe[np.argsort(rows.item_tokens[universe])]  # by token: internal ids may differ between models
     weight = popularity(events, train_ends, len(rows.item_tokens))[universe] if rows.mode.startswith("pop") else None
-    drawn = np.zeros((len(rows), wanted + 1), dtype=np.int64)
+    drawn = np.zeros((len(rows), wanted + rows.relevant.shape[1]), dtype=np.int64)
     for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):
         rng = seeded(config["candidate_seed"], rows.split, rows.user_tokens[user], position)
         if rows.mode.startswith("low"):
@@ -158,18 +175,20 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
             free = ~np.isin(universe, events.met(user))
         if weight is not None:
             free &= weight > 0
-        if free.sum() < wanted:
+        relevant = np.array(list(dict.fromkeys(rows.relevant[row])))
+        others = drawn.shape[1] - len(relevant)
+        if free.sum() < others:
             raise UserError(
-                f"--eval_args: mode {rows.mode} needs {wanted} items that user {rows.user_tokens[user]} never met, "
-                f"but there are {free.sum()}. Use mode uni{free.sum()} or less, or full."
+                f"--eval_args: mode {rows.mode} needs {others} items that user {rows.user_tokens[user]} never met, "
+                f"but there are {free.sum()}. Use mode uni{free.sum() - others + wanted} or less, or full."
             )
         # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
         # same odds as drawing one after the other, but an item that is left out moves no other.
         wait = rng.exponential(size=len(universe)) / (1 if weight is None else np.maximum(weight, 1))
         wait[~free] = np.inf
-        first = np.argpartition(wait, wanted - 1)[:wanted]
+        first = np.argpartition(wait, others - 1)[:others]
         items = universe[first[np.argsort(wait[first])]]
-        drawn[row] = rng.permutation(np.append(items, rows.targets[row]))
+        drawn[row] = rng.permutation(np.append(items, relevant))
     return drawn
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +101,24 @@ class ProtocolDataset:
         if isinstance(self, SequentialDataset):  # one row for each event but a user's first
             position = position[position > 0]
         self.inter_feat[POSITION] = torch.as_tensor(position)
+
+    def _split_index_by_leave_one_out(
+        self, grouped_index: Iterable[Iterable[int]], leave_one_num: int
+    ) -> list[list[int]]:
+        """RecBole's, which leaves one row for each part; here ``next_items``.
+
+        A user who has too few rows for every part and one of training loses validation first, then the test: a part
+        is whole or empty.
+        """
+        size = self.config["next_items"]
+        parts: list[list[int]] = [[] for _ in range(leave_one_num + 1)]
+        for rows in map(list, grouped_index):
+            filled = min(leave_one_num, (len(rows) - 1) // size)
+            first = len(rows) - filled * size
+            parts[0] += rows[:first]
+            for number in range(filled):
+                parts[number - filled] += rows[first + number * size : first + (number + 1) * size]
+        return parts
 
     def build(self) -> list[Dataset]:
         """RecBole's train, valid and test parts; train holds the training users alone where not all are."""

@@ -76,7 +76,7 @@ def _pools(config: Config, events: Events, ends: np.ndarray) -> dict[str, np.nda
                 f"{counts[users].max()}. Ask for fewer, or set another --rating_threshold."
             )
         if split != "train" and not enough.all():
-            left_out = rows[users[~enough], column].sum()
+            left_out = rows[users[~enough], column].sum() // config["next_items"]
             logger.info(
                 f"Protocol: {left_out} {split} rows are left out, of {(~enough).sum()} users with fewer than "
                 f"{needed[split]} items rated <= {events.threshold:g}; {enough.sum()} users stay."

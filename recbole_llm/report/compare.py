@@ -27,6 +27,7 @@ SHARED = (
     "dataset",
     "data_path",
     "eval_args",
+    "next_items",
     "eval_users",
     "candidate_seed",
     "mask_history",

@@ -121,12 +121,17 @@ def conditions(runs: Sequence[dict[str, Any]]) -> str:
         (
             run["dataset"],
             f"{_each(users)}, {_each(events)} training interactions",
-            f"test: {run['rows']} rows, {run['mode']}, candidate hash {run['candidate_hash'][:12]}",
+            f"test: {run['rows']} rows, {_asked(run)}, candidate hash {run['candidate_hash'][:12]}",
             f"seed {_each(r['seed'] for r in finished)}",
             f"recbole_llm {_each(r['versions']['recbole_llm'] for r in finished)}, "
             f"torch {_each(r['versions']['torch'] for r in finished)}",
         )
     )
+
+
+def _asked(run: dict[str, Any]) -> str:
+    ahead = run.get("next_items", 1)  # older records lack it
+    return run["mode"] if ahead == 1 else f"the next {ahead} items, {run['mode']}"
 
 
 def _users(run: dict[str, Any]) -> str:
