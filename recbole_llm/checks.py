@@ -41,7 +41,8 @@ def model_keys(properties: Path) -> dict[str, list[str]]:
     """Every key that some model's YAML lists -> the models, ours before RecBole's."""
     recbole = Path(recbole_file).parent / "properties"
     found: dict[str, list[str]] = {}
-    for file in [*sorted((properties / "model").glob("*.yaml")), *sorted((recbole / "model").glob("*.yaml"))]:
+    ours = sorted((properties / "model").glob("*.yaml"), key=lambda file: (file.stem != "LLMRanker", file.stem))
+    for file in [*ours, *sorted((recbole / "model").glob("*.yaml"))]:
         for key in yaml.safe_load(file.read_text(encoding="utf-8")) or {}:
             found.setdefault(key, [])
             found[key] += [file.stem] if file.stem not in found[key] else []

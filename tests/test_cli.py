@@ -94,11 +94,12 @@ def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ls"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("models: LLMRanker, ") and "SASRec" in told and "xgboost" not in told
-    assert "prompt: instruct, pair, stream" in told and "compare: dmpo, quick" in told and "dataset: ml-100k" in told
+    assert told.startswith("models: LLMRanker, DPO4Rec, ") and "SASRec" in told and "xgboost" not in told
+    assert "prompt: instruct, pair, reasoning, stream" in told and "dataset: ml-100k" in told
+    assert "compare: dmpo, dpo4rec, quick, rerank_lists" in told
     assert cli.main(["ls", "--keys"]) == 0
     told = capsys.readouterr().out
-    assert all(f"\n{key}:" in told for key in keys.PROTOCOL_KEYS | keys.LLM_KEYS)
+    assert all(f"\n{key}:" in told for key in keys.PROTOCOL_KEYS | keys.LLM_KEYS | keys.DPO4REC_KEYS)
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +183,7 @@ def test_wrong_previews(
 
 def test_only_an_llm_has_a_preview(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["preview", *flags(toy, model="Pop")]) == 2
-    assert "--model=Pop: only LLMRanker reads prompts." in capsys.readouterr().err
+    assert "--model=Pop: only LLMRanker and DPO4Rec read prompts." in capsys.readouterr().err
 
 
 # Whatever is typed

@@ -108,12 +108,18 @@ def test_every_key_of_the_llm_is_known() -> None:
     assert set(keys.LLM_KEYS) <= set(listed)
 
 
+def test_every_key_of_dpo4rec_is_known() -> None:
+    listed = read_yaml(str(PROPERTIES / "model" / "DPO4Rec.yaml"))
+    assert set(listed) <= recbole_keys() | {"loss_type"} | set(keys.LLM_KEYS) | set(keys.DPO4REC_KEYS)
+    assert set(keys.DPO4REC_KEYS) <= set(listed)
+
+
 def test_every_check_is_of_a_key_that_something_reads() -> None:
     assert set(keys.RECBOLE_KEYS) <= recbole_keys()
-    assert not recbole_keys() & (set(keys.PROTOCOL_KEYS) | set(keys.LLM_KEYS))
+    assert not recbole_keys() & (set(keys.PROTOCOL_KEYS) | set(keys.LLM_KEYS) | set(keys.DPO4REC_KEYS))
 
 
-@pytest.mark.parametrize("model", ["LLMRanker", "SASRec", "Pop", "NeuMF"])
+@pytest.mark.parametrize("model", ["LLMRanker", "DPO4Rec", "SASRec", "Pop", "NeuMF"])
 def test_every_default_passes_its_own_check(toy: dict[str, Any], model: str) -> None:
     found = LLMConfig(model, config_dict=toy)
     assert keys.wrong_values(found.internal_config_dict, found.recbole_defaults) == []
@@ -124,7 +130,8 @@ def test_every_properties_file_loads(file: Path) -> None:
     settings = read_yaml(str(file))
     kind = file.parent.name
     if kind == "prompt":
-        load_template(file.stem, PROPERTIES)
+        key = "reasoning_prompt" if settings["family"] == "reasoning" else "prompt"
+        load_template(file.stem, PROPERTIES, key)
     elif kind == "compare":
         entries, own = parse_models(settings.pop("models")), settings.pop("per_model", {})
         every = {e.label: {**settings, **own.get(e.model, {}), **e.settings} for e in entries}

@@ -226,7 +226,7 @@ def test_a_template_of_the_users_own(tiny: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("prompt", ["none", ".", "properties/prompt/none.yaml"])
 def test_no_such_template(tiny: dict[str, Any], prompt: str) -> None:
-    with pytest.raises(UserError, match=f"--prompt={prompt}: no such template; use instruct, pair, stream, or"):
+    with pytest.raises(UserError, match=f"--prompt={prompt}: no such template; use stream, instruct, pair, or"):
         LLMConfig(config_dict={**tiny, "prompt": prompt})
 
 
