@@ -12,6 +12,7 @@ from recbole_llm import keys, memory
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.dpo4rec.plan import plan_of_dpo4rec
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
@@ -40,6 +41,8 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
     Raises:
         UserError: as a run, and where the LLM's config.json or tokenizer cannot be had.
     """
+    if config["model"] == "DPO4Rec":
+        return plan_of_dpo4rec(config, probe)
     if not keys.ranks_titles(config):
         return plan_of_recbole(config, probe)
     clock = time.perf_counter()

@@ -27,7 +27,7 @@ def plan_of_recbole(config: LLMConfig, probe: bool) -> dict[str, Any]:
     batches, seconds = len(protocol.train_data), None
     if probe and get_trainer(config["MODEL_TYPE"], config["model"]) is Trainer:
         with explained(config, None, "training on a few batches"):
-            seconds = config["epochs"] * batches * _batch_seconds(model, protocol.train_data)
+            seconds = config["epochs"] * batches * batch_seconds(model, protocol.train_data)
     notes = ["validation and test are not measured; early stopping can only shorten this."]
     notes += [] if seconds is not None else ["time: not measured."]
     training = {
@@ -49,7 +49,7 @@ def plan_of_recbole(config: LLMConfig, probe: bool) -> dict[str, Any]:
     }
 
 
-def _batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:
+def batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:
     """Seconds of a training step of a RecBole model, the median of a few after one that warms up."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=0.0) if weights else None

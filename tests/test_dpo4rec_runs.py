@@ -17,12 +17,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from recbole_llm.cli import main
+from recbole_llm.config import LLMConfig
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
+from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
 from tests.conftest import toy_settings, write_dataset
 from tests.test_dpo4rec import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+OWN = {*SMALL, "align_learning_rate"}
 
 
 @pytest.fixture
@@ -61,7 +65,9 @@ def test_ladder(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     placebo = run_recbole_llm("DPO4Rec", None, None, {**last, "knowledge": "placebo"})
     assert len(trained) == 5
     assert [len(record_of(run)["iterations"]) for run in (kar, one, two, sft, placebo)] == [1, 2, 3, 2, 1]
-    assert texts_of(kar, 0) == texts_of(two, 0) == texts_of(placebo, 0) != texts_of(one, 1)
+    assert texts_of(kar, 0) == texts_of(two, 0) != texts_of(one, 1)
+    assert texts_of(kar, 0) != texts_of(placebo, 0)
+    assert sorted(texts_of(kar, 0)) == sorted(texts_of(placebo, 0))  # each text once, with another user
     assert texts_of(one, 1) == texts_of(two, 1) not in (texts_of(two, 2), texts_of(sft, 1))
     losses = [record_of(run)["iterations"][-1]["train_loss"] for run in (kar, placebo, one, sft)]
     assert len({tuple(loss) for loss in losses}) == 4
@@ -152,7 +158,7 @@ def killed_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
     settings = {**toy_settings(write_dataset(folder / "data"), folder / "saved"), **SMALL}
     # Long enough in each stage for a kill to meet it.
-    return {**settings, "epochs": 8, "align_epochs": 20, "reasoning_tokens": 40, "generation_batch": 3, "iterations": 1}
+    return {**settings, "epochs": 4, "align_epochs": 8, "reasoning_tokens": 24, "generation_batch": 3, "iterations": 1}
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +207,43 @@ def test_kill_and_go_on(
         assert (mine / name).read_bytes() == (theirs / name).read_bytes()
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (mine, theirs))
     assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+# ---- other protocols, and the plan
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"eval_args": {"mode": "full"}},
+        {"next_items": 2, "eval_args": {"mode": "uni6"}, "metrics": ["MAP"], "topk": [5], "valid_metric": "MAP@5"},
+    ],
+    ids=["full", "lists"],
+)
+def test_other_protocols(small: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Full ranking, and lists of several next items: asked as every model is, with GRU4Rec inside."""
+    settings = {**small, **asked, "iterations": 1}
+    ours = run_recbole_llm("DPO4Rec", None, None, {**settings, "recommender_model": "GRU4Rec"})
+    other = run_recbole_llm("Pop", None, None, {key: v for key, v in {**small, **asked}.items() if key not in OWN})
+    assert ours["candidate_hash"] == other["candidate_hash"]
+    assert set(ours["test_result"]) == set(other["test_result"])
+
+
+def test_plan(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts are those of the run, times are there, and nothing is written."""
+    settings = {**small, "iterations": 1, "show_progress": False}
+    found = plan(LLMConfig("DPO4Rec", config_dict=settings))
+    assert not Path(small["checkpoint_dir"]).exists()
+    read, judge, align, recommender = found["work"]
+    assert all(part["seconds"] > 0 for part in found["work"])
+    run = run_recbole_llm("DPO4Rec", None, None, {**settings, "select_iteration": "last"})
+    records = record_of(run)["iterations"]
+    assert read["rounds"] * read["positions"] == sum(len(texts_of(run, i)) for i in range(2))
+    lines = (Path(run["run_folder"]) / "judged-0.jsonl").read_text(encoding="utf-8").splitlines()
+    assert judge["rounds"] * judge["positions"] == sum(len(json.loads(line)["texts"]) for line in lines)
+    assert align["positions"] == records[0]["align"]["positions"]
+    assert align["steps"] == records[0]["align"]["steps"]
+    assert align["tokens"] * align["rounds"] >= records[0]["align"]["tokens"]
+    assert recommender["rounds"] == len(records) * small["epochs"]
+    assert main(["plan", "--model=DPO4Rec", "--probe=False", *[f"--{k}={v}" for k, v in settings.items()]]) == 0
+    assert "texts to judge" in capsys.readouterr().out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from recbole_llm.dpo4rec.places import draw_places, train_rows_of, trained_rows
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Judged, Work, judged_facts, others_in_place
 from recbole_llm.llm.adapter import load_adapter, save_adapter
-from recbole_llm.llm.sampling import Sampling, Written
+from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import content_hash, data_hash, versions, write_json, write_text
 from recbole_llm.trainer import ProtocolEvaluation
 
@@ -150,22 +149,18 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         places = self.places.written()
         sampling = Sampling(1, self.config["reasoning_tokens"])
         written = self.work.write(places, sampling, f"Write texts, iteration {iteration}")
-        texts = [text.text for (text,) in written]
-        self._keep_texts(iteration, places, written)
         if self.config["knowledge"] == "placebo":
-            texts = [texts[i] for i in others_in_place([u for u, _ in places], self.config["seed"])]
-        empty = sum(not text.strip() for text in texts)
-        if empty:
-            self.logger.warning(f"DPO4Rec: {empty} of {len(texts)} texts are empty; their users have none.")
-        return dict(zip(places, texts, strict=True))
-
-    def _keep_texts(self, iteration: int, places: Sequence[tuple[int, int]], written: list[list[Written]]) -> None:
+            written = [written[i] for i in others_in_place([u for u, _ in places], self.config["seed"])]
         lines = [
             {"user": str(self.work.user_tokens[u]), "known": known, "text": text.text, "tokens": text.tokens}
             for (u, known), (text,) in zip(places, written, strict=True)
         ]
         told = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.run_folder / f"texts-{iteration}.jsonl", told)
+        empty = sum(not line["text"].strip() for line in lines)
+        if empty:
+            self.logger.warning(f"DPO4Rec: {empty} of {len(lines)} texts are empty; their users have none.")
+        return dict(zip(places, (line["text"] for line in lines), strict=True))
 
     # ---- the recommender
 

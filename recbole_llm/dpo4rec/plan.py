@@ -1,0 +1,138 @@
+"""What a DPO4Rec run will cost: texts to write and to judge, an LLM to align, a recommender to train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
+from recbole_llm.dpo4rec.align import Reasoner, TextPair
+from recbole_llm.dpo4rec.places import draw_places
+from recbole_llm.dpo4rec.reasoning import Asked
+from recbole_llm.dpo4rec.work import Work
+from recbole_llm.llm.sampling import Sampling, Written
+from recbole_llm.llm.token_tree import batches_by_budget
+from recbole_llm.memory import machine_name
+from recbole_llm.plan_recbole import batch_seconds
+from recbole_llm.recommender import check_recommenders
+from recbole_llm.run_log import explained
+
+
+def plan_of_dpo4rec(config: LLMConfig, probe: bool) -> dict[str, Any]:
+    """Texts, tokens and steps of every stage; time of a batch of each where it is probed.
+
+    Every text is counted with ``reasoning_tokens`` and every pair user with a pair, so that all of it is at most.
+
+    Raises:
+        UserError: as a run.
+    """
+    check_recommenders(config)
+    with explained(config, None, "reading the data"):
+        protocol = prepare_data(config)
+        model = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+    reads = config["knowledge"] != "none"
+    rounds = config["iterations"] if config["knowledge"] == "reasoning" else 0
+    batches, work = len(protocol.train_data), []
+    if reads:
+        work = _llm_work(config, Work(config, protocol, draw_places(config, protocol)), rounds, probe)
+    recommender = {
+        "name": "recommender",
+        "rounds": (rounds + 1) * config["epochs"],
+        "positions": len(protocol.train_data._dataset),
+        "steps": (rounds + 1) * config["epochs"] * batches,
+        "seconds": None,
+    }
+    if probe:
+        recommender["seconds"] = recommender["steps"] * batch_seconds(model, protocol.train_data)
+    work.append(recommender)
+    found = [part["seconds"] for part in work]
+    return {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "work": work,
+        "memory": {"recommender": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "seconds": {"total": sum(filter(None, found))} if probe else None,
+        "machine": machine_name(config["device"]),
+        "notes": [
+            "texts count with --reasoning_tokens and pair users with a pair each; most end or are dropped before.",
+            "stages that are there already are counted; early stopping can only shorten the recommender's training.",
+            "encoding of texts, validation and test are not measured.",
+        ],
+    }
+
+
+def _llm_work(config: LLMConfig, work: Work, rounds: int, probe: bool) -> list[dict[str, Any]]:
+    places, most = work.places, config["reasoning_tokens"]
+    read, judged = (work.asked(list(p)) for p in (places.written(), places.pairs.items()))
+    greedy = Sampling(1, most)
+    sampled = Sampling(config["samples"], most, config["temperature"], config["top_p"])
+    parts = [_writing(config, work, "texts to read", rounds + 1, read, greedy, probe)]
+    if not rounds:
+        return parts
+    parts.append(_writing(config, work, "texts to judge", rounds, judged, sampled, probe))
+    answers = 2 if config["alignment"] == "DPO" else 1
+    sizes = [len(one.prompt) + answers * most for one in judged]
+    steps, epochs = ceil(len(judged) / config["align_batch_size"]), rounds * config["align_epochs"]
+    parts.append(
+        {
+            "name": f"{config['alignment']} of the LLM",
+            "rounds": epochs,
+            "positions": len(judged),
+            "steps": epochs * steps,
+            "passes": len(batches_by_budget(sizes, config["token_budget"])),
+            "tokens": sum(sizes),
+            "seconds": epochs * _training(work.reasoner, judged, most, config) if probe else None,
+        }
+    )
+    return parts
+
+
+def _writing(
+    config: LLMConfig, work: Work, name: str, rounds: int, asked: list[Asked], sampling: Sampling, probe: bool
+) -> dict[str, Any]:
+    together = max(1, config["generation_batch"] // sampling.number)
+    batches = ceil(len(asked) / together)
+    seconds = None
+    if probe and work.reasoner:
+        middle = sorted(asked, key=lambda one: len(one.prompt))[len(asked) // 2 :][:together]
+        seconds = rounds * batches * _clocked(lambda: work.reasoner.write(middle, sampling, 0))
+    return {
+        "name": name,
+        "rounds": rounds,
+        "positions": len(asked) * sampling.number,
+        "steps": 0,
+        "passes": batches * sampling.most,
+        "tokens": sum(len(one.prompt) for one in asked) + len(asked) * sampling.number * sampling.most,
+        "seconds": seconds,
+    }
+
+
+def _training(reasoner: Reasoner, asked: list[Asked], most: int, config: LLMConfig) -> float:
+    """Seconds of an epoch over pairs as long as they can be, by the pace of two of them."""
+    text = Written("word " * most, most, False)
+    two = [TextPair(0, list(one.prompt), (text, text)) for one in asked[:2]]
+    windows = reasoner.windows(two, config["alignment"])
+    windows = [replace(window, reference=[[0.0] * (1 + len(window.rejected))]) for window in windows]
+
+    def train() -> None:
+        reasoner.window_loss(windows, config["alignment"]).total.backward()
+        reasoner.zero_grad()
+
+    return _clocked(train) * len(asked) / len(two)
+
+
+def _clocked(work: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs."""
+    for _ in range(2):
+        clock = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - clock
+    return seconds
