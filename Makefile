@@ -11,8 +11,9 @@ help: ## say what there is
 run: .venv/.ready ## set up, then compare LLM rankers with classic models on a small scale (under 15 minutes)
 	$(BIN)/recbole-llm compare --config_files=properties/compare/quick.yaml
 
-test: .venv/.ready-dev ## set up with the test tools, then run the tests
-	$(BIN)/python -m pytest -q
+test: .venv/.ready-dev ## set up with the test tools, then run the tests: two at a time, then those that measure time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
 
 lint: .venv/.ready-dev ## look for mistakes without running anything
 	$(BIN)/ruff check .

@@ -403,6 +403,7 @@ def said(code: str, folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1800)
 def test_predictions_of_the_embedded_model_hold(tmp_path: Path) -> None:
     try:
