@@ -36,6 +36,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     the loss does not depend on the split.
     """
 
+    # Keys that a user would change, told where a stage goes wrong.
+    rate_keys = {"SFT": "learning_rate", "preference": "preference_learning_rate"}
+    against_collapse = "raise --beta, lower --preference_learning_rate, or set --sft_weight=1"
+
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         return super()._build_optimizer(params=trainable or [torch.nn.Parameter(torch.zeros(1))], **kwargs)
@@ -198,7 +202,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.logger.warning(
             f"Stage {self.stage.loss}: the chosen titles have become e^{-Displacement.LEAST:.0f} times less likely "
             "than under the reference, on average over the last steps. The margin may grow all the same, and the "
-            "ranking suffer: raise --beta, lower --preference_learning_rate, or set --sft_weight=1."
+            f"ranking suffer: {self.against_collapse}."
         )
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
@@ -235,10 +239,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """Raises ``UserError`` for a loss that is no number; the adapters are still those of the step before."""
         dataset = self.protocol.dataset
         users = sorted({str(dataset.id2token(dataset.uid_field, window.user)) for window in windows})
+        key = self.rate_keys["SFT" if self.stage.loss == "SFT" else "preference"]
         raise UserError(
-            f"--learning_rate: the {self.stage.loss} loss became {total} in epoch {epoch}, step {number} "
-            f"(users {', '.join(users[:5])}). Lower the learning rate of this stage; the last good epoch is in "
-            f"{self.stage.folder}."
+            f"--{key}: the {self.stage.loss} loss became {total} in epoch {epoch}, step {number} "
+            f"(users {', '.join(users[:5])}). Lower it; the last good epoch is in {self.stage.folder}."
         )
 
     def _count(self, windows: Sequence[Window]) -> int:

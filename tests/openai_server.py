@@ -1,4 +1,4 @@
-"""A small server with OpenAI's chat interface, run as a process of its own: ``python openai_server.py <key> [fail]``.
+"""A small server with OpenAI's chat interface, run as a process of its own: ``python openai_server.py <key> [<pad>]``.
 
 Prints its port, then one line a request: the answer depends on the question and the seed alone.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+WRITES = threading.Lock()  # requests are answered side by side
+PAD = int(sys.argv[2]) if len(sys.argv) > 2 else 0  # characters before the key in what a refusal tells
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,14 +35,17 @@ class Handler(BaseHTTPRequestHandler):
             ],
             "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13},
         }
-        data = json.dumps(answer if status == 200 else {"error": {"message": f"refused: {self.headers}"}}).encode()
+        refusal = {"error": {"message": f"{'.' * PAD} {self.headers['Authorization']}"}}
+        data = json.dumps(answer if status == 200 else refusal).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
         keep = {key: body.get(key) for key in ("model", "seed", "temperature", "top_p", "max_tokens")}
-        print(json.dumps({**keep, "status": status, "question": question}), flush=True)
+        line = json.dumps({**keep, "status": status, "question": question})
+        with WRITES:
+            print(line, flush=True)
 
     def log_message(self, *args: object) -> None:
         """Nothing."""

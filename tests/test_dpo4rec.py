@@ -88,9 +88,14 @@ def test_labels_that_judge_train_nothing() -> None:
 
 
 def test_planted_labels_stay_out(small: dict[str, Any], tmp_path: Path) -> None:
-    """Markers: items that stand only where texts are judged, validated or tested are targets of no training row, are
-    in no text's prompt that a row reads before them, and judge no recommender that was trained on them."""
-    write_dataset(tmp_path / "data", users=40, events=12)
+    """Every user's last four events (labels that judge, validation, test) are of items that stand nowhere else: of a
+    pair user's they are in no training row and no prompt; of others the two labels train, but are in no prompt read."""
+    rng = np.random.default_rng(0)
+    events = []
+    for user in range(40):
+        order = [*rng.choice(30, 8, replace=False), *rng.choice(np.arange(30, 60), 4, replace=False)]
+        events += [(f"u{user}", f"i{item}", 5.0, float(100 * t + user)) for t, item in enumerate(order)]
+    write_events(tmp_path / "data", events)
     trainer, protocol = trainer_of(small)
     rows = trainer._train_rows()._dataset.inter_feat
     pairs = trainer.places.pairs
@@ -105,7 +110,18 @@ def test_planted_labels_stay_out(small: dict[str, Any], tmp_path: Path) -> None:
         assert not labels & set(one.history)
     everyone = train_rows_of(protocol)
     assert len(rows) == len(everyone[0]) - 2 * len(pairs)
-    titles, places = trainer.work.question.lines, trainer.places.written()
+    tokens = protocol.dataset.field2id_token["item_id"]
+    late = {i for i in range(1, len(tokens)) if int(tokens[i][1:]) >= 30}
+    users, targets = rows["user_id"].numpy(), rows["item_id"].numpy()
+    of_pairs = np.isin(users, list(pairs))
+    assert not set(targets[of_pairs]) & late
+    assert set(targets[~of_pairs]) & late
+    titles, judged = trainer.work.question.lines, list(pairs.items())
+    for asked, (user, known) in zip(trainer.work.asked(judged), judged, strict=True):
+        told = trainer.work.reasoner.llm.tokenizer.decode(asked.prompt)
+        assert all(titles[i] in told for i in protocol.events.items_of(user)[:known])
+        assert not any(titles[i] in told for i in late)
+    places = trainer.places.written()
     for asked, (user, known) in zip(trainer.work.asked(places), places, strict=True):
         told = trainer.work.reasoner.llm.tokenizer.decode(asked.prompt)
         mine = protocol.events.items_of(user)
@@ -246,7 +262,7 @@ def test_planted_good_reasoning_wins(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Work, "write", planted)
     settings = {**toy_settings(tmp_path / "data", tmp_path / "saved"), **SMALL, "samples": 2, "pair_users": 60}
-    changes = {"text_positions": 4, "reward_positions": 4, "epochs": 40, "learning_rate": 0.005, "eval_step": 0}
+    changes = {"text_positions": 4, "reward_positions": 4, "epochs": 20, "learning_rate": 0.005, "eval_step": 0}
     trainer, protocol = trainer_of({**settings, **changes})
     trainer.teach_recommender(0, None)
     judged = trainer.work.judge(trainer.model, trainer.places.pairs)
@@ -264,6 +280,8 @@ def test_planted_good_reasoning_wins(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ({"endpoint": "http://x/v1"}, "--endpoint=http://x/v1: a server's LLM cannot be trained"),
         ({"endpoint": "localhost", "iterations": 0}, "--endpoint=localhost: must be an address"),
+        ({"endpoint_model": "m"}, "--endpoint_model: it names a model at --endpoint; give both, or neither"),
+        ({"endpoint": "http://x/v1", "iterations": 0}, "--endpoint_model: it names a model"),
         ({"pair_users": 0}, "--pair_users=0: the LLM is aligned on texts about pair users"),
         ({"text_encoder": "tfidf"}, "--text_encoder=tfidf: its vectors depend on all texts"),
         ({"loss_type": "BPR"}, "--loss_type=BPR: DPO4Rec trains by cross-entropy"),
@@ -288,3 +306,65 @@ def test_wrong_settings(small: dict[str, Any], changes: dict[str, Any], told: st
 def test_no_room_for_a_text(small: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"--reasoning_tokens=8190: the LLM's context of 8192 tokens leaves"):
         run_recbole_llm("DPO4Rec", None, None, {**small, "reasoning_tokens": 8190})
+
+
+def test_no_title_column(small: dict[str, Any], tmp_path: Path) -> None:
+    """``reasoning_item`` names the column, and nothing asks for another key."""
+    file = tmp_path / "data" / "toy" / "toy.item"
+    file.write_text(file.read_text(encoding="utf-8").replace("title:token_seq", "headline:token_seq"), encoding="utf-8")
+    changes = {"encoder": "none", "iterations": 0}
+    with pytest.raises(ConfigError, match="--reasoning_item=auto: no title column"):
+        run_recbole_llm("DPO4Rec", None, None, {**small, **changes})
+    assert run_recbole_llm("DPO4Rec", None, None, {**small, **changes, "reasoning_item": "{headline}"})["test_result"]
+
+
+def test_an_item_without_title_is_untitled(small: dict[str, Any], tmp_path: Path) -> None:
+    """Genres alone are no item."""
+    file = tmp_path / "data" / "toy" / "toy.item"
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    rows[1][1] = ""
+    lines = ["item_id:token\ttitle:token_seq\tgenres:token_seq", *(f"{r[0]}\t{r[1]}\tfur" for r in rows[1:])]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trainer, protocol = trainer_of(small)
+    texts = trainer.work.question.texts
+    first = list(protocol.dataset.field2id_token["item_id"]).index("i0")
+    assert texts[first] == "untitled i0"
+    assert all(text.endswith(" (fur)") for i, text in enumerate(texts) if i not in (0, first))
+
+
+# ---- what names a stage
+
+
+def folders(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> tuple[str, str]:
+    """Names of the text file and the recommender's folder of a run without alignment."""
+    saved = tmp_path / f"saved-{len(list(tmp_path.iterdir()))}"
+    settings = {**settings, "iterations": 0, "checkpoint_dir": str(saved), **changes}
+    trainer, protocol = trainer_of(settings)
+    folder, _ = trainer.teach_recommender(0, protocol.valid)
+    (texts,) = (saved / "stages").glob("texts-*.jsonl")
+    return texts.name, folder.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts", "recommender"),
+    [
+        ({}, True, True),
+        ({"seed": 7}, True, False),  # greedy texts of the untuned LLM are the same for every seed
+        ({"lora_r": 4}, True, True),
+        ({"shuffle": False}, True, False),
+        ({"adaptor": "mlp"}, True, False),
+        ({"text_users": 20}, False, False),
+        ({"reasoning_tokens": 9}, False, False),
+        ({"reasoning_history": 3}, False, False),
+        ({"llm": "tiny", "dtype": "bfloat16"}, False, False),
+        ({"knowledge": "placebo"}, True, False),
+        ({"beta": 0.3, "samples": 4, "align_epochs": 1}, True, True),
+    ],
+    ids=str,
+)
+def test_what_names_a_stage(
+    small: dict[str, Any], tmp_path: Path, changes: dict[str, Any], texts: bool, recommender: bool
+) -> None:
+    """A stage is found again where nothing that moves it changed, and only there."""
+    before, after = folders(small, tmp_path), folders(small, tmp_path, **changes)
+    assert (before[0] == after[0], before[1] == after[1]) == (texts, recommender)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from recbole_llm.quick_start import run_recbole_llm
 from tests.test_dpo4rec import SMALL
 
 KEY = "a-very-secret-key"
+SETTINGS = {"endpoint_model": "m", "generation_batch": 4}
 
 
 class Server:
@@ -34,10 +36,11 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     file = Path(__file__).parent / "openai_server.py"
-    process = subprocess.Popen([sys.executable, str(file), KEY], stdout=subprocess.PIPE, text=True)
+    pad = str(getattr(request, "param", 0))
+    process = subprocess.Popen([sys.executable, str(file), KEY, pad], stdout=subprocess.PIPE, text=True)
     yield Server(process)
     process.kill()
     process.wait()
@@ -45,7 +48,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_texts_of_a_batch(server: Server) -> None:
     """Each text of each prompt is asked for once, with a seed of its own; greedy ones without any."""
-    write = endpoint_writer({"endpoint": server.url, "endpoint_model": "m"})
+    write = endpoint_writer({**SETTINGS, "endpoint": server.url})
     asked = [Asked("u1", 3, "one?"), Asked("u2", 3, "two?")]
     sampled = write(asked, Sampling(3, 20, 0.7, 0.9), 40)
     assert [len(mine) for mine in sampled] == [3, 3]
@@ -72,14 +75,22 @@ def test_run_with_a_server(server: Server, toy: dict[str, Any], tmp_path: Path) 
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
-@pytest.mark.parametrize("wrong", ["key", "address", "nobody"])
-def test_server_that_refuses(server: Server, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """Told with the address and what to check, and without the key."""
-    url = {"address": server.url + "/x", "nobody": "http://127.0.0.1:9/v1"}.get(wrong, server.url)
-    if wrong == "key":
-        monkeypatch.setenv("OPENAI_API_KEY", "another-secret")
-    write = endpoint_writer({"endpoint": url, "endpoint_model": "m"})
+@pytest.mark.parametrize("wrong", ["address", "nobody"])
+def test_server_that_is_not_there(server: Server, wrong: str) -> None:
+    """Told with the address and what to check."""
+    url = {"address": server.url + "/x", "nobody": "http://127.0.0.1:9/v1"}[wrong]
+    write = endpoint_writer({**SETTINGS, "endpoint": url})
     with pytest.raises(UserError, match=f"--endpoint={url}: the server did not answer") as raised:
         write([Asked("u1", 3, "one?")], Sampling(1, 20), 0)
     assert "OPENAI_API_KEY" in str(raised.value)
-    assert KEY not in str(raised.value) and "another-secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("server", range(0, 300, 10), indirect=True)
+def test_refusal_that_tells_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that repeats the key anywhere in its refusal: neither the key nor its beginning is told."""
+    wrong = "zq9-another-secret-key"
+    monkeypatch.setenv("OPENAI_API_KEY", wrong)
+    write = endpoint_writer({**SETTINGS, "endpoint": server.url})
+    with pytest.raises(UserError, match="the server did not answer") as raised:
+        write([Asked("u1", 3, "one?")], Sampling(1, 20), 0)
+    assert "zq9" not in "".join(traceback.format_exception(raised.value))

@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score
 
 from recbole_llm.dpo4rec.places import draw_places
 from recbole_llm.dpo4rec.reward import Reward, RewardList, choose_pairs, reward, reward_lists, rewards_of
+from recbole_llm.errors import UserError
 from tests.conftest import prepared
 
 
@@ -74,7 +75,7 @@ def test_pairs_by_order_and_gap() -> None:
 
 
 def test_lists_of_the_protocol(toy: dict[str, Any]) -> None:
-    """The next four items and six that the user never met, the same whatever users or items come before."""
+    """The next four items and six that the user has not met in training, the same whatever comes before."""
     config, protocol = prepared(toy, "DPO4Rec", llm="tiny", text_encoder="llm", pair_users=12)
     places = draw_places(config, protocol)
     lists = reward_lists(config, protocol, places.pairs)
@@ -83,8 +84,12 @@ def test_lists_of_the_protocol(toy: dict[str, Any]) -> None:
         mine, known = protocol.events.items_of(one.user), places.pairs[one.user]
         assert set(one.items[one.relevant]) == set(mine[known : known + 4])
         assert len(one.items) == 10
-        assert not set(one.items[~one.relevant]) & set(mine)
+        assert not set(one.items[~one.relevant]) & set(mine[: protocol.train_ends[one.user]])
         assert np.array_equal(one.history, mine[:known])
         assert known + 4 == protocol.train_ends[one.user]  # neither validation nor test
+    later = [set(one.items) & set(protocol.events.items_of(one.user)[protocol.train_ends[one.user] :]) for one in lists]
+    assert any(later)  # validation and test items are drawn like any other
+    with pytest.raises(UserError, match=r"--reward_others=80: there are only 5. items that user u\d+ has not met"):
+        reward_lists({**config.final_config_dict, "reward_others": 80}, protocol, places.pairs)
     fewer = reward_lists(config, protocol, dict(list(places.pairs.items())[3:5]))
     assert [f.items.tolist() for f in fewer] == [f.items.tolist() for f in lists[3:5]]

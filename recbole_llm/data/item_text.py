@@ -25,7 +25,11 @@ logger = logging.getLogger()
 
 
 def item_texts(
-    config: Config, dataset: Dataset, count_tokens: Callable[[Sequence[str]], list[int]], wanted: str | None = None
+    config: Config,
+    dataset: Dataset,
+    count_tokens: Callable[[Sequence[str]], list[int]],
+    wanted: str | None = None,
+    title_first: bool = False,
 ) -> list[str]:
     """The text of every internal item id; entry 0 (padding) is empty.
 
@@ -38,6 +42,7 @@ def item_texts(
         config: needs ``item_text`` (``auto`` or a template such as ``{title} ({year})``) and ``item_text_max_tokens``.
         count_tokens: texts -> their lengths in tokens.
         wanted: in the place of ``item_text``.
+        title_first: an item that lacks the template's first column has no text.
 
     Raises:
         UserError: no ``.item`` file, a column that it does not have, or more than half of the items without text.
@@ -47,7 +52,7 @@ def item_texts(
     template = text_template(wanted, columns, config["dataset"])
     tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
     # Of the columns that `auto` finds the year may lack, and the title may not.
-    needed = text_columns(template)[:1] if wanted == "auto" else []
+    needed = text_columns(template)[:1] if wanted == "auto" or title_first else []
     texts = [clean(_fill(template, rows[t])) if t in rows and all(rows[t][c] for c in needed) else "" for t in tokens]
     texts = _name_the_untitled(texts, tokens, config["dataset"])
     texts = _cut_the_long(texts, config["item_text_max_tokens"], count_tokens)

@@ -14,6 +14,7 @@ from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.dpo4rec.question import item_template
 from recbole_llm.dpo4rec.reasoning import Asked
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.budget import TokenBudget
@@ -21,7 +22,7 @@ from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, Written, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
-from recbole_llm.run_folder import content_hash
+from recbole_llm.run_folder import content_hash, versions
 from recbole_llm.stages import Stage
 
 LLM_SETTINGS = tuple(
@@ -38,6 +39,7 @@ def policy_config(config: LLMConfig) -> LLMConfig:
     shared = {k: v for k, v in config.external_config_dict.items() if k not in own}
     stage = {
         **{key: config[key] for key in (*LLM_SETTINGS, "beta", "lr_scheduler", "warmup_ratio", "token_budget")},
+        "item_text": item_template(config.final_config_dict, config["dataset"]),  # checked, and read by nothing
         "loss": config["alignment"],
         "rejected_num": 1,
         "epochs": config["align_epochs"],
@@ -90,8 +92,11 @@ class Reasoner(WindowPolicy, torch.nn.Module):
 
     @property
     def author(self) -> str:
-        """What identifies the weights that write now."""
-        return content_hash([self.llm.revision, self.llm.dtype, digest(adapter_state(self.llm))])
+        """What identifies the weights that write now: the same for every seed of LoRA while it adds nothing."""
+        state = adapter_state(self.llm)
+        untuned = all(not weight.any() for name, weight in state.items() if "lora_B" in name)
+        adapter = "untuned" if untuned else digest(state)
+        return content_hash([self.llm.revision, self.llm.dtype, self.config["quantization"], adapter, versions()])
 
     def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
         """Texts after each prompt of tokens."""
@@ -117,6 +122,9 @@ class Reasoner(WindowPolicy, torch.nn.Module):
 
 class AlignmentTrainer(LLMTrainer):
     """``LLMTrainer`` with one stage, which is given; there is no validation inside it."""
+
+    rate_keys = {"SFT": "align_learning_rate", "preference": "align_learning_rate"}
+    against_collapse = "raise --beta, or lower --align_learning_rate"
 
     def __init__(self, config: LLMConfig, reasoner: Reasoner, stage: Stage) -> None:
         super().__init__(config, reasoner)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
 from recbole.config import Config
 
 from recbole_llm.dpo4rec.reasoning import Asked, Writer
@@ -19,9 +18,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm.sampling import Sampling, Written
 
 KEY = "OPENAI_API_KEY"
-SECONDS = 120  # that an answer may take
-# Its bases: the error of whichever HTTP library the client is built on, and OSError.
-FAILED = (*HfHubHTTPError.__bases__, ValueError, KeyError, TypeError)
+SECONDS = 120  # that a text may take; a server may write a batch's texts one after the other
 
 
 def endpoint_writer(config: Config) -> Writer:
@@ -34,7 +31,8 @@ def endpoint_writer(config: Config) -> Writer:
     for library in ("httpx", "httpx2"):  # a line for each text in the run's log
         logging.getLogger(library).setLevel(logging.WARNING)
     # Never without a key: the client would send this machine's hub token instead.
-    client = InferenceClient(base_url=url, api_key=os.environ.get(KEY) or "none", timeout=SECONDS)
+    key, patience = os.environ.get(KEY) or "none", SECONDS * config["generation_batch"]
+    client = InferenceClient(base_url=url, api_key=key, timeout=patience)
 
     def one(prompt: str, sampling: Sampling, seed: int) -> Written:
         choice = {"temperature": sampling.temperature}
@@ -52,12 +50,15 @@ def endpoint_writer(config: Config) -> Writer:
         try:
             with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
                 found = list(pool.map(lambda job: one(*job), jobs))
-        except FAILED as error:
-            reason = " ".join(str(error).split())[:300].replace(os.environ.get(KEY) or "\0", "<key>")
+        except Exception as error:  # clients and servers fail in any way
+            # Before it is cut: half a key is a key told. Not "from error": that would be shown with the key.
+            told = str(error).replace(key, "<key>")
             raise UserError(
-                f"--endpoint={url}: the server did not answer as OpenAI's interface does ({reason}). Check the address "
-                f"(it ends with /v1), --endpoint_model={model}, and the key in {KEY}; texts that came are kept."
-            ) from error
+                f"--endpoint={url}: the server did not answer as OpenAI's interface does "
+                f"({type(error).__name__}: {' '.join(told.split())[:300]}). Check the address (it ends with /v1), "
+                f"--endpoint_model={model}, and the key in {KEY}; where it is slow, lower --generation_batch. Texts "
+                "that came in earlier batches are kept."
+            ) from None
         return [found[i : i + sampling.number] for i in range(0, len(found), sampling.number)]
 
     return write

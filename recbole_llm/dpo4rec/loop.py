@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from recbole_llm.dpo4rec.align import Reasoner, align
 from recbole_llm.dpo4rec.places import draw_places, train_rows_of, trained_rows
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Judged, Work, judged_facts, others_in_place
-from recbole_llm.llm.adapter import load_adapter, save_adapter
+from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import content_hash, data_hash, versions, write_json, write_text
 from recbole_llm.trainer import ProtocolEvaluation
@@ -33,8 +34,8 @@ RECOMMENDER_KEYS = tuple(
     """
     recommender_model recommender_config epochs stopping_step train_batch_size learning_rate learner weight_decay
     clip_grad_norm eval_step seed eval_args valid_metric metrics topk metric_decimal_place MAX_ITEM_LIST_LENGTH
-    knowledge text_encoder item_knowledge adaptor adaptor_width adaptor_hidden adaptor_dropout shared_experts
-    own_experts mask_history reasoning_item item_text_max_tokens llm
+    knowledge item_knowledge adaptor adaptor_width adaptor_hidden adaptor_dropout shared_experts own_experts
+    mask_history shuffle enable_amp enable_scaler
 """.split()
 )
 ALIGN_KEYS = tuple(
@@ -85,7 +86,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             folder, record = self.teach_recommender(iteration, valid_data, verbose, show_progress)
             records.append(record)
             folders.append(folder)
-            self.logger.info(f"DPO4Rec iteration {iteration}: validation {record['best_valid_score']:.6f}.")
+            self.logger.info(f"DPO4Rec iteration {iteration}: validation {record['best_valid_score']}.")
             if iteration == last or self._fell(records):
                 break
             record |= self._align(iteration)
@@ -98,7 +99,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
                 self._policy_of(records, chosen)
             save_adapter(self.work.reasoner.llm, self.run_folder)
         write_json(self.run_folder / "dpo4rec.json", self.facts)
-        return records[chosen]["best_valid_score"], records[chosen]["best_valid_result"]
+        score, result = (records[chosen][key] for key in ("best_valid_score", "best_valid_result"))
+        return -np.inf if score is None else score, result
 
     def teach_recommender(
         self, iteration: int, valid_data: EvalRows | None, verbose: bool = True, show_progress: bool = False
@@ -128,7 +130,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
 
     def _fell(self, records: list[dict[str, Any]]) -> bool:
         """Whether the last iteration is worse on validation than the one before."""
-        if len(records) < 2 or self.config["select_iteration"] == "last":
+        if len(records) < 2 or self._no_choice(records):
             return False
         now, before = (r["best_valid_score"] for r in (records[-1], records[-2]))
         fell = now < before if self.valid_metric_bigger else now > before
@@ -136,8 +138,12 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self.logger.info("DPO4Rec: validation fell, so no further iteration.")
         return fell
 
+    def _no_choice(self, records: list[dict[str, Any]]) -> bool:
+        """Whether the last iteration counts: because it shall, or because none was validated (``eval_step`` 0)."""
+        return self.config["select_iteration"] == "last" or records[-1]["best_valid_score"] is None
+
     def _chosen(self, records: list[dict[str, Any]]) -> int:
-        if self.config["select_iteration"] == "last":
+        if self._no_choice(records):
             return len(records) - 1
         sign = 1 if self.valid_metric_bigger else -1
         return max(range(len(records)), key=lambda i: (sign * records[i]["best_valid_score"], -i))
@@ -168,18 +174,16 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self, texts: dict[tuple[int, int], str], valid_data: EvalRows | None, verbose: bool, show_progress: bool
     ) -> tuple[Path, dict[str, Any]]:
         """Train a recommender on these texts from new weights, or find it trained; the model then holds its best."""
-        loader = self._train_rows()
-        told = sorted([str(self.protocol.dataset.id2token(self.protocol.dataset.uid_field, u)), k, t]
-                      for (u, k), t in texts.items())  # fmt: skip
-        inter = loader._dataset.inter_feat
-        rows = content_hash([inter[self.protocol.dataset.uid_field].tolist(), inter[POSITION].tolist()])
-        folder = self._folder("recommender", [RECOMMENDER_KEYS, told, rows, self.protocol.valid.digest])
-        done, clock = folder / "stage.json", time.perf_counter()
+        loader, clock = self._train_rows(), time.perf_counter()
         init_seed(self.config["seed"], self.config["reproducibility"])
         fresh = type(self.model)(self.config, self.protocol.train_data._dataset)
         self.model.load_state_dict(fresh.state_dict())
         if self.model.reads:
             self._read(texts)
+        read = digest(dict(self.model.named_buffers()))  # vectors of texts and items, and who reads them
+        rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
+        folder = self._folder("recommender", RECOMMENDER_KEYS, [read, rows, self.protocol.valid.digest])
+        done = folder / "stage.json"
         if done.is_file():
             self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
             record = json.loads(done.read_text())
@@ -188,7 +192,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self._begin(folder)
             score, result = super().fit(loader, valid_data, verbose, True, show_progress)
             record = {
-                "best_valid_score": float(score),
+                "best_valid_score": None if result is None else float(score),
                 "best_valid_result": result,
                 "epochs": len(self.train_loss_dict),
                 "train_loss": list(self.train_loss_dict.values()),
@@ -198,6 +202,10 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             write_json(done, record)
         self._take(folder)
         return folder, record
+
+    def _row_fields(self) -> tuple[str, str, str]:
+        dataset = self.protocol.dataset
+        return dataset.uid_field, dataset.iid_field, POSITION
 
     def _begin(self, folder: Path) -> None:
         """RecBole's trainer as new, with its checkpoint in a folder."""
@@ -245,7 +253,9 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         clock, reasoner = time.perf_counter(), self.work.reasoner
         pairs = self.work.text_pairs(judged)
         windows = reasoner.windows(pairs, self.config["alignment"])
-        folder = self._folder("align", [ALIGN_KEYS, reasoner.author, reasoner.texts, self.config["alignment"]])
+        moves_draws = ("attention", "token_budget") if self.config["lora_dropout"] else ()
+        keys = ALIGN_KEYS + moves_draws
+        folder = self._folder("align", keys, [reasoner.author, reasoner.texts])
         if (folder / "stage.json").is_file():
             self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
             load_adapter(reasoner.llm, folder)
@@ -274,9 +284,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             lines.append(json.dumps(line, ensure_ascii=False))
         write_text(self.run_folder / f"judged-{iteration}.jsonl", "\n".join(lines) + "\n")
 
-    def _folder(self, kind: str, told: list[Any]) -> Path:
-        """``<checkpoint_dir>/stages/DPO4Rec-<kind>-<hash>``."""
-        keys, *others = told
+    def _folder(self, kind: str, keys: Sequence[str], others: list[Any]) -> Path:
+        """``<checkpoint_dir>/stages/DPO4Rec-<kind>-<hash of settings and others>``."""
         settings = {key: self.config[key] for key in keys}
         what = content_hash([settings, others, data_hash(self.config), versions()])
         return Path(self.config["checkpoint_dir"]) / "stages" / f"DPO4Rec-{kind}-{what[:12]}"

@@ -39,8 +39,11 @@ def plan_of_dpo4rec(config: LLMConfig, probe: bool) -> dict[str, Any]:
     reads = config["knowledge"] != "none"
     rounds = config["iterations"] if config["knowledge"] == "reasoning" else 0
     batches, work = len(protocol.train_data), []
+    memory = {"recommender": _bytes(model)}
     if reads:
-        work = _llm_work(config, Work(config, protocol, draw_places(config, protocol)), rounds, probe)
+        desk = Work(config, protocol, draw_places(config, protocol))
+        work = _llm_work(config, desk, rounds, probe)
+        memory |= {"LLM's weights": _bytes(desk.reasoner)} if desk.reasoner else {}
     recommender = {
         "name": "recommender",
         "rounds": (rounds + 1) * config["epochs"],
@@ -56,15 +59,24 @@ def plan_of_dpo4rec(config: LLMConfig, probe: bool) -> dict[str, Any]:
         "model": config["model"],
         "dataset": config["dataset"],
         "work": work,
-        "memory": {"recommender": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "memory": memory,
         "seconds": {"total": sum(filter(None, found))} if probe else None,
         "machine": machine_name(config["device"]),
         "notes": [
             "texts count with --reasoning_tokens and pair users with a pair each; most end or are dropped before.",
             "stages that are there already are counted; early stopping can only shorten the recommender's training.",
-            "encoding of texts, validation and test are not measured.",
+            "encoding of texts, validation and test are not measured; memory is that of weights alone.",
         ],
     }
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _size(one: Asked) -> int:
+    """Tokens of a prompt; of one in words about a token for four characters."""
+    return len(one.prompt) // 4 if isinstance(one.prompt, str) else len(one.prompt)
 
 
 def _llm_work(config: LLMConfig, work: Work, rounds: int, probe: bool) -> list[dict[str, Any]]:
@@ -77,7 +89,7 @@ def _llm_work(config: LLMConfig, work: Work, rounds: int, probe: bool) -> list[d
         return parts
     parts.append(_writing(config, work, "texts to judge", rounds, judged, sampled, probe))
     answers = 2 if config["alignment"] == "DPO" else 1
-    sizes = [len(one.prompt) + answers * most for one in judged]
+    sizes = [_size(one) + answers * most for one in judged]
     steps, epochs = ceil(len(judged) / config["align_batch_size"]), rounds * config["align_epochs"]
     parts.append(
         {
@@ -108,7 +120,7 @@ def _writing(
         "positions": len(asked) * sampling.number,
         "steps": 0,
         "passes": batches * sampling.most,
-        "tokens": sum(len(one.prompt) for one in asked) + len(asked) * sampling.number * sampling.most,
+        "tokens": sum(map(_size, asked)) + len(asked) * sampling.number * sampling.most,
         "seconds": seconds,
     }
 

@@ -49,7 +49,8 @@ def described_items(config: Config, dataset: Dataset, tokenizer: Any = None) -> 
     def count(texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in (plain_tokens(tokenizer, texts) if tokenizer else map(str.split, texts))]
 
-    return item_texts(config, dataset, count, item_template(config.final_config_dict, config["dataset"]))
+    template = item_template(config.final_config_dict, config["dataset"])
+    return item_texts(config, dataset, count, template, title_first=config["reasoning_item"] == "auto")
 
 
 class Question:
@@ -74,7 +75,11 @@ class Question:
         if tokenizer is None:
             return
         self.line_tokens = plain_tokens(tokenizer, self.lines)
-        self.prefix, self.suffix = chat_parts(self.template["question"], ("history",), tokenizer)
+        try:
+            self.prefix, self.suffix = chat_parts(self.template["question"], ("history",), tokenizer)
+        except UserError as error:
+            told = str(error).replace("--prompt:", "--reasoning_prompt:")
+            raise UserError(told.replace("use --prompt=stream", "use another --llm")) from error
         self.room = context - config["reasoning_tokens"] - len(self.prefix) - len(self.suffix)
         longest = max(map(len, self.line_tokens))
         if self.room < longest:

@@ -1,7 +1,7 @@
 """Stage 3: how much a text helps the recommender to rank what its user chose next; best and worst make a pair.
 
-A list holds the next ``reward_positions`` items of a pair user and ``reward_others`` items that the user never met.
-The recommender ranks it after the history that the text was written from, with each text in turn.
+A list holds the next ``reward_positions`` items of a pair user and ``reward_others`` that the user has not met in
+training. The recommender ranks it after the history that the text was written from, with each text in turn.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.special import log_softmax
 
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.seeds import seeded
+from recbole_llm.errors import UserError
 
 DEPTH = 5  # K of NDCG and MAP, as in the paper
 
@@ -55,20 +56,30 @@ class RewardList:
 
 
 def reward_lists(config: Config, protocol: Protocol, pairs: Mapping[int, int]) -> list[RewardList]:
-    """The list of each pair user, drawn by a generator of its own.
+    """The list of each pair user: the rest of training, and items not met in it, drawn by a generator of its own.
 
     Args:
         pairs: user -> items that the texts are written from.
+
+    Raises:
+        UserError: fewer items than ``reward_others`` that a user has not met.
     """
     tokens, events, found = protocol.dataset.field2id_token, protocol.events, []
     universe = events.catalogue
     universe = universe[np.argsort(tokens[protocol.dataset.iid_field][universe])]
     for user, known in pairs.items():
         mine = events.items_of(user)
-        following = np.unique(mine[known : known + config["reward_positions"]])
+        end = int(protocol.train_ends[user])
+        following = np.unique(mine[known:end])
         rng = seeded(config["candidate_seed"], "reward", tokens[protocol.dataset.uid_field][user])
-        free = universe[~np.isin(universe, events.met(user))]
-        others = rng.choice(free, min(config["reward_others"], len(free)), replace=False)
+        # What the user meets after training is not known here: it may be drawn, as in every training loss.
+        free = universe[~np.isin(universe, np.append(mine[:end], events.disliked(user, end)))]
+        if len(free) < config["reward_others"]:
+            raise UserError(
+                f"--reward_others={config['reward_others']}: there are only {len(free)} items that user "
+                f"{tokens[protocol.dataset.uid_field][user]} has not met in training. Ask for fewer."
+            )
+        others = rng.choice(free, config["reward_others"], replace=False)
         items = rng.permutation(np.concatenate([following, others]))
         found.append(RewardList(user, mine[:known], items, np.isin(items, following)))
     return found

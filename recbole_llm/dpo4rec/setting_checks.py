@@ -22,6 +22,8 @@ def wrong_dpo4rec(settings: Mapping[str, Any]) -> list[str]:
         and not endpoint.startswith(("http://", "https://")),
         f"--endpoint={endpoint}: a server's LLM cannot be trained here; set --iterations=0, or leave it out to align "
         "--llm.": endpoint is not None and rounds > 0 and settings["knowledge"] == "reasoning",
+        "--endpoint_model: it names a model at --endpoint; give both, or neither.": (endpoint is None)
+        != (settings["endpoint_model"] is None),
         "--pair_users=0: the LLM is aligned on texts about pair users; set --pair_users=100, or --iterations=0.": rounds
         > 0
         and settings["knowledge"] == "reasoning"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm.encoder import kept_vectors, text_embeddings
 from recbole_llm.llm.logps import decoder_and_head
 from recbole_llm.llm.pretrained import LLM, load_llm
-from recbole_llm.llm.token_tree import batches_by_budget
+from recbole_llm.llm.sampling import plain_attention
+from recbole_llm.run_folder import versions
 
-LEAST_CONTEXT = 512  # tokens of a text that are read, where the LLM could read more
+MOST_TOKENS = 512  # tokens of a text that are read, where the LLM could read more
 
 
 def text_vectors(config: Config, texts: Sequence[str]) -> np.ndarray:
@@ -34,30 +36,49 @@ def text_vectors(config: Config, texts: Sequence[str]) -> np.ndarray:
             raise UserError(
                 f"--text_encoder={encoder}: it cannot be used; llm needs no model but the LLM. What went wrong: {error}"
             ) from error
-    keys = ("llm", "dtype", "quantization", "fast_linears")
-    llm = load_llm(device=config["device"], finetune="none", seed=config["seed"], **{k: config[k] for k in keys})
-    return kept_vectors([llm.revision, llm.dtype], texts, lambda: _hidden_means(llm, texts, config["token_budget"]))
+    settings = tuple(config[key] for key in ("llm", "dtype", "quantization", "attention"))
+    llm = _encoding_llm(config["device"], config["seed"], *settings)
+    revision = [llm.revision, llm.dtype, config["quantization"], versions()]
+    return kept_vectors(revision, texts, lambda: _hidden_means(llm, texts, config["token_budget"]))
+
+
+@lru_cache(maxsize=1)  # asked for in every iteration
+def _encoding_llm(
+    device: torch.device, seed: int, llm: str, dtype: str, quantization: str | None, attention: str
+) -> LLM:
+    """The LLM without adapters, beside the one that is aligned."""
+    options = {"dtype": dtype, "quantization": quantization, "attention": attention}
+    return load_llm(llm=llm, device=device, finetune="none", fast_linears=False, seed=seed, **options)
 
 
 @torch.no_grad()
 def _hidden_means(llm: LLM, texts: Sequence[str], token_budget: int) -> np.ndarray:
     decoder, _ = decoder_and_head(llm.model)
-    llm.model.set_attn_implementation("sdpa")  # it takes padding
-    device, most = next(llm.model.parameters()).device, min(LEAST_CONTEXT, llm.context)
+    device, most = next(llm.model.parameters()).device, min(MOST_TOKENS, llm.context)
     options = {"add_special_tokens": False, "truncation": True, "max_length": most}
     ids = [llm.tokenizer(text, **options)["input_ids"] if text.strip() else [] for text in texts]
     vectors = np.zeros((len(texts), llm.model.config.get_text_config().hidden_size), np.float32)
-    rows = [row for row, tokens in enumerate(ids) if tokens]
-    for group in batches_by_budget([len(ids[row]) for row in rows], token_budget):
-        mine = [rows[i] for i in group]
-        longest = max(len(ids[row]) for row in mine)
-        batch = torch.full((len(mine), longest), llm.tokenizer.pad_token_id)
-        mask = torch.zeros_like(batch)
-        for place, row in enumerate(mine):
-            batch[place, : len(ids[row])] = torch.tensor(ids[row])
-            mask[place, : len(ids[row])] = 1
-        states = decoder(input_ids=batch.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        weight = mask.to(device)[..., None].float()
-        vectors[mine] = ((states.float() * weight).sum(1) / weight.sum(1)).cpu().numpy()
+    with plain_attention(llm.model):  # it takes padding
+        for rows in _padded_batches([len(tokens) for tokens in ids], token_budget):
+            longest = len(ids[rows[-1]])
+            batch = torch.full((len(rows), longest), llm.tokenizer.pad_token_id)
+            mask = torch.zeros_like(batch)
+            for place, row in enumerate(rows):
+                batch[place, : len(ids[row])] = torch.tensor(ids[row])
+                mask[place, : len(ids[row])] = 1
+            batch, mask = batch.to(device), mask.to(device)
+            states = decoder(input_ids=batch, attention_mask=mask, use_cache=False).last_hidden_state
+            weight = mask[..., None].float()
+            vectors[rows] = ((states.float() * weight).sum(1) / weight.sum(1)).cpu().numpy()
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, np.float32(1))
+
+
+def _padded_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Numbers of texts that have tokens, ascending by length, so that a padded batch holds ``token_budget`` at most."""
+    batches: list[list[int]] = []
+    for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * lengths[row] > token_budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

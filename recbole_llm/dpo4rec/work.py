@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def others_in_place(users: Sequence[int], seed: int) -> list[int]:
     names = sorted(set(users))
     ring = dict(zip(names, seeded(seed, "placebo").permutation(len(names)).tolist(), strict=True))
     order = sorted(range(len(users)), key=lambda place: (ring[users[place]], place))
-    longest = max(users.count(name) for name in names)  # a user's places lie side by side; this step leaves them
+    longest = max(Counter(users).values())  # a user's places lie side by side; this step leaves them
     found = [0] * len(users)
     for at, place in enumerate(order):
         found[place] = order[(at + longest) % len(order)]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.pretrained import LLM
 
@@ -69,7 +70,7 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _plain_attention(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), plain_attention(model):
         torch.manual_seed(seed)
         cache = _prompt_cache(model, ids, mask)
         if sampling.number > 1 and cache is not None:
@@ -131,11 +132,12 @@ def _read(tokenizer: Any, ids: list[int]) -> Written:
 
 
 @contextmanager
-def _plain_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Our back ends take no padding mask: inside, attention is transformers' SDPA."""
+def plain_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Our back ends take no padding mask: inside, where one of them is used, attention is transformers' SDPA."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    base.set_attn_implementation("sdpa")
+    if before in NAMES.values():  # a model that needs another keeps it
+        base.set_attn_implementation("sdpa")
     try:
         yield
     finally:
