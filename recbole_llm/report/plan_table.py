@@ -27,7 +27,7 @@ def plan_text(found: dict[str, Any]) -> str:
 def _row(part: dict[str, Any]) -> list[str]:
     times = part["rounds"]
     counts = [f"{part.get(name, 0) * times:,}" if name in part else "" for name in ("passes", "tokens", "one_by_one")]
-    ratio = f"{part['one_by_one'] / part['tokens']:.1f}x" if part.get("tokens") else ""
+    ratio = f"{part['one_by_one'] / part['tokens']:.1f}x" if part.get("tokens") and "one_by_one" in part else ""
     heads = f"{part['head_rows'] * times:,}" if "head_rows" in part else ""
     seconds = 0.0 if part.get("cached") else part["seconds"]
     steps = f"{part['steps']:,}" if part["steps"] else ""
