@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recbole_llm.llm.logps import decoder_and_head, head_rows_at_once
+from recbole_llm.llm.logps import base_model, decoder_and_head, head_rows_at_once
 
 GIB = 2**30
 GPU_CONTEXT = 0.5 * GIB  # CUDA's own, before the first tensor
@@ -137,7 +137,7 @@ def kept_bytes(model: torch.nn.Module) -> int:
 
 @contextmanager
 def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterator[None]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers renames these in version 6
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -37,16 +37,20 @@ def plan_of_recbole(config: LLMConfig, probe: bool) -> dict[str, Any]:
         "steps": config["epochs"] * batches,
         "seconds": seconds,
     }
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "model": config["model"],
         "dataset": config["dataset"],
         "work": [training],
-        "memory": {"weights": weights},
+        "memory": {"weights": weight_bytes(model)},
         "seconds": None if seconds is None else {"passes": seconds, "total": seconds},
         "machine": machine_name(config["device"]),
         "notes": notes,
     }
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:

@@ -39,14 +39,14 @@ def pace_of(model: LLMRanker, work: Work) -> tuple[Pace, int]:
     sample = work.sample
     once = _training_pass(model, work.name) if work.trained else model.reference_logps
     small = sample[:1]
-    _timed(model, once, small)
-    least = min(_timed(model, once, small) for _ in range(2))
+    timed(model.llm.device, lambda: once(small))
+    least = min(timed(model.llm.device, lambda: once(small)) for _ in range(2))
     tokens = model.prompt.window_size(small[0])
     large, size = _within(model, sample, int(tokens * max(1.0, SECONDS / least)))
     step = _step_seconds(model) if work.trained else 0.0
     if len(large) == 1:
         return Pace(0.0, least / tokens, step), tokens
-    most = min(_timed(model, once, large) for _ in range(2))
+    most = min(timed(model.llm.device, lambda: once(large)) for _ in range(2))
     slope = max(0.0, (most - least) / (size - tokens))
     fixed = max(0.0, least - slope * tokens)
     model.zero_grad(set_to_none=True)
@@ -111,16 +111,17 @@ def _step_seconds(model: LLMRanker) -> float:
         torch.nn.utils.clip_grad_norm_(weights, 1e9)
         optimizer.step()
 
-    _timed(model, once, [])  # makes the state
-    return _timed(model, once, [])
+    timed(model.llm.device, lambda: once([]))  # makes the state
+    return timed(model.llm.device, lambda: once([]))
 
 
-def _timed(model: LLMRanker, work: Callable[[Sequence[Window]], object], windows: Sequence[Window]) -> float:
-    on_gpu = torch.device(model.llm.device).type == "cuda"
+def timed(device: str, work: Callable[[], object]) -> float:
+    """Seconds of one run of ``work`` on a device such as ``cuda:0``."""
+    on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
     clock = time.perf_counter()
-    work(windows)
+    work()
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - clock

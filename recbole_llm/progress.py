@@ -14,6 +14,7 @@ from recbole.utils import ModelType
 from tqdm import tqdm as plain_tqdm
 
 from recbole_llm.data.atomic import atomic_file, read_items
+from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
@@ -138,7 +139,7 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
 
 def _dpo4rec_seconds(config: Config, sizes: dict[str, float], training: float) -> float:
     """Of all iterations; a token that is written costs about three that are read, because few are written at a time."""
-    rounds = config["iterations"] if config["knowledge"] == "reasoning" else 0
+    rounds = alignment_rounds(config)
     if config["knowledge"] == "none":
         return training
     prompt, text = 12 * config["reasoning_history"], 3 * config["reasoning_tokens"]

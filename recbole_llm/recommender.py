@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,9 +133,13 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
     Raises:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
+    return LLMConfig(name, config["dataset"], None, {**shared_settings(config), **(config["recommender_config"] or {})})
+
+
+def shared_settings(config: LLMConfig) -> dict[str, Any]:
+    """What the user set of data and protocol, for another model of the same run."""
     own = set(keys.LLM_KEYS) | set(keys.DPO4REC_KEYS) | keys.TRAINING_KEYS | {"model", "dataset"}
-    shared = {k: v for k, v in config.external_config_dict.items() if k not in own}
-    return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
+    return {k: v for k, v in config.external_config_dict.items() if k not in own}
 
 
 def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = None) -> Recommender:

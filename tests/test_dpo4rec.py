@@ -14,7 +14,7 @@ from recbole.utils import init_seed
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
-from recbole_llm.dpo4rec.places import Places, draw_places, train_rows_of, trained_rows
+from recbole_llm.dpo4rec.places import Places, draw_places, train_rows_of, trained_rows, training_loader
 from recbole_llm.dpo4rec.work import Work, others_in_place
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.sampling import Sampling, Written
@@ -97,7 +97,7 @@ def test_planted_labels_stay_out(small: dict[str, Any], tmp_path: Path) -> None:
         events += [(f"u{user}", f"i{item}", 5.0, float(100 * t + user)) for t, item in enumerate(order)]
     write_events(tmp_path / "data", events)
     trainer, protocol = trainer_of(small)
-    rows = trainer._train_rows()._dataset.inter_feat
+    rows = training_loader(trainer.config, trainer.protocol, trainer.places)._dataset.inter_feat
     pairs = trainer.places.pairs
     trained = set(zip(rows["user_id"].tolist(), rows[POSITION].tolist(), strict=True))
     lists = trainer.work.judge(trainer.model, pairs).lists
@@ -133,7 +133,7 @@ def test_planted_labels_stay_out(small: dict[str, Any], tmp_path: Path) -> None:
 
 
 def batch_of(trainer: DPO4RecTrainer) -> Interaction:
-    return next(iter(trainer._train_rows()))
+    return next(iter(training_loader(trainer.config, trainer.protocol, trainer.places)))
 
 
 def read_random_texts(trainer: DPO4RecTrainer) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.protocol import Protocol
@@ -22,6 +21,7 @@ from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, Written, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
+from recbole_llm.recommender import shared_settings
 from recbole_llm.run_folder import content_hash, versions
 from recbole_llm.stages import Stage
 
@@ -35,8 +35,8 @@ LLM_SETTINGS = tuple(
 
 def policy_config(config: LLMConfig) -> LLMConfig:
     """The settings that the preference trainer reads, as an LLMRanker of the same data would have them."""
-    own = set(keys.DPO4REC_KEYS) | set(keys.LLM_KEYS) | keys.TRAINING_KEYS | {"model", "dataset", "loss_type"}
-    shared = {k: v for k, v in config.external_config_dict.items() if k not in own}
+    shared = shared_settings(config)
+    shared.pop("loss_type", None)  # of the recommender
     stage = {
         **{key: config[key] for key in (*LLM_SETTINGS, "beta", "lr_scheduler", "warmup_ratio", "token_budget")},
         "item_text": item_template(config.final_config_dict, config["dataset"]),  # checked, and read by nothing

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
@@ -21,9 +20,10 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.align import Reasoner, align
-from recbole_llm.dpo4rec.places import draw_places, train_rows_of, trained_rows
+from recbole_llm.dpo4rec.places import draw_places, training_loader
+from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
-from recbole_llm.dpo4rec.work import Judged, Work, judged_facts, others_in_place
+from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import content_hash, data_hash, versions, write_json, write_text
@@ -79,7 +79,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             Its best validation score and result.
         """
         config, records = self.config, self.facts["iterations"]
-        last = config["iterations"] if config["knowledge"] == "reasoning" else 0
+        last = alignment_rounds(config)
         self._tell(last)
         folders: list[Path] = []
         for iteration in range(last + 1):
@@ -174,7 +174,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self, texts: dict[tuple[int, int], str], valid_data: EvalRows | None, verbose: bool, show_progress: bool
     ) -> tuple[Path, dict[str, Any]]:
         """Train a recommender on these texts from new weights, or find it trained; the model then holds its best."""
-        loader, clock = self._train_rows(), time.perf_counter()
+        loader, clock = training_loader(self.config, self.protocol, self.places), time.perf_counter()
         init_seed(self.config["seed"], self.config["reproducibility"])
         fresh = type(self.model)(self.config, self.protocol.train_data._dataset)
         self.model.load_state_dict(fresh.state_dict())
@@ -220,14 +220,6 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self._load_checkpoint(str(folder / "recommender.pth"))
         self.saved_model_file = str(self.run_folder / f"{self.config['model']}.pth")
 
-    def _train_rows(self) -> Any:
-        """A new loader of the training rows, without the labels that judge texts."""
-        rows = self.protocol.train_data._dataset
-        kept = trained_rows(self.places, *train_rows_of(self.protocol))
-        part = rows.copy(rows.inter_feat[torch.as_tensor(kept)])
-        loader = self.protocol.train_data
-        return type(loader)(self.config, part, loader._sampler, shuffle=self.config["shuffle"])
-
     def _read(self, texts: dict[tuple[int, int], str]) -> None:
         """Let the model read the texts at their places."""
         places = list(texts)
@@ -243,7 +235,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         clock = time.perf_counter()
         judged = self.work.judge(self.model, self.places.pairs)
         record = {"judged": judged_facts(judged), "samples_s": time.perf_counter() - clock}
-        self._keep_judged(iteration, judged)
+        write_text(self.run_folder / f"judged-{iteration}.jsonl", judged_lines(judged, self.work.user_tokens))
         if not judged.pairs:
             self.logger.warning(
                 f"DPO4Rec: no pair differs by --reward_gap={self.config['reward_gap']}; the LLM stays as it is. Lower "
@@ -272,17 +264,6 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             load_adapter(self.work.reasoner.llm, Path(adapters[-1]))
         else:
             self.work.reasoner = Reasoner(self.config)
-
-    def _keep_judged(self, iteration: int, judged: Judged) -> None:
-        chosen = {pair.row: pair for pair in judged.pairs}
-        lines = []
-        for row, (one, texts, rewards) in enumerate(zip(judged.lists, judged.texts, judged.rewards, strict=True)):
-            pair = chosen.get(row)
-            told = [{"text": t.text, "tokens": t.tokens, **r._asdict()} for t, r in zip(texts, rewards, strict=True)]
-            line = {"user": str(self.work.user_tokens[one.user]), "texts": told}
-            line |= {"best": pair.best, "worst": pair.worst} if pair else {}
-            lines.append(json.dumps(line, ensure_ascii=False))
-        write_text(self.run_folder / f"judged-{iteration}.jsonl", "\n".join(lines) + "\n")
 
     def _folder(self, kind: str, keys: Sequence[str], others: list[Any]) -> Path:
         """``<checkpoint_dir>/stages/DPO4Rec-<kind>-<hash of settings and others>``."""

@@ -15,7 +15,9 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from recbole.config import Config
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
@@ -91,3 +93,12 @@ def train_rows_of(protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
     """Users and target positions of RecBole's training rows ``[n]``."""
     rows = protocol.train_data._dataset
     return rows.inter_feat[rows.uid_field].numpy(), rows.inter_feat[POSITION].numpy()
+
+
+def training_loader(config: Config, protocol: Protocol, places: Places) -> AbstractDataLoader:
+    """A new loader of RecBole's training rows, without the labels that judge texts."""
+    loader = protocol.train_data
+    rows = loader._dataset
+    kept = trained_rows(places, *train_rows_of(protocol))
+    part = rows.copy(rows.inter_feat[torch.as_tensor(kept)])
+    return type(loader)(config, part, loader._sampler, shuffle=config["shuffle"])

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from typing import Any
 
-import torch
-
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.dpo4rec.align import Reasoner, TextPair
 from recbole_llm.dpo4rec.places import draw_places
-from recbole_llm.dpo4rec.reasoning import Asked
+from recbole_llm.dpo4rec.reasoning import Asked, prompts_together
+from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.work import Work
 from recbole_llm.llm.sampling import Sampling, Written
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.memory import machine_name
-from recbole_llm.plan_recbole import batch_seconds
+from recbole_llm.plan_recbole import batch_seconds, weight_bytes
+from recbole_llm.probe import timed
 from recbole_llm.recommender import check_recommenders
 from recbole_llm.run_log import explained
 
@@ -37,13 +36,13 @@ def plan_of_dpo4rec(config: LLMConfig, probe: bool) -> dict[str, Any]:
         protocol = prepare_data(config)
         model = config.model_class(config, protocol.train_data._dataset).to(config["device"])
     reads = config["knowledge"] != "none"
-    rounds = config["iterations"] if config["knowledge"] == "reasoning" else 0
+    rounds = alignment_rounds(config)
     batches, work = len(protocol.train_data), []
-    memory = {"recommender": _bytes(model)}
+    memory = {"recommender": weight_bytes(model)}
     if reads:
         desk = Work(config, protocol, draw_places(config, protocol))
         work = _llm_work(config, desk, rounds, probe)
-        memory |= {"LLM's weights": _bytes(desk.reasoner)} if desk.reasoner else {}
+        memory |= {"LLM's weights": weight_bytes(desk.reasoner)} if desk.reasoner else {}
     recommender = {
         "name": "recommender",
         "rounds": (rounds + 1) * config["epochs"],
@@ -68,10 +67,6 @@ def plan_of_dpo4rec(config: LLMConfig, probe: bool) -> dict[str, Any]:
             "encoding of texts, validation and test are not measured; memory is that of weights alone.",
         ],
     }
-
-
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _size(one: Asked) -> int:
@@ -108,12 +103,12 @@ def _llm_work(config: LLMConfig, work: Work, rounds: int, probe: bool) -> list[d
 def _writing(
     config: LLMConfig, work: Work, name: str, rounds: int, asked: list[Asked], sampling: Sampling, probe: bool
 ) -> dict[str, Any]:
-    together = max(1, config["generation_batch"] // sampling.number)
+    together = prompts_together(config["generation_batch"], sampling)
     batches = ceil(len(asked) / together)
     seconds = None
     if probe and work.reasoner:
         middle = sorted(asked, key=lambda one: len(one.prompt))[len(asked) // 2 :][:together]
-        seconds = rounds * batches * _clocked(lambda: work.reasoner.write(middle, sampling, 0))
+        seconds = rounds * batches * _second(work.reasoner, lambda: work.reasoner.write(middle, sampling, 0))
     return {
         "name": name,
         "rounds": rounds,
@@ -136,15 +131,10 @@ def _training(reasoner: Reasoner, asked: list[Asked], most: int, config: LLMConf
         reasoner.window_loss(windows, config["alignment"]).total.backward()
         reasoner.zero_grad()
 
-    return _clocked(train) * len(asked) / len(two)
+    return _second(reasoner, train) * len(asked) / len(two)
 
 
-def _clocked(work: Callable[[], Any]) -> float:
-    """Seconds of the second of two runs."""
-    for _ in range(2):
-        clock = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - clock
-    return seconds
+def _second(reasoner: Reasoner, work: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs; the first one warms up."""
+    work()
+    return timed(reasoner.llm.device, work)

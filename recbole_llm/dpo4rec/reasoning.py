@@ -68,7 +68,7 @@ def write_texts(
     name = content_hash([author, asdict(sampling), seed if sampling.temperature else None, together, told])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"texts-{name[:16]}.jsonl"
-    batches = _batches(asked, max(1, together // sampling.number))
+    batches = _batches(asked, prompts_together(together, sampling))
     found = _read(file, told, sampling.number)
     done = len(asked) - sum(texts is None for texts in found)
     shown = bar(total=len(asked), initial=done, desc=what, unit="user", disable=not show_progress or done == len(asked))
@@ -86,6 +86,11 @@ def write_texts(
                 found[i] = mine
             shown.update(len(batch))
     return [texts for texts in found if texts is not None], file
+
+
+def prompts_together(texts: int, sampling: Sampling) -> int:
+    """Prompts of a batch of so many texts; those of one prompt stay together."""
+    return max(1, texts // sampling.number)
 
 
 def _batches(asked: Sequence[Asked], size: int) -> list[list[int]]:

@@ -11,22 +11,26 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.question import item_template
 
 
+def alignment_rounds(settings: Any) -> int:
+    """How often the LLM is aligned: never where the users' own texts are not read."""
+    return settings["iterations"] if settings["knowledge"] == "reasoning" else 0
+
+
 def wrong_dpo4rec(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are fine alone and wrong together, one sentence each."""
     if any(key in settings and check(settings[key]) for key, check in (keys.DPO4REC_KEYS | keys.LLM_KEYS).items()):
         return []  # told by key
-    endpoint, rounds = settings["endpoint"], settings["iterations"]
+    endpoint, rounds = settings["endpoint"], alignment_rounds(settings)
     own = [k for k in settings["recommender_config"] or {} if k in keys.TRAINING_KEYS]
     found = {
         f"--endpoint={endpoint}: must be an address such as http://localhost:8000/v1.": endpoint is not None
         and not endpoint.startswith(("http://", "https://")),
         f"--endpoint={endpoint}: a server's LLM cannot be trained here; set --iterations=0, or leave it out to align "
-        "--llm.": endpoint is not None and rounds > 0 and settings["knowledge"] == "reasoning",
+        "--llm.": endpoint is not None and rounds > 0,
         "--endpoint_model: it names a model at --endpoint; give both, or neither.": (endpoint is None)
         != (settings["endpoint_model"] is None),
         "--pair_users=0: the LLM is aligned on texts about pair users; set --pair_users=100, or --iterations=0.": rounds
         > 0
-        and settings["knowledge"] == "reasoning"
         and settings["pair_users"] == 0,
         f"--text_encoder={settings['text_encoder']}: its vectors depend on all texts at once, which differ between "
         "iterations; use minilm, llm, or the hub id or folder of an encoder.": settings["text_encoder"]

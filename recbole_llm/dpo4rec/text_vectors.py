@@ -10,7 +10,7 @@ import torch
 from recbole.config import Config
 
 from recbole_llm.errors import UserError
-from recbole_llm.llm.encoder import kept_vectors, text_embeddings
+from recbole_llm.llm.encoder import kept_vectors, text_embeddings, unit
 from recbole_llm.llm.logps import decoder_and_head
 from recbole_llm.llm.pretrained import LLM, load_llm
 from recbole_llm.llm.sampling import plain_attention
@@ -70,8 +70,7 @@ def _hidden_means(llm: LLM, texts: Sequence[str], token_budget: int) -> np.ndarr
             states = decoder(input_ids=batch, attention_mask=mask, use_cache=False).last_hidden_state
             weight = mask[..., None].float()
             vectors[rows] = ((states.float() * weight).sum(1) / weight.sum(1)).cpu().numpy()
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, np.float32(1))
+    return unit(vectors)
 
 
 def _padded_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

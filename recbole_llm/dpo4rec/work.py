@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,19 @@ def others_in_place(users: Sequence[int], seed: int) -> list[int]:
     for at, place in enumerate(order):
         found[place] = order[(at + longest) % len(order)]
     return found
+
+
+def judged_lines(judged: Judged, user_tokens: np.ndarray) -> str:
+    """One JSON line a pair user: the N texts with their rewards, and the numbers of best and worst."""
+    chosen = {pair.row: pair for pair in judged.pairs}
+    lines = []
+    for row, (one, texts, rewards) in enumerate(zip(judged.lists, judged.texts, judged.rewards, strict=True)):
+        pair = chosen.get(row)
+        told = [{"text": t.text, "tokens": t.tokens, **r._asdict()} for t, r in zip(texts, rewards, strict=True)]
+        line = {"user": str(user_tokens[one.user]), "texts": told}
+        line |= {"best": pair.best, "worst": pair.worst} if pair else {}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    return "\n".join(lines) + "\n"
 
 
 def judged_facts(judged: Judged) -> dict[str, Any]:

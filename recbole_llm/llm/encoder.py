@@ -104,11 +104,11 @@ def _tfidf(texts: Sequence[str]) -> np.ndarray:
     counts = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), dtype=np.float32).fit_transform(texts)
     if counts.shape[0] * counts.shape[1] > TFIDF_DENSE and counts.shape[1] > TFIDF_WIDTH:
         projection = SparseRandomProjection(TFIDF_WIDTH, dense_output=True, random_state=0)
-        return _unit(projection.fit_transform(counts).astype(np.float32))
+        return unit(projection.fit_transform(counts).astype(np.float32))
     return counts.toarray()
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
     """Each row at length 1; rows of zeros stay."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms > 0, norms, np.float32(1))
@@ -196,7 +196,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, model: torch.nn.Module) -> np.
             states = model(**batch).last_hidden_state * mask
             vectors[rows] = (states.sum(1) / mask.sum(1)).numpy()
             shown.update(len(rows))
-    return _unit(vectors)
+    return unit(vectors)
 
 
 def _read(kept: Path, n: int) -> np.ndarray | None:

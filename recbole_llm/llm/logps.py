@@ -26,9 +26,14 @@ def head_rows_at_once(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 512
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, without peft's wrapper where it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The transformer body and the LM head of a transformers causal LM, LoRA-wrapped or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     return getattr(base, base.base_model_prefix), base.get_output_embeddings()
 
 

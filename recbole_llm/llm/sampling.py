@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.half_precision import autocast
+from recbole_llm.llm.logps import base_model, decoder_and_head
 from recbole_llm.llm.pretrained import LLM
 
 
@@ -96,8 +97,7 @@ def _prompt_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor)
         return None
     cache = DynamicCache(config=model.config.get_text_config())
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(decoder, decoder.base_model_prefix)  # no LM head: nothing is predicted here
+    decoder, _ = decoder_and_head(model)  # no LM head: nothing is predicted here
     with autocast(model):
         decoder(
             input_ids=ids[:, :-1],
@@ -111,8 +111,7 @@ def _prompt_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor)
 
 def _cache_key(model: torch.nn.Module) -> str:
     """What transformers calls a cache: ``cache`` from 5.24 on, ``past_key_values`` before."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
+    return "cache" if "cache" in signature(base_model(model).forward).parameters else "past_key_values"
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _read(tokenizer: Any, ids: list[int]) -> Written:
 @contextmanager
 def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     """Our back ends take no padding mask: inside, where one of them is used, attention is transformers' SDPA."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     before = base.config._attn_implementation
     if before in NAMES.values():  # a model that needs another keeps it
         base.set_attn_implementation("sdpa")
