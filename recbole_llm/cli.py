@@ -34,6 +34,14 @@ TEXT_FLAGS = {
     "dataset",
     "models",
     "config_files",
+    "config",
+    "modes",
+    "seeds",
+    "baseline",
+    "table_metrics",
+    "out",
+    "cluster",
+    "search",
     "user",
     "gpu_id",
     "data_path",
@@ -110,6 +118,8 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         settings[key] = parsed
     if problems:
         raise ConfigError(problems)
+    if "config" in settings:  # the short form
+        settings["config_files"] = f"{settings.pop('config')} {settings.get('config_files', '')}"
     if "config_files" in settings:
         settings["config_files"] = settings["config_files"].split()
     return settings
@@ -127,22 +137,20 @@ def run(settings: dict[str, Any]) -> int:
 
 
 def compare_models(settings: dict[str, Any]) -> int:
-    """Run several models and print their table, where its files lie, and what to try next."""
+    """Run several models and print their tables, where the files lie, and what to try next."""
     from recbole_llm.report.compare import compare
 
-    files = settings.pop("config_files", [])
-    merged = read_yamls(files) | settings
+    merged = read_yamls(settings.pop("config_files", [])) | settings
     if "models" not in merged:
         raise ConfigError(["--models: name at least one, for example --models=Pop,SASRec,GRU4Rec,LLMRanker."])
-    models, dataset, per_model = (merged.pop(key, None) for key in ("models", "dataset", "per_model"))
-    done = compare(models, dataset, merged, per_model)
-    print("\n" + done["markdown"])
+    done = compare(merged.pop("models"), merged.pop("dataset", None), merged)
+    print("\n" + done["markdown"] + "\n" + done["costs"])
     for file in done["files"]:
         print(f"written: {file}")
     if merged.get("eval_users") is not None:
         print("next   : the same command with --eval_users=none (all users)")
     if done["failed"]:
-        print(f"failed : {', '.join(done['failed'])} (see the log in log/)", file=sys.stderr)
+        print(f"failed : {', '.join(dict.fromkeys(done['failed']))} (see the log in log/)", file=sys.stderr)
         return 1
     return 0
 

@@ -18,52 +18,80 @@ from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
+PLANNED_SHOWN = 24
 _current: WholeRun | None = None
 
 
 class WholeRun:
-    """The runs of a comparison and the time they are expected to take.
+    """The runs of a comparison and the time they are expected to take; says both, and what was finished before.
 
     Args:
         runs: label and configuration of each, in order.
+        jobs: how many run at a time.
     """
 
-    def __init__(self, runs: Sequence[tuple[str, Config]]) -> None:
+    def __init__(self, runs: Sequence[tuple[str, Config]], jobs: int = 1) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
         # Later LLM runs may share the first one's SFT stage.
         llms = [config for _, config in runs if _kind(config) == "llm"]
         self.seconds = [_guess(config, config is llms[0] if llms else False) for _, config in runs]
         self.scale = dict.fromkeys(self.kinds, 1.0)
-        self.at, self.began = 0, time.monotonic()
-        done = sum(s == 0 for s in self.seconds)
+        self.open = {i for i, seconds in enumerate(self.seconds) if seconds}
+        self.todo, self.jobs = len(self.open), jobs
+        self.at: int | None = None
+        self.began = time.monotonic()
+        self._tell_plan()
+
+    def _tell_plan(self) -> None:
+        """One line a kind of run that is still to be done, and one for all."""
+        at_once = f", {self.jobs} at a time" if self.jobs > 1 else ""
         print(
-            f"{len(runs)} runs, {done} finished before, about {_told(sum(self.seconds))} in all "
-            "(a guess until the first runs end).",
+            f"{len(self.labels)} runs, {len(self.labels) - self.todo} finished before, about {_told(self.left())} in "
+            f"all{at_once} (a guess until the first runs end).",
             flush=True,
         )
+        for i in sorted(self.open)[:PLANNED_SHOWN]:
+            print(f"  to do: {self.labels[i]}, about {_told(self.seconds[i])}", flush=True)
+        if len(self.open) > PLANNED_SHOWN:
+            print(f"  and {len(self.open) - PLANNED_SHOWN} more", flush=True)
 
     def left(self) -> float:
         """Seconds to the end of the last run."""
-        expected = [s * self.scale[k] for s, k in zip(self.seconds, self.kinds, strict=True)]
-        return max(0.0, expected[self.at] - (time.monotonic() - self.began)) + sum(expected[self.at + 1 :])
+        expected = {i: self.seconds[i] * self.scale[self.kinds[i]] for i in self.open}
+        if self.at in expected:
+            expected[self.at] = max(0.0, expected[self.at] - (time.monotonic() - self.began))
+        return sum(expected.values()) / self.jobs
 
     @contextmanager
-    def running(self, label: str) -> Iterator[None]:
-        """Around one run: says which, and learns from how long it took."""
+    def running(self, number: int) -> Iterator[None]:
+        """Around one run in this process: says which, and learns from how long it took."""
         global _current
-        self.at, self.began, _current = self.labels.index(label), time.monotonic(), self
+        self.at, self.began, _current = number, time.monotonic(), self
+        place = self.todo - len(self.open) + 1
         print(
-            f"\n[{self.at + 1}/{len(self.labels)}] {label}: whole comparison about {_told(self.left())} left",
+            f"\n[{place}/{self.todo}] {self.labels[number]}: whole comparison about {_told(self.left())} left",
             flush=True,
         )
         try:
             yield
         finally:
-            _current = None
-        if self.seconds[self.at]:
+            _current = self.at = None
+            self.open.discard(number)
+        if self.seconds[number]:
             took = time.monotonic() - self.began
-            self.scale[self.kinds[self.at]] = took / self.seconds[self.at]
+            self.scale[self.kinds[number]] = took / self.seconds[number]
+
+    def ended(self, number: int, error: str | None) -> None:
+        """One of several runs at a time has ended: says so, and learns from the pace of all so far."""
+        self.open.discard(number)
+        done = sum(s for i, s in enumerate(self.seconds) if i not in self.open)
+        self.scale = dict.fromkeys(self.kinds, (time.monotonic() - self.began) * self.jobs / done if done else 1.0)
+        print(
+            f"[{self.todo - len(self.open)}/{self.todo}] {self.labels[number]}: {'failed' if error else 'done'}; whole "
+            f"comparison about {_told(self.left())} left",
+            flush=True,
+        )
 
 
 class tqdm(plain_tqdm):  # noqa: N801 - a drop-in

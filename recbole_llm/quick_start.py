@@ -217,6 +217,8 @@ def save_run(
         "few_shot": config["few_shot"],
         "few_shot_seed": config["few_shot_seed"],
         "mode": asked.test.mode,
+        "mask_history": config["mask_history"],
+        "valid_metric": config["valid_metric"],
         "next_items": config["next_items"],
         "rows": len(asked.test),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),

@@ -1,192 +1,137 @@
-"""N models, one protocol, one table: runs what is not finished yet, survives what fails."""
+"""Models x data sets x seeds under one protocol: runs what is not finished, then writes tables, plots and a report."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.config import LLMConfig, parse_value
+import pandas as pd
+
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.model import model_class
-from recbole_llm.progress import WholeRun
-from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.recommender import check_recommenders
-from recbole_llm.report.table import comparison, to_markdown, write_comparison
-from recbole_llm.run_folder import content_hash, run_folder_of
-from recbole_llm.transfer import eval_config_of
-
-MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
-EXAMPLE = "--models=Pop,SASRec,LLMRanker"
-# Two models whose values of these differ are never asked the same.
-SHARED = (
-    "dataset",
-    "data_path",
-    "eval_args",
-    "next_items",
-    "eval_users",
-    "candidate_seed",
-    "mask_history",
-    "liked_only",
-    "rating_threshold",
-    "min_disliked",
-    "disjoint_users",
-    "encoder",
-    "look_alikes",
-    "TIME_FIELD",
-    "USER_ID_FIELD",
-    "ITEM_ID_FIELD",
-    "user_inter_num_interval",
-    "item_inter_num_interval",
-    "val_interval",
-    "rm_dup_inter",
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the table: a model with settings of its own, by the label the user typed."""
-
-    label: str
-    model: str
-    settings: dict[str, Any]
-
-
-def parse_models(text: str | Sequence[str]) -> list[Entry]:
-    """``Pop,SASRec,LLMRanker[loss=DMPO,beta=0.5]`` -> entries; commas inside brackets belong to the model.
-
-    Raises:
-        ConfigError: an entry is not a model name with ``key=value`` settings.
-    """
-    parts = _split(text) if isinstance(text, str) else text
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError([f"--models={text!r}: must be text or a list of texts, for example {EXAMPLE}."])
-    entries, problems = [], []
-    for part in (p.strip() for p in parts if p.strip()):
-        found = MODEL.fullmatch(part)
-        pairs = [s.partition("=") for s in _split(found["settings"] or "") if s.strip()] if found else []
-        if not found or any(not key.strip() or not mark for key, mark, _ in pairs):
-            problems.append(f"--models: `{part}` must look like SASRec or LLMRanker[loss=DMPO,beta=0.5].")
-            continue
-        entries.append(Entry(part, found["model"], {k.strip(): parse_value(v.strip()) for k, _, v in pairs}))
-    if not entries and not problems:
-        problems.append(f"--models: name at least one, for example {EXAMPLE}.")
-    if problems:
-        raise ConfigError(problems)
-    return entries
-
-
-def _split(text: str) -> list[str]:
-    """The parts between commas; commas in brackets of any kind belong to a part."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+from recbole_llm.harm import HARM
+from recbole_llm.report import frames
+from recbole_llm.report.entries import Options, parse_models, split_options
+from recbole_llm.report.formats import html_table, latex_file, markdown
+from recbole_llm.report.grid import Cell, cells
+from recbole_llm.report.jobs import run_cells
+from recbole_llm.report.page import page
+from recbole_llm.report.results import GENERATED, Results, collect
+from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.table import Table, costs_table, harm_table, results_table, tests_table
+from recbole_llm.run_folder import content_hash, write_json, write_text
 
 
 def compare(
-    models: str | Sequence[str],
-    dataset: str | None = None,
-    config_dict: dict[str, Any] | None = None,
-    per_model: dict[str, dict[str, Any]] | None = None,
+    models: str | Sequence[str], dataset: str | None = None, config_dict: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Run every model and write the table.
+    """Run every model on every data set, size, mode and seed, and write what goes into a paper.
 
     A run that finished before with the same configuration, data and version is not run again. A run that
     fails is reported in the table and stops nothing else; wrong settings are told before the first run.
 
     Args:
         models: entries as ``parse_models`` reads them.
-        dataset, config_dict: as for a run, shared by all models.
-        per_model: model name -> settings of all its entries; an entry's own settings win over them.
+        dataset: data set name, or several separated by commas.
+        config_dict: settings of all runs, and those of the comparison (``entries.Options``).
 
     Returns:
-        ``table`` (DataFrame), ``markdown``, ``files``, ``runs`` (records) and ``failed`` (labels).
+        ``table`` (DataFrame), ``markdown``, ``tests`` (DataFrame), ``files``, ``runs`` (records), ``results`` and
+        ``failed`` (labels).
 
     Raises:
         ConfigError: of all models together.
-        UserError: the finished runs have different candidates.
+        UserError: runs of one table have different candidates, or the tables cannot be written.
     """
     entries = parse_models(models)
-    own = _per_model(per_model)
-    shared = config_dict or {}
-    settings = {e.label: {**shared, **own.get(e.model, {}), **e.settings} for e in entries}
-    configs = _check_all(entries, dataset, settings)
-    whole = WholeRun([(entry.label, config) for entry, config in zip(entries, configs, strict=True)])
-    runs = []
-    for entry, config in zip(entries, configs, strict=True):
-        with whole.running(entry.label):
-            runs.append(_run(entry, config, dataset, settings[entry.label]))
-    table = comparison(runs)
-    which = content_hash([run.get("run_hash", run["label"]) for run in runs])
-    name = f"compare-{configs[0]['dataset']}-{which[:10]}"
-    files = write_comparison(table, runs, Path(configs[0]["checkpoint_dir"]), name)
-    failed = [run["label"] for run in runs if "error" in run]
-    return {"table": table, "markdown": to_markdown(table, runs), "files": files, "runs": runs, "failed": failed}
+    options, shared = split_options({**(config_dict or {}), **({"dataset": dataset} if dataset else {})})
+    if len(options.datasets or ()) == 1:  # no axis
+        dataset, options = options.datasets[0], replace(options, datasets=None)
+    against = baselines(entries, options)
+    grid = cells(entries, options, shared, dataset)
+    _check_metrics(grid, options)
+    records = run_cells(grid, options.jobs, options.cluster)
+    return write_comparison(grid, records, against, options)
 
 
-def _per_model(given: Any) -> dict[str, dict[str, Any]]:
-    """The ``per_model`` table, which may come from a file of the user's."""
-    if not isinstance(given or {}, dict) or not all(isinstance(v, dict) for v in (given or {}).values()):
-        raise ConfigError([f"--per_model={given!r}: must be a table of tables, as in {{'SASRec': {{'epochs': 50}}}}."])
-    problems = []
-    for model in given or {}:  # a file's table may hold more models than are asked for now
-        try:
-            model_class(str(model))
-        except ConfigError as error:
-            problems += [p.replace("--model=", "--per_model: ", 1) for p in error.problems]
-    if problems:
-        raise ConfigError(problems)
-    return given or {}
-
-
-def _check_all(entries: list[Entry], dataset: str | None, settings: dict[str, dict[str, Any]]) -> list[LLMConfig]:
-    """Every model's configuration, or the problems of all of them at once."""
-    configs: dict[str, LLMConfig] = {}
-    asked: dict[str, LLMConfig] = {}  # how the data to be ranked are read; another data set's where one is named
-    problems: dict[str, list[str]] = {}
-    for entry in entries:
-        try:
-            mine = settings[entry.label]
-            configs[entry.label] = LLMConfig(entry.model, mine.get("dataset", dataset), None, mine)
-            check_recommenders(configs[entry.label])
-            asked[entry.label] = eval_config_of(configs[entry.label])
-        except ConfigError as error:
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(entry.label)
-    told = [
-        p if set(labels) == set(settings) else f"{', '.join(dict.fromkeys(labels))}: {p}"
-        for p, labels in problems.items()
+def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
+    """Raises ConfigError for a ``table_metrics`` that no run will have."""
+    config = grid[0].config
+    known = [f"{m.lower()}@{k}" for m in config["metrics"] for k in config["topk"]]
+    known += [m.lower() for m in config["metrics"]]
+    wrong = [
+        m
+        for m in options.table_metrics or ()
+        if m.lower() not in known and m.split("@")[0] not in HARM and not m.startswith(GENERATED)
     ]
-    for key in SHARED:
-        values = {label: config[key] for label, config in asked.items()}
-        if len(set(map(content_hash, values.values()))) > 1:
-            each = "; ".join(f"{label} {value!r}" for label, value in values.items())
-            told.append(f"--{key}: must be the same for every model of a comparison: {each}.")
-    if told:
-        raise ConfigError(told)
-    return [configs[entry.label] for entry in entries]
+    if wrong:
+        told = ", ".join(known[: len(known) - len(config["metrics"])])
+        raise ConfigError([f"--table_metrics: no run has {', '.join(wrong)}; there are {told}, {', '.join(HARM)}."])
 
 
-def _run(entry: Entry, config: LLMConfig, dataset: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    folder = run_folder_of(config)
-    finished = folder / "result.json"
+def write_comparison(
+    grid: Sequence[Cell], records: Sequence[dict[str, Any]], against: Sequence[str], options: Options
+) -> dict[str, Any]:
+    """Tables of finished runs into ``out``; returns what ``compare`` does.
+
+    Raises:
+        UserError: different candidates in one table, or a folder that cannot be written.
+    """
+    names = options.names or {}
+    every = collect(grid, records, names)
+    against = [names.get(label, label) for label in against]
+    tests = [comparisons(results, against, options) for results in every]
+    tables = _tables(every, tests, against, options)
+    told = "\n".join(markdown(table) for table in tables)
+    folder = _out(grid, options)
+    frame, costs = frames.results_frame(every), costs_table(every)
+    texts = {
+        "table.md": told,
+        "table.tex": latex_file(tables),
+        "table.csv": frame.to_csv(index=False),
+        "tests.csv": frames.tests_frame(every, tests).to_csv(index=False),
+        "table.html": page("Comparison", [html_table(t) for t in tables]),
+        "costs.md": markdown(costs),
+    }
     try:
-        if not finished.is_file():
-            run_recbole_llm(entry.model, settings.get("dataset", dataset), None, settings)
-        record = json.loads(finished.read_text(encoding="utf-8"))
-        return {**record, "label": entry.label, "run_hash": folder.name}
-    except UserError as error:
-        logging.getLogger().error(f"{entry.label} failed: {error}")
-        return {"label": entry.label, "error": str(error).splitlines()[0]}
-    except Exception as error:  # RecBole's models fail in any way; the others still belong in the table
-        logging.getLogger().exception(f"{entry.label} failed")
-        return {"label": entry.label, "error": f"{type(error).__name__}: {error}"}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        write_json(folder / "table.json", frames.as_json(every, tests, options.resamples))
+    except OSError as error:
+        raise UserError(
+            f"--out={folder}: could not write the tables ({error}). Free some space, or name another folder, and give "
+            "the same command again; finished runs are kept."
+        ) from error
+    return {
+        "table": frame,
+        "tests": frames.tests_frame(every, tests),
+        "markdown": told,
+        "costs": markdown(costs),
+        "files": [folder / name for name in (*texts, "table.json")],
+        "runs": records,
+        "results": every,
+        "failed": [record["label"] for record in records if "error" in record],
+    }
+
+
+def _tables(
+    every: Sequence[Results], tests: Sequence[pd.DataFrame], against: Sequence[str], options: Options
+) -> list[Table]:
+    """Of each setting its results, tests and harm."""
+    found: list[Table | None] = []
+    for number, (results, compared) in enumerate(zip(every, tests, strict=True), start=1):
+        found.append(results_table(results, compared, against, options, number))
+        found.append(tests_table(results, compared, options, number))
+        found.append(harm_table(results, compared, against, number))
+    return [table for table in found if table]
+
+
+def _out(grid: Sequence[Cell], options: Options) -> Path:
+    """``out``, else ``<checkpoint_dir>/compare-<data set>-<hash of the runs>``."""
+    if options.out:
+        return Path(options.out)
+    config = grid[0].config
+    which = content_hash([cell.folder.name for cell in grid])[:10]
+    return Path(config["checkpoint_dir"]) / f"compare-{config['dataset']}-{which}"

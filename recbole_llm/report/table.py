@@ -1,93 +1,235 @@
-"""Finished runs -> one table, as Markdown and CSV. Runs with different candidates never share one."""
+"""Results and comparisons -> tables as a reader sees them, in no format yet (``formats`` writes them down)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from recbole.evaluator.register import smaller_metrics
 
-from recbole_llm.errors import UserError
-from recbole_llm.harm import HARM
-from recbole_llm.run_folder import write_text
+from recbole_llm.report.caption import caption, harm_caption, tests_caption
+from recbole_llm.report.entries import Options
+from recbole_llm.report.results import Line, Results, direction, is_harm, merit, metric_name
 
-NOT_METRICS = ("model", "trainable parameters", "train s", "test s", "cpu min", "note")
-GENERATED = "generation/"  # metrics of free answers, which only some models give
+DIGITS = 4
+ARROWS = {"larger": " ↑", "smaller": " ↓", "zero": " → 0", None: ""}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def comparison(runs: Sequence[dict[str, Any]], metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """One line a run: label, metrics, and what it cost.
+@dataclass(frozen=True)
+class Value:
+    """One cell: its text, the spread over seeds, its place in the column, and the baselines it is told from.
 
-    Args:
-        runs: ``result.json`` records, each with a ``label``; a failed one has ``error``, no ``metrics``.
-        metrics: columns; None = all that every finished run has, and those of free answers that any has.
-
-    Raises:
-        UserError: the runs were evaluated on different candidates.
+    Attributes:
+        place: 1 = the best, 2 = the second, 0 = neither.
+        better, worse: letters of the baselines it is significantly better or worse than.
     """
-    finished = [run for run in runs if "metrics" in run]
-    hashes = {run["candidate_hash"] for run in finished}
-    if len(hashes) > 1:
-        told = ", ".join(f"{run['label']} {run['candidate_hash'][:12]}" for run in finished)
-        raise UserError(
-            f"These runs were evaluated on different candidates, and share no table: {told}. "
-            "Run them with the same data, --eval_args, --eval_users and --candidate_seed."
+
+    text: str
+    spread: str = ""
+    place: int = 0
+    better: str = ""
+    worse: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """``header`` and ``rows`` of equal length; the first ``left`` columns are text. ``name`` is a short identifier."""
+
+    name: str
+    title: str
+    caption: str
+    header: list[str]
+    rows: list[list[Value]]
+    left: int = 1
+    notes: list[str] = field(default_factory=list)
+
+
+def results_table(
+    results: Results, tests: pd.DataFrame, against: Sequence[str], options: Options, number: int
+) -> Table:
+    """Accuracy: mean over seeds, their standard deviation, best and second, who is told from whom."""
+    columns = accuracy_columns(results, options)
+    letters = {b: LETTERS[i % len(LETTERS)] for i, b in enumerate(against)}
+    used = letters if not tests.empty and (tests["verdict"] != "").any() else {}
+    body = _metric_columns(results.finished, columns, tests, letters)
+    rows = [
+        [Value(_lettered(line.label, used)), *(body[line.label] if line.runs else _failed(len(columns)))]
+        for line in results.lines
+    ]
+    header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
+    told = caption(results, tests, against, options, used)
+    return Table(f"results-{number}", results.title, told, header, rows, notes=_notes(results))
+
+
+def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], number: int) -> Table | None:
+    """What the rankings do besides hitting, at the largest K; None where nothing is known of it."""
+    columns = _largest_k([m for m in results.metrics() if is_harm(m)])
+    if not columns:
+        return None
+    letters = {b: LETTERS[i % len(LETTERS)] for i, b in enumerate(against)}
+    body = _metric_columns(results.finished, columns, tests, letters)
+    rows = [[Value(line.label), *body[line.label]] for line in results.finished]
+    header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
+    return Table(f"harm-{number}", f"Harm: {results.title}", harm_caption(), header, rows)
+
+
+def tests_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:
+    """Every comparison of the first shown metric that selects models, else of the last shown; None without any."""
+    metric = primary_metric(results, options)
+    if tests.empty or metric not in set(tests["metric"]):
+        return None
+    rows = []
+    for row in tests[tests["metric"] == metric].to_dict("records"):
+        rows.append(
+            [
+                Value(row["model"]),
+                Value(row["baseline"]),
+                Value(f"{row['difference']:+.{DIGITS}f}"),
+                Value(f"[{row['ci_low']:+.{DIGITS}f}, {row['ci_high']:+.{DIGITS}f}]"),
+                Value(f"{row['d']:+.2f}"),
+                Value(f"{row['wins']}/{row['ties']}/{row['losses']}"),
+                Value(p_text(row["p_t"])),
+                Value(p_text(row["p_randomization"])),
+                Value(p_text(row["p_holm"]), place=int(row["verdict"] != "")),
+                Value(row["verdict"] or "not told apart"),
+            ]
         )
-    if metrics is None:
-        every = dict.fromkeys(m for run in finished for m in run["metrics"])
-        metrics = [m for m in every if m.startswith(GENERATED) or all(m in run["metrics"] for run in finished)]
-    lines = []
-    for run in runs:
-        line: dict[str, Any] = {"model": run["label"]}
-        line.update({m: run.get("metrics", {}).get(m) for m in metrics})
-        timings = run.get("timings", {})
-        processor = timings.get("total_cpu_s")
-        line |= {
-            "trainable parameters": run.get("trainable_parameters"),
-            "train s": timings.get("train_s"),
-            "test s": timings.get("test_s"),
-            "cpu min": None if processor is None else processor / 60,
-            "note": f"failed: {run['error']}" if "error" in run else "",
-        }
-        lines.append(line)
-    return pd.DataFrame(lines)
+    header = [
+        "Model",
+        "Against",
+        "Difference",
+        "95 % interval",
+        "d",
+        "W/T/L",
+        "p (t)",
+        "p (rand.)",
+        "p (Holm)",
+        "Verdict",
+    ]
+    title = f"{metric_name(metric)} against the baseline: {results.title}"
+    return Table(f"tests-{number}", title, tests_caption(results, metric, options), header, rows, left=2)
 
 
-def to_markdown(table: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and cost, below it harm at the largest K and free answers; conditions above, the best in bold."""
-    harm = [c for c in table.columns if c.split("@")[0] in HARM or c.startswith(GENERATED)]
-    shown = _best_in_bold(table.drop(columns=harm))
-    for column in ("train s", "test s", "cpu min"):
-        shown[column] = [f"{v:.1f}" if pd.notna(v) else "" for v in table[column]]
-    weights = table["trainable parameters"]
-    shown["trainable parameters"] = [f"{int(v):,}" if pd.notna(v) else "" for v in weights]
-    for column in ("model", "note"):  # an error may hold anything
-        shown[column] = [" ".join(str(text).split()).replace("|", "\\|") for text in table[column]]
-    if not table["note"].any():
-        shown = shown.drop(columns="note")
-    parts = [conditions(runs), _aligned(shown)]
-    if harm:
-        finished = table[harm].notna().any(axis=1)
-        below = _best_in_bold(table.loc[finished, _largest_k(harm)])
-        below.insert(0, "model", shown.loc[finished, "model"])
-        parts += ["Harm", _aligned(below)]
-    return "\n\n".join(parts) + "\n"
+def costs_table(every: Iterable[Results]) -> Table:
+    """What each model took, mean over its finished runs. Measured by the clock, so apart from the results."""
+    rows = []
+    for results in every:
+        for line in results.finished:
+            rows.append([Value(results.title), Value(line.label), *map(Value, _costs(line.runs))])
+    header = ["Setting", "Model", "Runs", "Parameters trained", "Train s", "Test s", "CPU min", "Tokens", "Peak GB"]
+    told = (
+        "Means over the finished runs of each model. A stage that several runs share (SFT under several losses) is "
+        "counted where it was run. Seconds are of this machine, and of what else it did."
+    )
+    return Table("costs", "Costs", told, header, rows, left=2)
 
 
-def _best_in_bold(table: pd.DataFrame) -> pd.DataFrame:
-    """Metrics as text, the best of each column in bold; other columns as they are."""
-    shown = table.copy().astype(object)
-    for column in (c for c in table.columns if c not in NOT_METRICS):
-        values = pd.to_numeric(table[column])
-        name = column.split("@")[0].lower()
-        goodness = {"larger": values, "smaller": -values, "zero": -values.abs(), None: values * np.nan}
-        best = HARM.get(name, "smaller" if name in smaller_metrics else "larger")
-        merit = goodness[None if name.startswith(GENERATED) else best]  # shares of a few answers
-        shown[column] = [_metric(v, good) for v, good in zip(values, merit == merit.max(), strict=True)]
-    return shown
+def _costs(runs: Sequence[dict[str, Any]]) -> list[str]:
+    def mean(values: Iterable[float | None], form: str) -> str:
+        known = [v for v in values if v is not None]
+        return format(np.mean(known), form) if known else ""
+
+    timings = [run.get("timings", {}) for run in runs]
+    processor = [t.get("total_cpu_s") for t in timings]
+    memory = [run.get("peak_memory_bytes") for run in runs]
+    return [
+        str(len(runs)),
+        mean((run.get("trainable_parameters") for run in runs), ",.0f"),
+        mean((t.get("train_s") for t in timings), ",.1f"),
+        mean((t.get("test_s") for t in timings), ",.1f"),
+        mean((None if p is None else p / 60 for p in processor), ",.1f"),
+        mean((run.get("tokens") for run in runs), ",.0f"),
+        mean((None if m is None else m / 1e9 for m in memory), ".2f"),
+    ]
+
+
+def frame_table(name: str, title: str, told: str, frame: pd.DataFrame, left: int) -> Table:
+    """Any frame of texts and numbers as a table."""
+    rows = [["" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in frame.values]
+    return Table(name, title, told, list(frame.columns), [[Value(v) for v in row] for row in rows], left)
+
+
+def accuracy_columns(results: Results, options: Options) -> list[str]:
+    """``table_metrics`` as far as the runs have them; else every accuracy metric at the two largest K."""
+    there = results.metrics()
+    if options.table_metrics:
+        asked = [m.lower() for m in options.table_metrics]
+        return [m for a in asked for m in there if m.lower() == a]
+    accuracy = [m for m in there if not is_harm(m)]
+    largest = sorted({int(m.split("@")[1]) for m in accuracy if "@" in m})[-2:]
+    return [m for m in accuracy if "@" not in m or int(m.split("@")[1]) in largest]
+
+
+def primary_metric(results: Results, options: Options) -> str | None:
+    """The metric that selects epochs, decided before any test; where it is not shown, the last that is."""
+    columns = accuracy_columns(results, options)
+    selects = {run.get("valid_metric", "").lower() for run in results.records}
+    return next((c for c in columns if c in selects), columns[-1] if columns else None)
+
+
+def p_text(p: float) -> str:
+    """A p-value as papers print it."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def _lettered(label: str, letters: dict[str, str]) -> str:
+    return f"{label} ({letters[label]})" if label in letters else label
+
+
+def _metric_columns(
+    lines: Sequence[Line], columns: Sequence[str], tests: pd.DataFrame, letters: dict[str, str]
+) -> dict[str, list[Value]]:
+    """Label -> its values."""
+    told = (
+        {}
+        if tests.empty
+        else {(r["model"], r["metric"], r["baseline"]): r["verdict"] for r in tests.to_dict("records")}
+    )
+    body: dict[str, list[Value]] = {line.label: [] for line in lines}
+    for column in columns:
+        means = np.array([line.by_seed[column].mean() if column in line.by_seed else np.nan for line in lines])
+        for line, mean, place in zip(lines, means, _places(column, means), strict=True):
+            found = {b: told.get((line.label, column, b), "") for b in letters}
+            body[line.label].append(
+                Value(
+                    "" if np.isnan(mean) else f"{mean:.{DIGITS}f}",
+                    _spread(line.by_seed.get(column)),
+                    place,
+                    "".join(letters[b] for b, verdict in found.items() if verdict == "better"),
+                    "".join(letters[b] for b, verdict in found.items() if verdict == "worse"),
+                )
+            )
+    return body
+
+
+def _places(metric: str, means: np.ndarray) -> list[int]:
+    """1 for the best value, 2 for the second, by the digits shown: what looks equal is equal."""
+    merits = merit(metric, np.round(means, DIGITS))
+    known = np.unique(merits[~np.isnan(merits)])[::-1]
+    return [1 + int(np.searchsorted(-known, -m)) if not np.isnan(m) and m in known[:2] else 0 for m in merits]
+
+
+def _spread(values: pd.Series | None) -> str:
+    if values is None or values.notna().sum() < 2:
+        return ""
+    return f"{values.std(ddof=1):.{DIGITS}f}"
+
+
+def _failed(columns: int) -> list[Value]:
+    return [Value("failed"), *[Value("")] * (columns - 1)][:columns]
+
+
+def _notes(results: Results) -> list[str]:
+    """Which runs are missing and why; an error may hold anything."""
+    notes = []
+    for line in results.lines:
+        for error in dict.fromkeys(line.errors):
+            count = f"{len(line.errors)} of {len(line.errors) + len(line.runs)} runs " if line.runs else ""
+            notes.append(f"{line.label}: {count}failed: {' '.join(error.split())}")
+    return notes
 
 
 def _largest_k(columns: Sequence[str]) -> list[str]:
@@ -96,68 +238,3 @@ def _largest_k(columns: Sequence[str]) -> list[str]:
     for column in sorted(columns, key=lambda c: int(c.partition("@")[2] or 0)):
         largest[column.split("@")[0]] = column
     return [largest[name] for name in dict.fromkeys(c.split("@")[0] for c in columns)]
-
-
-def _aligned(shown: pd.DataFrame) -> str:
-    right = ["right"] * (len(shown.columns) - 1)
-    return shown.to_markdown(index=False, disable_numparse=True, colalign=["left", *right])
-
-
-def _metric(value: float, best: bool) -> str:
-    if pd.isna(value):
-        return ""
-    return f"**{value:.4f}**" if best else f"{value:.4f}"
-
-
-def conditions(runs: Sequence[dict[str, Any]]) -> str:
-    """One line that says what the runs share; where they differ, each value."""
-    finished = [run for run in runs if "metrics" in run]
-    if not finished:
-        return "No run finished."
-    run = finished[0]
-    users = [_users(r) for r in finished]
-    events = [f"{r['training_interactions']:,}" for r in finished]
-    return " · ".join(
-        (
-            run["dataset"],
-            f"{_each(users)}, {_each(events)} training interactions",
-            f"test: {run['rows']} rows, {_asked(run)}, candidate hash {run['candidate_hash'][:12]}",
-            f"seed {_each(r['seed'] for r in finished)}",
-            f"recbole_llm {_each(r['versions']['recbole_llm'] for r in finished)}, "
-            f"torch {_each(r['versions']['torch'] for r in finished)}",
-        )
-    )
-
-
-def _asked(run: dict[str, Any]) -> str:
-    ahead = run.get("next_items", 1)  # older records lack it
-    return run["mode"] if ahead == 1 else f"the next {ahead} items, {run['mode']}"
-
-
-def _users(run: dict[str, Any]) -> str:
-    if run["training_users"] is None:
-        return "all training users"
-    return ("few-shot: " if run["few_shot"] else "") + f"{run['training_users']} training users"
-
-
-def _each(values: Iterable[Any]) -> str:
-    return " / ".join(dict.fromkeys(map(str, values)))
-
-
-def write_comparison(table: pd.DataFrame, runs: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
-    """Write ``<name>.md`` and ``<name>.csv`` (full precision); returns their paths.
-
-    Raises:
-        UserError: the folder cannot be written; the runs' own folders are untouched.
-    """
-    markdown, csv = folder / f"{name}.md", folder / f"{name}.csv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(markdown, to_markdown(table, runs))
-        write_text(csv, table.to_csv(index=False))
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint_dir={folder}: could not write the table ({error}). Free some space "
-            "and give the same command again; finished runs are kept."
-        ) from error
-    return [markdown, csv]

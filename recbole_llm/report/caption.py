@@ -1,0 +1,102 @@
+"""What a table's caption says, written from the facts of its runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from recbole_llm.report.entries import Options
+from recbole_llm.report.results import Results, metric_name
+
+DRAWN = {"uni": "drawn uniformly", "pop": "drawn by popularity", "low": "that the user rated low"}
+TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
+
+
+def caption(
+    results: Results, tests: pd.DataFrame, against: Sequence[str], options: Options, letters: dict[str, str]
+) -> str:
+    """Data, protocol, seeds, test and marks of a table of results, in sentences."""
+    if not results.records:
+        return "No run finished."
+    parts = [f"{results.title}.", *protocol_sentences(results), _seeds(results)]
+    if not tests.empty:
+        users = _each(sorted(set(tests["users"])))
+        side = "two-sided" if options.alternative == "two-sided" else "one-sided (is the model better?)"
+        family = tests.groupby("metric").size().max()
+        corrected = f"Holm's correction over the {family} comparisons" if family > 1 else "one comparison"
+        parts.append(
+            f"{TESTS[options.test].capitalize()} on {users} users' means over seeds, {side}, {corrected} of each "
+            f"metric, significant below {options.alpha:g}: {_marks(against, letters)}"
+        )
+    parts.append("Best in bold, second underlined.")
+    return " ".join(parts)
+
+
+def _marks(against: Sequence[str], letters: dict[str, str]) -> str:
+    if not letters:
+        return f"no difference from {' or '.join(against)} is."
+    told = ", ".join(f"{letter} {label}" for label, letter in letters.items())
+    return f"raised letter = better than, lowered = worse than {told}."
+
+
+def protocol_sentences(results: Results) -> list[str]:
+    """What was trained on and what was asked."""
+    run, records = results.records[0], results.records
+    events = _each(f"{r['training_interactions']:,}" for r in records)
+    return [
+        f"{events} training interactions.",
+        f"Test: {run['rows']:,} rows, {_asked(run)}; candidates {run['candidate_hash'][:12]}.",
+    ]
+
+
+def _asked(run: dict[str, Any]) -> str:
+    ahead = run.get("next_items", 1)  # older records lack it
+    target = "the next item" if ahead == 1 else f"the next {ahead} items"
+    found = re.fullmatch(r"(uni|pop|low)(\d+)", run["mode"])
+    if found:
+        return f"{target} among {found[2]} others {DRAWN[found[1]]} (frozen, the same for every model)"
+    masked = run.get("mask_history", True)
+    return f"{target} among all items" + (" that the user has not met" if masked else "")
+
+
+def _seeds(results: Results) -> str:
+    seeds = list(dict.fromkeys(str(run["seed"]) for run in results.records))
+    if len(seeds) == 1:
+        return f"One seed ({seeds[0]})."
+    return f"Mean and ± standard deviation over seeds {', '.join(seeds)}."
+
+
+def tests_caption(results: Results, metric: str, options: Options) -> str:
+    """How the columns of a table of tests are to be read."""
+    side = "two-sided" if options.alternative == "two-sided" else "one-sided: is the model better?"
+    more = "" if len({run["seed"] for run in results.records}) > 1 else " One seed: how runs vary is not in it."
+    return (
+        f"{metric_name(metric)}: difference of means over users, its 95 % bootstrap interval ({options.resamples:,} "
+        "draws of users), Cohen's d of the paired differences, users won / tied / lost, p-values of the paired t-test "
+        f"and of the sign-flip randomisation test ({side}); Holm's correction is of the {TESTS[options.test]}. All "
+        f"metrics are in tests.csv.{more}"
+    )
+
+
+def harm_caption() -> str:
+    """Where the formulas are."""
+    return (
+        "Popularity bias, long tail, look-alikes of the history, coverage and concentration of the top K; formulas and "
+        "caveats: docs/harm.md. Arrows: which values are good."
+    )
+
+
+def versions(results: Results) -> str:
+    """What made the numbers."""
+    records = results.records
+    return ", ".join(
+        f"{name} {_each(r['versions'][name] for r in records if name in r['versions'])}"
+        for name in ("recbole_llm", "recbole", "torch", "transformers")
+    )
+
+
+def _each(values: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(map(str, values)))

@@ -1,0 +1,119 @@
+"""Results in full precision, as frames for CSV files and plain data for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_llm.report.results import Line, Results
+from recbole_llm.report.significance import LEVEL
+from recbole_llm.report.stats import bootstrap_interval
+
+
+def setting_columns(results: Results) -> dict[str, Any]:
+    """What tells this table's rows from those of another."""
+    run = results.records[0] if results.records else {}
+    return {
+        "dataset": run.get("dataset", results.setting.dataset),
+        "few_shot": run.get("few_shot", results.setting.few_shot),
+        "mode": run.get("mode", results.setting.mode),
+    }
+
+
+def results_frame(every: Sequence[Results]) -> pd.DataFrame:
+    """One row a setting and model: ``dataset, few_shot, mode, model, seeds, failed, parameters``, then each metric.
+
+    A metric's mean over seeds stands under its name, its standard deviation over seeds (empty for one seed) under
+    ``<metric> std``.
+    """
+    rows = []
+    for results in every:
+        metrics = results.metrics()
+        for line in results.lines:
+            row = setting_columns(results) | {
+                "model": line.label,
+                "seeds": " ".join(str(run["seed"]) for run in line.runs),
+                "failed": len(line.errors),
+                "trainable parameters": line.runs[0]["trainable_parameters"] if line.runs else None,
+            }
+            if line.runs:
+                found = line.by_seed.reindex(columns=metrics)
+                row |= found.mean().to_dict()
+                row |= {f"{m} std": s for m, s in found.std(ddof=1).items()} if len(line.runs) > 1 else {}
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    spreads = [c for c in frame.columns if c.endswith(" std")]
+    return frame[[c for c in frame.columns if c not in spreads] + spreads]
+
+
+def intervals(results: Results, resamples: int) -> pd.DataFrame:
+    """95 % bootstrap intervals over users of every model's means: ``model, metric, mean, ci_low, ci_high, users``."""
+    rows = [(line, metric) for line in results.finished for metric in line.users.columns]
+    if not rows:
+        return pd.DataFrame(columns=["model", "metric", "mean", "ci_low", "ci_high", "users"])
+    values = np.stack([line.users[metric].to_numpy() for line, metric in rows])
+    known = ~np.isnan(values).all(axis=1)
+    rows, values = [row for row, k in zip(rows, known, strict=True) if k], values[known]
+    low, high = bootstrap_interval(values, LEVEL, resamples)
+    return pd.DataFrame(
+        {
+            "model": [line.label for line, _ in rows],
+            "metric": [metric for _, metric in rows],
+            "mean": np.nanmean(values, axis=1),
+            "ci_low": low,
+            "ci_high": high,
+            "users": (~np.isnan(values)).sum(1),
+        }
+    )
+
+
+def tests_frame(every: Sequence[Results], tests: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The comparisons of all settings in one frame."""
+    frames = []
+    for results, found in zip(every, tests, strict=True):
+        frame = found.copy()
+        for place, (name, value) in enumerate(setting_columns(results).items()):
+            frame.insert(place, name, value)
+        frames.append(frame)
+    frames = [frame for frame in frames if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["dataset", "metric", "model"])
+
+
+def as_json(every: Sequence[Results], tests: Sequence[pd.DataFrame], resamples: int) -> list[dict[str, Any]]:
+    """Everything that the tables say, and what they were made from; nothing that a clock measured."""
+    found = []
+    for results, compared in zip(every, tests, strict=True):
+        records = results.records
+        spans = intervals(results, resamples)
+        found.append(
+            setting_columns(results)
+            | {
+                "candidate_hash": records[0]["candidate_hash"] if records else None,
+                "data_hash": records[0]["data_hash"] if records else None,
+                "rows": records[0]["rows"] if records else None,
+                "versions": records[0]["versions"] if records else None,
+                "models": [_model(line, spans[spans["model"] == line.label]) for line in results.lines],
+                "tests": _plain_rows(compared),
+            }
+        )
+    return found
+
+
+def _model(line: Line, spans: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "model": line.label,
+        "runs": [{"seed": run["seed"], "run": run["run_hash"], "metrics": run["metrics"]} for run in line.runs],
+        "failed": line.errors,
+        "intervals": _plain_rows(spans.drop(columns="model")),
+    }
+
+
+def _plain_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON takes them: NaN is null."""
+    return [
+        {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in row.items()}
+        for row in frame.to_dict("records")
+    ]

@@ -1,0 +1,190 @@
+"""Does the runs of a comparison: one by one here, in several processes, or on the workers of a Dask cluster."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from recbole_llm.errors import UserError
+from recbole_llm.progress import WholeRun
+from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.grid import Cell
+
+CONNECT_SECONDS = 20
+RETRIES = 3  # of a run whose worker died
+Outcome = tuple[int, "str | None"]  # which cell, and what went wrong
+
+
+def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) -> list[dict[str, Any]]:
+    """Do what is not finished yet, and read all results. A run that fails stops no other.
+
+    Args:
+        jobs: processes on this machine; 1 = this process.
+        cluster: address of a Dask scheduler whose workers see this folder, such as tcp://10.0.0.1:8786.
+
+    Returns:
+        Of each cell its ``result.json`` with ``label``, ``run_hash`` and ``run_folder``, or ``label`` and ``error``.
+
+    Raises:
+        UserError: no such cluster.
+    """
+    whole = WholeRun([(cell.label, cell.config) for cell in cells], jobs)
+    todo = list({cell.folder: i for i, cell in reversed(list(enumerate(cells))) if not _finished(cell)}.values())[::-1]
+    errors: dict[int, str | None] = {}
+    if cluster:
+        with _on_cluster(cluster, cells, todo) as ended:
+            errors.update(_told(ended, cells, whole))
+    elif jobs == 1:
+        for i in todo:
+            with whole.running(i):
+                errors[i] = _here(cells[i])
+    else:
+        errors.update(_told(_in_processes(cells, todo, jobs), cells, whole))
+    by_folder = {cells[i].folder: error for i, error in errors.items()}  # two labels may be one run
+    return [_record(cell, by_folder.get(cell.folder)) for cell in cells]
+
+
+def _finished(cell: Cell) -> bool:
+    return (cell.folder / "result.json").is_file()
+
+
+def _record(cell: Cell, error: str | None) -> dict[str, Any]:
+    base = {"label": cell.entry.label, "run_hash": cell.folder.name, "asked_seed": cell.seed}
+    if error is None and not _finished(cell):
+        error = f"the run left no {cell.folder / 'result.json'}; do the workers see this folder?"
+    if error is not None:
+        logging.getLogger().error(f"{cell.label} failed: {error}")
+        return base | {"error": error}
+    record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+    return record | base | {"run_folder": str(cell.folder)}
+
+
+def run_or_error(model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
+    """Do one run; what went wrong in one line, or None."""
+    try:
+        run_recbole_llm(model, settings.get("dataset", dataset), None, settings)
+    except UserError as error:
+        return str(error).splitlines()[0]
+    except Exception as error:  # RecBole's models fail in any way; the others still belong in the table
+        logging.getLogger().exception(f"{model} failed")
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None
+
+
+@contextmanager
+def _alone(cell: Cell) -> Iterator[bool]:
+    """Hold the run's folder; yields whether it is still to be done once no other process holds it."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(cell.folder / ".lock"):
+        yield not _finished(cell)
+
+
+def _here(cell: Cell) -> str | None:
+    with _alone(cell) as needed:
+        return run_or_error(cell.entry.model, cell.setting.dataset, cell.settings) if needed else None
+
+
+def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:
+    """A run as plain data, to be done from another process or machine that sees the same files."""
+    return {
+        "model": cell.entry.model,
+        "dataset": cell.setting.dataset,
+        "settings": cell.settings,
+        "folder": str(cell.folder.absolute()),
+        "cwd": str(Path.cwd()),
+        "threads": threads,
+    }
+
+
+def run_apart(asked: dict[str, Any]) -> str | None:
+    """Do one run in a process of its own: what it holds in memory ends with it. Its output goes to ``console.log``.
+
+    Args:
+        asked: as ``_asked`` gives it.
+
+    Returns:
+        What went wrong in one line, or None.
+    """
+    folder = Path(asked["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if asked["threads"]:
+        environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
+    with FileLock(folder / ".lock"), tempfile.TemporaryDirectory() as between:
+        if (folder / "result.json").is_file():
+            return None
+        question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
+        question.write_text(json.dumps(asked), encoding="utf-8")
+        words = [sys.executable, "-m", "recbole_llm.report.one_run", str(question), str(outcome)]
+        with open(folder / "console.log", "wb") as log:
+            # The pipe is never written to: the run ends when it closes, so when this process is killed.
+            with subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
+            ) as child:
+                try:
+                    child.wait()
+                finally:
+                    child.kill()
+        if not outcome.is_file():
+            killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
+            return f"its process ended {killed} ({folder / 'console.log'} may say why; out of memory is likely)"
+        return json.loads(outcome.read_text(encoding="utf-8"))["error"]
+
+
+def _in_processes(cells: Sequence[Cell], todo: Sequence[int], jobs: int) -> Iterator[Outcome]:
+    """Runs in ``jobs`` processes, as they end. The cores are shared out between them."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run_apart, _asked(cells[i], threads)): i for i in todo}
+        try:
+            while futures:
+                for done in wait(futures, return_when=FIRST_COMPLETED).done:
+                    yield futures.pop(done), done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Iterator[Iterator[Outcome]]:
+    """Runs on the workers of a Dask cluster, as they end; one whose worker dies is done again by another."""
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise UserError(f"--cluster={address}: needs Dask; pip install 'recbole-llm[cluster]'.") from None
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"--cluster={address}: no Dask scheduler answers there ({error}). Start one with `dask scheduler` and "
+            "workers with `dask worker <address> --nthreads 1`, or leave --cluster out."
+        ) from None
+
+    def ended() -> Iterator[Outcome]:
+        futures = {}
+        for i in todo:
+            name = f"run-{cells[i].folder.name}"
+            futures[client.submit(run_apart, _asked(cells[i], None), pure=False, retries=RETRIES, key=name)] = i
+        for future in as_completed(futures):
+            error = future.exception()
+            yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
+
+    with client:
+        yield ended()
+
+
+def _told(ended: Iterable[Outcome], cells: Sequence[Cell], whole: WholeRun) -> Iterator[Outcome]:
+    """Passes outcomes on and says how far the whole is."""
+    for i, error in ended:
+        whole.ended(i, error)
+        yield i, error

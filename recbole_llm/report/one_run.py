@@ -1,0 +1,32 @@
+"""One run of a comparison in a process of its own: ``python -m recbole_llm.report.one_run asked.json outcome.json``.
+
+It ends when whoever began it ends, because nobody would wait for it any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.report.jobs import run_or_error
+from recbole_llm.run_folder import write_json
+
+
+def main(asked: Path, outcome: Path) -> None:
+    """Do the run that ``asked`` describes; write what went wrong, or nothing, to ``outcome``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    told: dict[str, Any] = json.loads(asked.read_text(encoding="utf-8"))
+    write_json(outcome, {"error": run_or_error(told["model"], told["dataset"], told["settings"])})
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # returns when the other end of the pipe is gone
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

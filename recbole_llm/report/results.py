@@ -1,0 +1,169 @@
+"""Finished runs -> lines of tables: each model's runs over seeds, and its metrics user by user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from recbole.evaluator.register import metrics_dict, smaller_metrics
+
+from recbole_llm.errors import UserError
+from recbole_llm.harm import HARM
+from recbole_llm.report.grid import Cell, Setting
+
+GENERATED = "generation/"  # metrics of free answers, which only some models give
+NOT_METRICS = ("user", "target", "rank", "tied", "answers")
+_NAMES = {name.lower(): cls.__name__ for name, cls in metrics_dict.items()}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model in one setting.
+
+    Attributes:
+        label: as the user typed it, or the name given for it.
+        runs: records of the finished runs, one a seed.
+        errors: why the others failed.
+    """
+
+    label: str
+    runs: list[dict[str, Any]]
+    errors: list[str]
+
+    @cached_property
+    def by_seed(self) -> pd.DataFrame:
+        """Every metric of every run ``[seeds, metrics]``; the index are the seeds."""
+        return pd.DataFrame([run["metrics"] for run in self.runs], index=[run["seed"] for run in self.runs])
+
+    @cached_property
+    def users(self) -> pd.DataFrame:
+        """Every metric that users have ``[users, metrics]``: mean over a user's rows, then over seeds."""
+        tables = [user_rows(run) for run in self.runs]
+        return sum(tables[1:], tables[0]) / len(tables) if tables else pd.DataFrame()
+
+
+@dataclass(frozen=True)
+class Results:
+    """One table's worth: the lines of a setting, all asked the same."""
+
+    setting: Setting
+    lines: list[Line]
+
+    @property
+    def finished(self) -> list[Line]:
+        """Lines of which a run has ended well."""
+        return [line for line in self.lines if line.runs]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All finished runs."""
+        return [run for line in self.lines for run in line.runs]
+
+    @property
+    def title(self) -> str:
+        """Data set, training users and mode in words."""
+        if not self.records:
+            return self.setting.told()
+        run = self.records[0]
+        users = list(dict.fromkeys(_users(r) for r in self.records))
+        return f"{run['dataset']}, {' / '.join(users)}, {run['mode']}"
+
+    def metrics(self) -> list[str]:
+        """What every finished run has, and what of free answers any has, in the order of the first that has it."""
+        every = dict.fromkeys(m for run in self.records for m in run["metrics"])
+        return [m for m in every if m.startswith(GENERATED) or all(m in run["metrics"] for run in self.records)]
+
+
+def _users(run: dict[str, Any]) -> str:
+    if run["training_users"] is None:
+        return "all training users"
+    return ("few-shot: " if run["few_shot"] else "") + f"{run['training_users']} training users"
+
+
+def collect(
+    cells: Sequence[Cell], records: Sequence[dict[str, Any]], names: dict[str, str] | None = None
+) -> list[Results]:
+    """Records of runs -> one ``Results`` a setting, lines in the order of the entries.
+
+    Raises:
+        UserError: runs of one setting were evaluated on different candidates, or two labels have one name.
+    """
+    found: dict[Setting, dict[str, tuple[list[Any], list[str]]]] = {}
+    for cell, record in zip(cells, records, strict=True):
+        runs, errors = found.setdefault(cell.setting, {}).setdefault(cell.entry.label, ([], []))
+        runs.append(record) if "metrics" in record else errors.append(record["error"])
+    shown = {label: (names or {}).get(label, label) for lines in found.values() for label in lines}
+    if len(set(shown.values())) < len(shown):
+        raise UserError(f"--names={names!r}: two lines of a table would have the same name.")
+    every = [
+        Results(setting, [Line(shown[label], *both) for label, both in lines.items()])
+        for setting, lines in found.items()
+    ]
+    for results in every:
+        check_same_candidates(results)
+    return every
+
+
+def check_same_candidates(results: Results) -> None:
+    """Models that were not asked the same share no table.
+
+    Raises:
+        UserError: names each model and its candidates.
+    """
+    hashes = {run["candidate_hash"] for run in results.records}
+    if len(hashes) > 1:
+        told = ", ".join(f"{run['label']} {run['candidate_hash'][:12]}" for run in results.records)
+        raise UserError(
+            f"These runs were evaluated on different candidates, and share no table: {told}. "
+            "Run them with the same data, --eval_args, --eval_users and --candidate_seed."
+        )
+
+
+def user_rows(run: dict[str, Any]) -> pd.DataFrame:
+    """A run's metrics user by user ``[users, metrics]``, sorted by user; a user's rows are averaged.
+
+    Raises:
+        UserError: the run folder has no readable per-user rows.
+    """
+    file = Path(run["run_folder"]) / "per_user.csv.gz"
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)  # a user may be called NA
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}), and there is no test without it. Remove that folder and give the same "
+            "command again: the run is done anew."
+        ) from error
+    metrics = table.drop(columns=[c for c in NOT_METRICS if c in table])
+    return metrics.replace("", np.nan).astype(float).groupby(table["user"]).mean().sort_index()
+
+
+# What a metric is called, and which of its values are good.
+
+
+def metric_name(metric: str) -> str:
+    """``ndcg@10`` -> ``NDCG@10``, as RecBole writes it."""
+    name, at, k = metric.partition("@")
+    return _NAMES.get(name, name) + at + k
+
+
+def direction(metric: str) -> str | None:
+    """larger | smaller | zero (the nearest to it) | None (it says nothing about a model)."""
+    name = metric.split("@")[0].lower()
+    if name.startswith(GENERATED):
+        return None  # shares of a few answers
+    return HARM.get(name, "smaller" if name in smaller_metrics else "larger")
+
+
+def is_harm(metric: str) -> bool:
+    """Whether it tells what a ranking does besides hitting."""
+    return metric.split("@")[0] in HARM or metric.startswith(GENERATED)
+
+
+def merit(metric: str, values: np.ndarray) -> np.ndarray:
+    """The values so that larger is better; NaN where none is."""
+    return {"larger": values, "smaller": -values, "zero": -np.abs(values), None: values * np.nan}[direction(metric)]

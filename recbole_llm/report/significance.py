@@ -1,0 +1,120 @@
+"""Every model against the baselines, metric by metric, over the users both were asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from recbole_llm.errors import ConfigError
+from recbole_llm.report import stats
+from recbole_llm.report.entries import Entry, Options
+from recbole_llm.report.results import Line, Results, direction, merit
+
+LEVEL = 0.95  # of intervals
+
+
+def baselines(entries: Sequence[Entry], options: Options) -> list[str]:
+    """Labels to test against: those given, else the first SASRec, else the first model.
+
+    Raises:
+        ConfigError: a label that is none of the entries'.
+    """
+    labels = [entry.label for entry in entries]
+    if options.baseline is None:
+        return [next((e.label for e in entries if e.model == "SASRec"), labels[0])]
+    by_name = {name: label for label, name in (options.names or {}).items()} | {label: label for label in labels}
+    unknown = [b for b in options.baseline if by_name.get(b) not in labels]
+    if unknown:
+        raise ConfigError([f"--baseline={b}: not one of the models; there are {', '.join(labels)}." for b in unknown])
+    return [by_name[b] for b in options.baseline]
+
+
+def comparisons(results: Results, against: Sequence[str], options: Options) -> pd.DataFrame:
+    """Tests, intervals and effect sizes of one table.
+
+    Differences are the model's mean over seeds minus the baseline's, for each user. Holm's correction is over all
+    comparisons of a metric in this table. A metric whose best value is zero is always tested two-sided.
+
+    Args:
+        against: labels of the baselines, as the lines show them.
+
+    Returns:
+        One row a metric, model and baseline: ``metric, model, baseline, users, seeds, baseline_seeds, difference,
+        ci_low, ci_high`` (95 %), ``t, p_t, p_randomization, p_holm`` (of the test that ``test`` names), ``d, wins,
+        ties, losses, detectable`` (see ``stats``) and ``verdict``: better, worse or empty.
+    """
+    pairs = _pairs(results.finished, against)
+    metrics = [m for m in results.metrics() if pairs and m in pairs[0][0].users and direction(m)]
+    rows = [(metric, *pair) for metric in metrics for pair in pairs]
+    if not rows:
+        return pd.DataFrame()
+    differences = np.stack([ours.users[m].to_numpy() - base.users[m].to_numpy() for m, ours, base in rows])
+    found = pd.DataFrame(
+        {
+            "metric": [m for m, _, _ in rows],
+            "model": [ours.label for _, ours, _ in rows],
+            "baseline": [base.label for _, _, base in rows],
+            "users": (~np.isnan(differences)).sum(1),
+            "seeds": [len(ours.runs) for _, ours, _ in rows],
+            "baseline_seeds": [len(base.runs) for _, _, base in rows],
+        }
+    )
+    found = found.join(_tested(differences, found["metric"], options))
+    gains = np.stack(
+        [merit(m, ours.users[m].to_numpy()) - merit(m, base.users[m].to_numpy()) for m, ours, base in rows]
+    )
+    found[["wins", "ties", "losses"]] = stats.win_tie_loss(gains)
+    chosen = found["p_t" if options.test == "t" else "p_randomization"]
+    found["p_holm"] = chosen.groupby(found["metric"]).transform(lambda p: stats.holm(p.to_numpy()))
+    found["verdict"] = _verdicts(rows, found["p_holm"].to_numpy() < options.alpha)
+    return found
+
+
+def _pairs(lines: Sequence[Line], against: Sequence[str]) -> list[tuple[Line, Line]]:
+    """Model and baseline, each pair once, also where both are baselines."""
+    by_label = {line.label: line for line in lines}
+    pairs, met = [], set()
+    for name in (n for n in against if n in by_label):
+        for line in lines:
+            if line.label != name and frozenset((line.label, name)) not in met:
+                met.add(frozenset((line.label, name)))
+                pairs.append((line, by_label[name]))
+    return pairs
+
+
+def _tested(differences: np.ndarray, metrics: pd.Series, options: Options) -> pd.DataFrame:
+    ways = [direction(m) for m in metrics]
+    sign = np.array([-1.0 if way == "smaller" else 1.0 for way in ways])
+    p = {"p_t": np.ones(len(ways)), "p_randomization": np.ones(len(ways))}
+    t = np.zeros(len(ways))
+    zero = np.array([way == "zero" for way in ways])
+    for chosen, alternative in ((zero, "two-sided"), (~zero, options.alternative)):
+        if chosen.any():
+            t[chosen], p["p_t"][chosen] = stats.paired_t(differences[chosen], sign[chosen], alternative)
+            p["p_randomization"][chosen] = stats.sign_flip(
+                differences[chosen], sign[chosen], alternative, options.resamples
+            )
+    low, high = stats.bootstrap_interval(differences, LEVEL, options.resamples)
+    return pd.DataFrame(
+        {
+            "difference": np.nanmean(differences, axis=1),
+            "ci_low": low,
+            "ci_high": high,
+            "t": t,
+            **p,
+            "d": stats.effect_size(differences),
+            "detectable": stats.detectable(differences, options.alpha),
+        }
+    )
+
+
+def _verdicts(rows: Sequence[tuple[str, Line, Line]], significant: np.ndarray) -> list[str]:
+    """What a significant difference means, by the direction of the metric."""
+    found = []
+    for (metric, ours, base), sure in zip(rows, significant, strict=True):
+        means = np.array([ours.users[metric].mean(), base.users[metric].mean()])
+        ours_merit, base_merit = merit(metric, means)
+        found.append("" if not sure else "better" if ours_merit > base_merit else "worse")
+    return found

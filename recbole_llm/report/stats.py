@@ -1,0 +1,125 @@
+"""Are two models different? Tests, intervals and effect sizes over users that both were asked about.
+
+The unit is the user: every function takes one difference a user, model minus baseline, averaged over seeds before.
+Seeds are no further observations of a user; their spread is told apart. NaN = not defined for that user, who is left
+out. Paired t, sign-flip randomisation and bootstrap keep their level at recommender sample sizes, Wilcoxon and sign
+tests do not (Ihemelandu & Ekstrand, SIGIR 2023, arXiv:2305.02461).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+AT_ONCE = 2**24  # random numbers held in memory
+ALTERNATIVES = ("two-sided", "better")
+
+
+def paired_t(
+    differences: np.ndarray, sign: np.ndarray, alternative: str = "two-sided"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paired t-test of every row: statistic and p-value ``[C]``.
+
+    No difference for any user is t = 0, p = 1; the same difference for every user is an infinite t.
+
+    Args:
+        differences: ``[C, n]``.
+        sign: 1 where larger is better, -1 where smaller is ``[C]``.
+        alternative: two-sided, or ``better``: the model is better than the baseline.
+    """
+    given = differences * sign[:, None]
+    side = "two-sided" if alternative == "two-sided" else "greater"
+    with np.errstate(all="ignore"):
+        found = stats.ttest_1samp(given, 0.0, axis=1, nan_policy="omit", alternative=side)
+    t, p = np.asarray(found.statistic, dtype=float) * sign, np.asarray(found.pvalue, dtype=float)
+    same = np.nanmax(np.abs(given), axis=1) == 0
+    return np.where(same, 0.0, t), np.where(same, 1.0, p)
+
+
+def sign_flip(
+    differences: np.ndarray, sign: np.ndarray, alternative: str = "two-sided", resamples: int = 9999, seed: int = 0
+) -> np.ndarray:
+    """Randomisation test of every row ``[C]``: how often is a mean as large when each user's sign is a coin's?
+
+    Exact where there are no more than ``resamples`` + 1 ways to flip, else over ``resamples`` draws with the observed
+    one counted in (Phipson & Smyth 2010), so that p is never 0. All rows see the same flips.
+
+    Args:
+        differences, sign, alternative: as in ``paired_t``.
+    """
+    given = np.nan_to_num(differences) * sign[:, None]
+    observed = given.sum(1)
+    if alternative == "two-sided":
+        observed = np.abs(observed)
+    limit = observed - 1e-9 * np.abs(given).sum(1)  # sums of the same numbers in another order
+    count, drawn, exact = np.zeros(len(given)), 0, 2.0 ** given.shape[1] <= resamples + 1
+    for flips in _all_flips(given.shape[1]) if exact else _random_flips(given.shape[1], resamples, seed):
+        sums = flips @ given.T
+        count += ((np.abs(sums) if alternative == "two-sided" else sums) >= limit).sum(0)
+        drawn += len(flips)
+    return count / drawn if exact else (count + 1) / (drawn + 1)
+
+
+def _all_flips(n: int) -> Iterator[np.ndarray]:
+    yield 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+
+
+def _random_flips(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng, chunk = np.random.default_rng(seed), max(1, AT_ONCE // n)
+    for first in range(0, resamples, chunk):
+        yield 1.0 - 2.0 * rng.integers(0, 2, (min(chunk, resamples - first), n))
+
+
+def bootstrap_interval(
+    values: np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of the mean of every row: low and high ``[C]``.
+
+    Users are drawn with replacement, the same for all rows; the draws are those of ``scipy.stats.bootstrap``.
+
+    Args:
+        values: ``[C, n]``; differences, or a metric itself.
+    """
+    there, n = ~np.isnan(values), values.shape[1]
+    filled = np.nan_to_num(values)
+    rng, chunk, means = np.random.default_rng(seed), max(1, AT_ONCE // n), []
+    for first in range(0, resamples, chunk):
+        rows = min(chunk, resamples - first)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
+        with np.errstate(invalid="ignore"):  # a draw of users none of whom has a value
+            means.append((times @ filled.T) / (times @ there.T))
+    low, high = np.nanpercentile(np.concatenate(means), [50 - 50 * level, 50 + 50 * level], axis=0)
+    return low, high
+
+
+def effect_size(differences: np.ndarray) -> np.ndarray:
+    """Cohen's d of paired differences ``[C]``: their mean over their standard deviation (n - 1); 0 where all are 0."""
+    mean = np.nanmean(differences, axis=1)
+    with np.errstate(all="ignore"):
+        d = mean / np.nanstd(differences, axis=1, ddof=1)
+    return np.where(mean == 0, 0.0, d)
+
+
+def win_tie_loss(gains: np.ndarray) -> np.ndarray:
+    """Users for whom the model is better, equal and worse ``[C, 3]``; a gain above 0 is better ``[C, n]``."""
+    return np.stack([(gains > 0).sum(1), (gains == 0).sum(1), (gains < 0).sum(1)], axis=1)
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values ``[C]`` of one family of comparisons."""
+    return multipletests(p_values, method="holm")[1] if len(p_values) else np.asarray(p_values, dtype=float)
+
+
+def detectable(differences: np.ndarray, alpha: float = 0.05, power: float = 0.8) -> np.ndarray:
+    """The smallest true mean difference that a two-sided test of this many users would find, mostly ``[C]``.
+
+    Normal approximation: (z of alpha + z of power) standard errors. It tells "no difference" from "too few users".
+    """
+    n = (~np.isnan(differences)).sum(1)
+    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    return z * np.nanstd(differences, axis=1, ddof=1) / np.array([math.sqrt(x) for x in n])
