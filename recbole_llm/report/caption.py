@@ -38,7 +38,7 @@ def caption(
 def _marks(against: Sequence[str], letters: dict[str, str]) -> str:
     if not letters:
         return f"no difference from {' or '.join(against)} is."
-    told = ", ".join(f"{letter} {label}" for label, letter in letters.items())
+    told = ", ".join(f"({letter}) {label}" for label, letter in letters.items())
     return f"raised letter = better than, lowered = worse than {told}."
 
 

@@ -54,19 +54,19 @@ _LATEX = {
     "<": r"\ensuremath{<}",
     ">": r"\ensuremath{>}",
     "|": r"\ensuremath{|}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "↑": r"\ensuremath{\uparrow}",
     "↓": r"\ensuremath{\downarrow}",
     "→": r"\ensuremath{\rightarrow}",
     "±": r"\ensuremath{\pm}",
     "·": r"\ensuremath{\cdot}",
+    "−": r"\ensuremath{-}",
     "-": "{-}",
 }
 # A file that compiles by itself and can be \input into a paper, where \@nodocument is \relax.
-LATEX_BEGIN = r"""% Compiles as it is; or \input it into a paper that loads booktabs, graphicx and [T1]{fontenc}.
+LATEX_BEGIN = r"""% Compiles as it is; or \input it into a paper that loads booktabs and graphicx.
 \expandafter\ifx\csname @nodocument\endcsname\relax\else
 \documentclass{article}
-\usepackage[T1]{fontenc}
 \usepackage{booktabs}
 \usepackage{graphicx}
 \usepackage[margin=2cm]{geometry}
@@ -117,12 +117,12 @@ def latex(table: Table) -> str:
 
 def latex_text(text: str) -> str:
     """Text with every character of LaTeX's own escaped; what pdfLaTeX has no glyph for becomes a question mark."""
-    plain = " ".join(text.split())
+    plain = re.sub(r"(?<![\w-])-(?=\d)", "−", " ".join(text.split()))  # a minus, not a hyphen
     return "".join(_LATEX.get(c, c if c.isascii() else _latex_letter(c)) for c in plain)
 
 
 def _latex_letter(character: str) -> str:
-    # T1 with UTF-8 input covers the Latin letters; others would stop the compiler.
+    # pdfLaTeX composes accented Latin letters; others would stop it.
     return character if character.isalpha() and ord(character) < 0x180 else "?"
 
 

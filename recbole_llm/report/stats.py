@@ -33,9 +33,13 @@ def paired_t(
     """
     given = differences * sign[:, None]
     side = "two-sided" if alternative == "two-sided" else "greater"
+    t, p = np.empty(len(given)), np.empty(len(given))
+    gaps = np.isnan(given).any(axis=1)
     with np.errstate(all="ignore"):
-        found = stats.ttest_1samp(given, 0.0, axis=1, nan_policy="omit", alternative=side)
-    t, p = np.asarray(found.statistic, dtype=float) * sign, np.asarray(found.pvalue, dtype=float)
+        t[~gaps], p[~gaps] = stats.ttest_1samp(given[~gaps], 0.0, axis=1, alternative=side)
+        for row in np.flatnonzero(gaps):  # scipy's own way of leaving NaN out is far slower
+            t[row], p[row] = stats.ttest_1samp(given[row][~np.isnan(given[row])], 0.0, alternative=side)
+    t = t * sign
     same = np.nanmax(np.abs(given), axis=1) == 0
     return np.where(same, 0.0, t), np.where(same, 1.0, p)
 
