@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 
 from recbole_llm.report import stats
 
@@ -112,6 +113,13 @@ def test_holm_by_hand() -> None:
     """.01 x 4, .02 x 3, .03 x 2, .04 x 1, none below the one before it."""
     assert stats.holm(np.array([0.04, 0.01, 0.03, 0.02])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert stats.holm(np.array([])).tolist() == []
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_statsmodels(p_values: list[float]) -> None:
+    expected = multipletests(p_values, method="holm")[1]
+    np.testing.assert_allclose(stats.holm(np.array(p_values)), expected, rtol=1e-10)
 
 
 def test_detectable_is_what_a_test_finds() -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 AT_ONCE = 2**24  # random numbers held in memory
 ALTERNATIVES = ("two-sided", "better")
@@ -115,8 +114,15 @@ def win_tie_loss(gains: np.ndarray) -> np.ndarray:
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p-values ``[C]`` of one family of comparisons."""
-    return multipletests(p_values, method="holm")[1] if len(p_values) else np.asarray(p_values, dtype=float)
+    """Holm's adjusted p-values ``[C]`` of one family of comparisons (Holm 1979).
+
+    Equal to statsmodels' ``multipletests``, which collects garbage at every call: a tenth of a second beside an LLM.
+    """
+    p_values = np.asarray(p_values, dtype=float)
+    order, count = np.argsort(p_values), len(p_values)
+    adjusted = np.empty(count)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(count, 0, -1)))
+    return adjusted
 
 
 def detectable(differences: np.ndarray, alpha: float = 0.05, power: float = 0.8) -> np.ndarray:
