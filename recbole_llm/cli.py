@@ -48,6 +48,7 @@ TEXT_FLAGS = {
     "checkpoint_dir",
     "llm",
     "prompt",
+    "search",
     "item_text",
     "reasoning_prompt",
     "reasoning_item",
@@ -182,7 +183,7 @@ def preview(settings: dict[str, Any]) -> int:
 
 
 def list_all(settings: dict[str, Any]) -> int:
-    """Models, data sets, prompts and comparisons; with --keys every key as its YAML explains it."""
+    """Models, data sets, prompts, comparisons and search spaces; with --keys every key as its YAML explains it."""
     from recbole_llm.model import OWN_MODELS, model_names
 
     keys = settings.pop("keys", False)
@@ -192,7 +193,7 @@ def list_all(settings: dict[str, Any]) -> int:
             print((PROPERTIES / f"{name}.yaml").read_text(encoding="utf-8"))
         return 0
     print(f"models: {', '.join(model_names())}")
-    for folder in ("dataset", "prompt", "compare"):
+    for folder in ("dataset", "prompt", "compare", "search"):
         print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
     return 0
 

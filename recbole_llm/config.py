@@ -225,11 +225,14 @@ class LLMConfig(Config):
         problems = keys.unknown_keys(given, self._known() | set(everyone), "", dict)
         return problems + keys.wrong_values({k: v for k, v in given.items() if k in keys.CHECKS}, {})
 
+    def known_keys(self) -> set[str]:
+        """Keys that this model or its protocol reads."""
+        own = set(self.internal_config_dict) - {"MODEL_TYPE"}  # it follows from the model
+        return self._known() | own | keys.UNLISTED_MODEL_KEYS.get(self.model, set())
+
     def _check_keys(self) -> None:
         """Every unknown key, wrong type and wrong range at once."""
-        given = self._given()
-        known = self._known() | set(self.internal_config_dict) - {"MODEL_TYPE"}  # it follows from the model
-        known |= keys.UNLISTED_MODEL_KEYS.get(self.model, set())
+        given, known = self._given(), self.known_keys()
         problems = keys.unknown_keys(given, known, self.model, lambda: checks.model_keys(PROPERTIES))
         read = {k: v for k, v in given.items() if k in known}
         problems += keys.wrong_values(read, self.recbole_defaults)

@@ -6,7 +6,8 @@ import errno
 import json
 import logging
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from recbole_llm.run_folder import (
     environment,
     make_run_folder,
     plain,
+    run_folder_of,
     versions,
     write_json,
     write_table,
@@ -58,8 +60,15 @@ def run_recbole_llm(
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
-    try:
+    with writing(config):
         return _run(config, saved)
+
+
+@contextmanager
+def writing(config: LLMConfig) -> Iterator[None]:
+    """Around all work: a full disk or a folder that cannot be written is told as one."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -73,39 +82,29 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     test_config = eval_config_of(config)
     for needed in (config, test_config):
         check_recommenders(needed)
-    folder = make_run_folder(config)
-    logger = start_log(config, folder)
-    clock = Clock()
-    init_seed(config["seed"], config["reproducibility"])
-    with explained(config, folder, "reading the data"):
-        asked = protocol = prepare_data(config)
+    folder = make_run_folder(config, run_folder_of(config))
+    logger, clock = start_log(config, folder), Clock()
+    asked = protocol = read_data(config, folder)
     if test_config is not config:
         with explained(test_config, folder, "reading the data to be ranked"):
             asked = prepare_data(test_config)
     _tell(logger, config, protocol, asked, folder)
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    with explained(config, folder, "building the model"):
-        recommender = config.model_class(config, protocol.train_data._dataset).to(config["device"])
-        trainer = trainer_for(config, recommender)
-    logger.info(recommender)
-    trainer.start(protocol, folder)
-    _try_ahead(config, protocol, asked)
+    trainer = build_trainer(config, protocol, folder, folder)
+    recommender = trainer.model
+    title_embeddings(asked.dataset)  # kept for the evaluation
+    try_ahead(config, protocol)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
     ranked_here = (protocol.valid.mode, protocol.test.mode if asked is protocol else None)
-    reranks = hasattr(recommender, "rerank_with") and config["full_ranking"] == "rerank"
-    if reranks and "full" in ranked_here:
-        recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
+    if "full" in ranked_here:
+        train_base(config, recommender)
     clock.lap("data_and_model")
-    with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
-        best_score, best_valid = trainer.fit(
-            protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"]
-        )
+    best_score, best_valid = fit(config, trainer, protocol, saved)
     clock.lap("train")
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
-        if reranks and asked.test.mode == "full":
-            recommender.rerank_with(train_recommender(test_config, config["rerank_model"]).model)
+        if asked.test.mode == "full":
+            train_base(test_config, recommender)
     test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)
     clock.lap("test")
@@ -123,13 +122,57 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     return result
 
 
-def _try_ahead(config: LLMConfig, protocol: Protocol, asked: Protocol) -> None:
-    """What would fail only after training: models that cannot judge, titles and encoders that cannot be had.
+def read_data(config: LLMConfig, told: Path | None) -> Protocol:
+    """Everything that models share.
+
+    Args:
+        told: the folder that a traceback goes to; None = nowhere.
+
+    Raises:
+        UserError: the data do not suffice for the settings.
+    """
+    init_seed(config["seed"], config["reproducibility"])
+    with explained(config, told, "reading the data"):
+        return prepare_data(config)
+
+
+def build_trainer(config: LLMConfig, protocol: Protocol, folder: Path, told: Path | None) -> Any:
+    """A trainer of a new model.
+
+    Args:
+        folder: where it writes its checkpoint and records.
+        told: as for ``read_data``.
+
+    Raises:
+        UserError: a model that cannot be built with these settings.
+    """
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    with explained(config, told, "building the model"):
+        recommender = config.model_class(config, protocol.train_data._dataset).to(config["device"])
+        trainer = trainer_for(config, recommender)
+    logging.getLogger().info(recommender)
+    trainer.start(protocol, folder)
+    return trainer
+
+
+def train_base(config: LLMConfig, recommender: torch.nn.Module) -> None:
+    """For a model that reorders the top of another one in full ranking: that other one."""
+    if hasattr(recommender, "rerank_with") and config["full_ranking"] == "rerank":
+        recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
+
+
+def fit(config: LLMConfig, trainer: Any, protocol: Protocol, saved: bool) -> tuple[float, dict[str, float] | None]:
+    """Train; best validation score and result."""
+    with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
+        return trainer.fit(protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"])
+
+
+def try_ahead(config: LLMConfig, protocol: Protocol) -> None:
+    """What would fail only after SFT: models that cannot judge, titles and encoders that cannot be had.
 
     Raises:
         UserError: names it.
     """
-    title_embeddings(asked.dataset)  # kept for the evaluation
     try_recommenders(config, protocol)
     if keys.ranks_titles(config) and config["loss"] != "SFT" and "semantic" in config["rejected"].split("+"):
         title_vectors(config, protocol.dataset)

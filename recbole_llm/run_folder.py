@@ -92,13 +92,18 @@ def run_folder_of(config: Config) -> Path:
     return Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{run_hash(config)[:10]}"
 
 
-def make_run_folder(config: Config) -> Path:
-    """The run's folder, made and tried for writing before any work.
+def trial_folder_of(config: Config) -> Path:
+    """Where a trial of this configuration works: the run's name in ``<checkpoint_dir>/trials``."""
+    run = run_folder_of(config)
+    return run.parent / "trials" / run.name
+
+
+def make_run_folder(config: Config, folder: Path) -> Path:
+    """The folder of a run or trial, made and tried for writing before any work.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
-    folder = run_folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in ("result.json", "traceback.txt"):  # a result stands only for a finished run

@@ -46,8 +46,8 @@ def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[Non
         ) from error
 
 
-def start_log(config: LLMConfig, folder: Path) -> logging.Logger:
-    """RecBole's logger, with the run folder's ``train.log`` added.
+def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
+    """RecBole's logger, with the run folder's ``train.log`` added where there is one.
 
     RecBole calls ``basicConfig`` without force: a second run in one process would go on writing the first one's file.
     """
@@ -57,10 +57,11 @@ def start_log(config: LLMConfig, folder: Path) -> logging.Logger:
             root.removeHandler(handler)
             handler.close()
     init_logger(config)
-    ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
-    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours.setLevel(logging.INFO)
-    root.addHandler(ours)
+    if folder is not None:
+        ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
+        ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        ours.setLevel(logging.INFO)
+        root.addHandler(ours)
     # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
     root.setLevel(min(root.level, logging.INFO))
     return logging.getLogger()

@@ -1,0 +1,264 @@
+"""Hyper-parameters by the same number of trials for every model, chosen on validation alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.key_checks import integer
+from recbole_llm.report.search_space import Parameter, search_space
+from recbole_llm.run_folder import trial_folder_of, versions, write_json
+from recbole_llm.validation import validate
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, trained and scored on validation.
+
+    Attributes:
+        number: 0 is the configuration as given.
+        values: of the searched keys.
+        score: of ``valid_metric``; None where it failed.
+        seconds: wall time when it was run, on whatever machine.
+        error: why it failed.
+    """
+
+    number: int
+    values: dict[str, Any]
+    score: float | None
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning a model found.
+
+    Attributes:
+        settings: searched key -> chosen value, to be laid over the settings that were tuned; none where all trials
+            failed.
+        score: of the chosen trial.
+        trials: all of them, in order; fewer than were asked for where the space holds no more.
+        space: searched key -> its range, as in YAML.
+        metric: the validation metric, as the user wrote it.
+        bigger: whether a bigger score is better.
+    """
+
+    settings: dict[str, Any]
+    score: float | None
+    trials: list[Trial]
+    space: dict[str, Any]
+    metric: str
+    bigger: bool
+
+    @property
+    def seconds(self) -> float:
+        """What all trials took."""
+        return sum(trial.seconds for trial in self.trials)
+
+
+def check_search(
+    model: str, dataset: str | None, settings: dict[str, Any], search: str | None = None
+) -> tuple[LLMConfig, list[Parameter]]:
+    """The configuration as given and what is searched around it, before any work.
+
+    Args:
+        model, dataset, settings: as for a run. Keys that ``settings`` holds are not searched.
+        search: file or folder of spaces (``--search``); None = those that come with the package.
+
+    Raises:
+        ConfigError: what is wrong with the settings or the space.
+    """
+    config = LLMConfig(model, settings.get("dataset", dataset), None, settings)
+    return config, search_space(config, search)
+
+
+def tune(
+    model: str,
+    dataset: str | None,
+    settings: dict[str, Any],
+    trials: int,
+    search: str | None = None,
+    label: str | None = None,
+) -> Tuned:
+    """Try up to so many configurations and choose the best on validation; test rows are never scored.
+
+    Trial 0 is the configuration as given, so one trial means no tuning, and tuning is never worse on validation. The
+    others come from Optuna's TPE, seeded with the run's ``seed``. Every trial is kept in
+    ``<checkpoint_dir>/trials/<Model>-<dataset>-<hash>.json`` by the hash that names runs: what was tried before with
+    the same everything is read, so a search that was cut off goes on where it was. A trial that fails counts.
+
+    Args:
+        model, dataset, settings, search: as for ``check_search``.
+        trials: at most; less where the space has fewer configurations.
+        label: what the model is called where progress is told.
+
+    Raises:
+        ConfigError: what is wrong with settings, space or number of trials, before the first trial.
+        UserError: a disk that is full or cannot be read; finished trials are kept.
+    """
+    from recbole_llm.report.proposals import Proposals  # Optuna takes half a second
+
+    if wrong := integer(1)(trials):
+        raise ConfigError([f"--tune={trials!r}: {wrong}."])
+    config, space = check_search(model, dataset, settings, search)
+    bigger = config["valid_metric_bigger"]
+    proposals = Proposals(space, {p.key: config[p.key] for p in space}, config["seed"], bigger)
+    number_of = int(min(trials, proposals.most()))
+    told = _Progress(label or model, number_of, config["valid_metric"])
+    told.begin(space, trials)
+    done: list[Trial] = []
+    while len(done) < number_of:
+        values = proposals.next()
+        done.append(_trial(len(done), model, config, settings, values))
+        proposals.tell(done[-1].score)
+        told.trial(done, _best(done, bigger))
+    best = _best(done, bigger)
+    return Tuned(
+        best.values if best else {},
+        best.score if best else None,
+        done,
+        {p.key: p.form() for p in space},
+        config["valid_metric"],
+        bigger,
+    )
+
+
+def _best(trials: Sequence[Trial], bigger: bool) -> Trial | None:
+    """The best so far, the earliest of equals."""
+    scored = [trial for trial in trials if trial.score is not None]
+    return min(scored, key=lambda t: (-t.score if bigger else t.score, t.number), default=None)
+
+
+def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+    """Run a trial, or read it where it was run before.
+
+    Raises:
+        UserError: what says nothing about these values: a full disk, a file that cannot be read.
+    """
+    mine = {**settings, **values}
+    try:
+        config = LLMConfig(model, given["dataset"], None, mine)
+    except ConfigError as error:  # values that are fine alone and wrong together
+        return Trial(number, values, None, 0.0, _in_a_line(error))
+    folder = trial_folder_of(config)
+    file = folder.with_name(f"{folder.name}.json")
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Trial(number, values, record["score"], record["seconds"], record["error"])
+    clock, found, score, where = time.perf_counter(), {}, None, None
+    try:
+        found = validate(model, given["dataset"], None, mine)
+        score = float(found["best_valid_score"])
+        error = None if math.isfinite(score) else f"the validation score is {score}"
+    except Exception as failure:  # RecBole's models fail in any way
+        if isinstance(failure, UserError) and isinstance(failure.__cause__, OSError):
+            raise
+        error, where = _in_a_line(failure), traceback.format_exc()
+    trial = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
+    _keep(file, config, trial, found.get("best_valid_result"), where)
+    return trial
+
+
+def _keep(file: Path, config: LLMConfig, trial: Trial, result: dict[str, float] | None, where: str | None) -> None:
+    record = {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "values": trial.values,
+        "valid_metric": config["valid_metric"],
+        "score": trial.score,
+        "valid_metrics": result,
+        "seconds": trial.seconds,
+        "error": trial.error,
+        "traceback": where,
+        "seed": config["seed"],
+        "device": str(config["device"]),
+        "versions": versions(),
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {file} ({error}). Free some space and give "
+            "the same command again; finished trials are kept."
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return " ".join(error.problems)
+    told = " ".join(str(error).split())
+    return told if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
+
+
+class _Progress:
+    """A line a trial."""
+
+    def __init__(self, label: str, trials: int, metric: str) -> None:
+        self.label, self.trials, self.metric = label, trials, metric
+
+    def begin(self, space: Sequence[Parameter], asked: int) -> None:
+        """What is searched, and where there is less to try than was asked for."""
+        over = ", ".join(p.key for p in space) or "nothing: no key of its space is left open"
+        fewer = f"; there is no more to try, so {self.trials} of {asked} trials" if self.trials < asked else ""
+        print(f"[tune {self.label}] over {over}{fewer}", flush=True)
+
+    def trial(self, done: Sequence[Trial], best: Trial | None) -> None:
+        """The last trial, the best so far, and the time left if the others take as long."""
+        last, left = done[-1], self.trials - len(done)
+        told = [f"[tune {self.label} {len(done)}/{self.trials}]", _pairs(last.values)]
+        told += ["(as given)"] if last.number == 0 else []
+        told += [f"valid {self.metric} {last.score:.4f}" if last.error is None else f"failed: {last.error}"]
+        seconds = left * sum(trial.seconds for trial in done) / len(done)
+        time_left = f"{seconds / 60:.0f} min" if seconds > 50 else f"{seconds:.0f} s"
+        ends = [f", best {best.score:.4f}" if best else "", f", about {time_left} left" if left else ""]
+        print(" ".join(filter(None, told)) + "".join(ends), flush=True)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def tuned_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
+    """One line a model and data set, for an appendix.
+
+    Args:
+        found: label, data set, and what tuning found.
+
+    Returns:
+        Columns ``model``, ``data set``, ``trials``, ``failed`` (of them), ``valid metric``, ``best``, ``as given`` (the
+        score of trial 0), ``min`` (minutes of all trials: the same number of trials is not the same compute) and
+        ``chosen``.
+    """
+    lines = [
+        {
+            "model": label,
+            "data set": dataset,
+            "trials": len(tuned.trials),
+            "failed": sum(trial.error is not None for trial in tuned.trials),
+            "valid metric": tuned.metric,
+            "best": tuned.score,
+            "as given": tuned.trials[0].score,
+            "min": tuned.seconds / 60,
+            "chosen": _chosen(tuned),
+        }
+        for label, dataset, tuned in found
+    ]
+    return pd.DataFrame(lines)
+
+
+def _chosen(tuned: Tuned) -> str:
+    if not tuned.space:
+        return "nothing to search"
+    return "as given: no trial succeeded" if tuned.score is None else _pairs(tuned.settings)
