@@ -48,7 +48,6 @@ TEXT_FLAGS = {
     "checkpoint_dir",
     "llm",
     "prompt",
-    "search",
     "item_text",
     "reasoning_prompt",
     "reasoning_item",

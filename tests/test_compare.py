@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
+import statistics
+from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from recbole_llm import cli
+from recbole_llm.config import PROPERTIES, read_yaml
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.report import compare as comparing
-from recbole_llm.report.compare import Entry, compare, parse_models
-from recbole_llm.report.table import comparison, to_markdown, write_comparison
+from recbole_llm.report import jobs
+from recbole_llm.report.compare import compare
+from recbole_llm.report.entries import OPTION_KEYS, TYPED, Entry, Options, parse_models, split_options
+from recbole_llm.report.grid import cells
 
 SASREC = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1]"
 
@@ -114,9 +119,9 @@ def test_any_models_parse_or_are_told(text: str) -> None:
 # What is told before the first run
 
 
-def told_by(settings: dict[str, Any], models: Any, per_model: Any = None) -> list[str]:
+def told_by(settings: dict[str, Any], models: Any, **more: Any) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        compare(models, None, settings, per_model)
+        compare(models, None, {**settings, **more})
     assert not Path(settings["checkpoint_dir"]).exists()
     return error.value.problems
 
@@ -156,7 +161,78 @@ def test_what_all_must_share(toy: dict[str, Any], changes: str, key: str) -> Non
     ],
 )
 def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None:
-    assert told in told_by(toy, "Pop,BPR", per_model)[0]
+    assert told in told_by(toy, "Pop,BPR", per_model=per_model)[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"seeds": "1,1"}, "--seeds='1,1': must be one or several different values"),
+        ({"seeds": "1,x"}, "--seeds='1,x': must be a whole number >= 0"),
+        ({"seeds": []}, "--seeds=[]: must be one or several"),
+        ({"few_shot": [5, 0]}, "--few_shot=[5, 0]: must be a whole number >= 1 or empty"),
+        ({"modes": "uni9,half"}, "--modes='uni9,half': must be full, uniN, popN or lowN"),
+        ({"baseline": "SASRec"}, "--baseline=SASRec: not one of the models; there are Pop, BPR."),
+        ({"alternative": "less"}, "--alternative='less': must be one of two-sided, better"),
+        ({"alpha": 0}, "--alpha=0: must be a number > 0 and <= 0.5"),
+        ({"test": "wilcoxon"}, "--test='wilcoxon': must be one of t, randomization"),
+        ({"jobs": 0}, "--jobs=0: must be a whole number >= 1"),
+        ({"names": {"Pop": 3}}, "--names={'Pop': 3}: must be a table of labels"),
+        ({"table_metrics": "NDCG@10,NDCG@7"}, "--table_metrics: no run has NDCG@7; there are hit@1, "),
+    ],
+)
+def test_wrong_options(toy: dict[str, Any], more: dict[str, Any], told: str) -> None:
+    assert told in told_by(toy, "Pop,BPR", **more)[0]
+
+
+def test_defaults_are_those_of_the_yaml() -> None:
+    """What ``ls --keys`` tells of a comparison's keys is what happens."""
+    told = read_yaml(str(PROPERTIES / "comparison.yaml"))
+    assert set(told) == OPTION_KEYS
+    defaults = Options()
+    for field in fields(Options):
+        assert told[TYPED.get(field.name, field.name)] == getattr(defaults, field.name), field.name
+
+
+def test_options_as_typed() -> None:
+    flags = ["--dataset=a,b", "--few_shot=5,none", "--modes=uni9,full", "--seeds=1,2", "--alpha=1e-2", "--out=1"]
+    options, rest = split_options(cli.parse_flags([*flags, "--epochs=3"]))
+    assert rest == {"epochs": 3} and options.datasets == ("a", "b") and options.few_shots == (5, None)
+    assert options.modes == ("uni9", "full") and options.seeds == (1, 2) and options.alpha == 0.01
+    assert options.out == "1"
+    options, rest = split_options({"few_shot": None, "seeds": 3})  # one size is a setting of the runs
+    assert options.few_shots is None and options.seeds == (3,) and rest == {"few_shot": None}
+
+
+# The grid
+
+
+def test_every_combination_once(toy: dict[str, Any]) -> None:
+    """Settings by data set, size and mode; in each the entries, in each of those the seeds."""
+    shared = {k: v for k, v in toy.items() if k != "dataset"}
+    options, rest = split_options({**shared, "few_shot": [5, None], "modes": "uni9,full", "seeds": [1, 2]})
+    grid = cells(parse_models("Pop,BPR[few_shot=7]"), options, rest, "toy")
+    assert len(grid) == len({cell.label for cell in grid}) == 2 * 2 * 2 * 2
+    assert [cell.label for cell in grid[:3]] == [
+        "Pop · toy, 5 training users, uni9 · seed 1",
+        "Pop · toy, 5 training users, uni9 · seed 2",
+        "BPR[few_shot=7] · toy, 5 training users, uni9 · seed 1",
+    ]
+    configs = [cell.config for cell in grid]
+    assert [c["few_shot"] for c in configs] == [5, 5, 7, 7] * 2 + [None, None, 7, 7] * 2  # an entry's own key wins
+    assert [c["eval_args"]["mode"]["test"] for c in configs] == (["uni9"] * 4 + ["full"] * 4) * 2
+    assert {c["eval_args"]["mode"]["valid"] for c in configs} == {"uni9"} and [c["seed"] for c in configs] == [1, 2] * 8
+    assert (
+        len({cell.folder for cell in grid}) == 4 * 2 + 2 * 2
+    )  # the entry with a size of its own is asked in two modes
+
+
+def test_chosen_values_win(toy: dict[str, Any]) -> None:
+    options, rest = split_options({**toy, "per_model": {"BPR": {"learning_rate": 0.1, "embedding_size": 4}}})
+    entries = parse_models("BPR[learning_rate=0.2],Pop")
+    (setting,) = {cell.setting for cell in cells(entries, options, rest)}
+    grid = cells(entries, options, rest, chosen={("BPR[learning_rate=0.2]", setting): {"learning_rate": 0.3}})
+    assert grid[0].config["learning_rate"] == 0.3 and grid[0].config["embedding_size"] == 4
 
 
 # Runs
@@ -164,14 +240,17 @@ def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None
 
 def test_two_models_in_one_table(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     per_model = {"SASRec": {"learning_rate": 0.01}, "GRU4Rec": {"epochs": 2}}
-    done = compare(f"Pop,{SASREC}", None, toy, per_model)
-    markdown, table = (file.read_text(encoding="utf-8") for file in done["files"])
-    assert [file.suffix for file in done["files"]] == [".md", ".csv"] and markdown == done["markdown"]
-    assert "toy · all training users, 400 training interactions · test: 40 rows, uni9" in markdown
-    assert "| Pop " in markdown and f"| {SASREC} " in markdown and "**" in markdown
-    assert "| note" not in markdown
-    csv = pd.read_csv(done["files"][1])
-    assert csv["model"].tolist() == ["Pop", SASREC] and "ndcg@10" in csv and table.startswith("model,hit@1,")
+    done = compare(f"Pop,{SASREC}", None, {**toy, "per_model": per_model})
+    files = {file.name: file.read_text(encoding="utf-8") for file in done["files"]}
+    assert {"table.md", "table.tex", "table.csv", "table.html", "table.json", "tests.csv", "costs.md"} <= set(files)
+    markdown = files["table.md"]
+    assert markdown == done["markdown"] and markdown.startswith("### toy, all training users, uni9\n")
+    assert "400 training interactions. Test: 40 rows, the next item among 9 others drawn uniformly" in markdown
+    assert "| Pop " in markdown and f"| {SASREC} (a) " in markdown and "**" in markdown and "failed" not in markdown
+    csv = pd.read_csv(StringIO(files["table.csv"]))
+    assert csv["model"].tolist() == ["Pop", SASREC]
+    told = json.loads(files["table.json"])[0]
+    assert told["models"][0]["runs"][0]["metrics"]["ndcg@10"] == csv["ndcg@10"][0]
     saved = Path(toy["checkpoint_dir"])
     records = [json.loads(f.read_text(encoding="utf-8")) for f in saved.glob("*-toy-*/result.json")]
     assert len({record["candidate_hash"] for record in records}) == 1 and len(records) == 2
@@ -185,11 +264,10 @@ def test_finished_runs_are_not_run_again(toy: dict[str, Any], monkeypatch: pytes
     results = sorted(Path(toy["checkpoint_dir"]).glob("*/result.json"))
     before = [f.stat().st_mtime_ns for f in results]
     ran = []
-    real = comparing.run_recbole_llm
-    monkeypatch.setattr(comparing, "run_recbole_llm", lambda *args: (ran.append(args[0]), real(*args)))
-    clock = time.perf_counter()
+    real = jobs.run_recbole_llm
+    monkeypatch.setattr(jobs, "run_recbole_llm", lambda *args: (ran.append(args[0]), real(*args)))
     again = compare(["Pop", "BPR"], None, toy)
-    assert time.perf_counter() - clock < 2 and ran == []
+    assert ran == []
     assert [f.stat().st_mtime_ns for f in results] == before and len(results) == 2
     assert again["markdown"] == first["markdown"] and again["files"] == first["files"]
     compare(["Pop", "BPR[embedding_size=8]"], None, toy)
@@ -200,7 +278,7 @@ def test_a_model_that_fails_stops_no_other(
     toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In RecBole, by our own word, and in any other way; the status is 1."""
-    real = comparing.run_recbole_llm
+    real = jobs.run_recbole_llm
 
     def run(model: str, *rest: Any) -> Any:
         if model == "BPR":
@@ -209,16 +287,16 @@ def test_a_model_that_fails_stops_no_other(
             raise RuntimeError("planted\nover | lines")
         return real(model, *rest)
 
-    monkeypatch.setattr(comparing, "run_recbole_llm", run)
+    monkeypatch.setattr(jobs, "run_recbole_llm", run)
     words = [f"--{key}={value}" for key, value in toy.items()]
     assert cli.main(["compare", "--models=BPR,SASRec[n_heads=7],ItemKNN,Pop", *words]) == 1
     told = capsys.readouterr()
     assert "failed : BPR, SASRec[n_heads=7], ItemKNN (see the log in log/)" in told.err
+    assert "- BPR: failed: --x: a \\| b.\n" in told.out and "more" not in told.out
+    assert "- ItemKNN: failed: RuntimeError: planted over \\| lines" in told.out
+    assert "The hidden size (64) is not a multiple" in told.out
     lines = {line.split("|")[1].strip(): line for line in told.out.splitlines() if line.startswith("| ")}
-    assert "failed: --x: a \\| b." in lines["BPR"]
-    assert "failed: RuntimeError: planted over \\| lines" in lines["ItemKNN"]
-    assert "The hidden size (64) is not a multiple" in lines["SASRec[n_heads=7]"]
-    assert "failed" not in lines["Pop"] and "**" in lines["Pop"]
+    assert " failed |" in lines["BPR"] and "failed" not in lines["Pop"] and "**" in lines["Pop"]
     assert "next   :" not in told.out
 
 
@@ -237,92 +315,90 @@ def test_file_and_flags(toy: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     words = ["compare", f"--config_files={tmp_path}/a.yaml {tmp_path}/b.yaml", "--models=Pop"]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
-    assert "| Pop " in told and "| BPR" not in told and "· seed 7 ·" in told and "test: 20 rows" in told
+    assert "| Pop " in told and "| BPR" not in told and "One seed (7)." in told and "Test: 20 rows" in told
     assert "next   : the same command with --eval_users=none" in told
     assert cli.main([*words, "--eval_users=none"]) == 0
-    assert "test: 40 rows" in capsys.readouterr().out
+    assert "Test: 40 rows" in capsys.readouterr().out
 
 
 def test_table_that_cannot_be_written(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("recbole_llm.report.table.write_text", full)
-    with pytest.raises(UserError, match="--checkpoint_dir=.*could not write the table .*runs are kept"):
+    monkeypatch.setattr("recbole_llm.report.compare.write_text", full)
+    with pytest.raises(UserError, match="--out=.*could not write the tables .*runs are kept"):
         compare("Pop", None, toy)
     assert list(Path(toy["checkpoint_dir"]).glob("Pop-*/result.json"))
 
 
-# The table
-
-
-def record(label: str, candidates: str = "a" * 64, **metrics: float) -> dict[str, Any]:
-    """As much of a ``result.json`` as the table reads."""
-    return {
-        "label": label,
-        "metrics": {k.replace("_", "@"): v for k, v in metrics.items()},
-        "rows": 10,
-        "candidate_hash": candidates,
-        "dataset": "toy",
-        "mode": "uni9",
-        "few_shot": None,
-        "training_users": None,
-        "training_interactions": 1234,
-        "seed": 1,
-        "versions": {"recbole_llm": "1", "torch": "2"},
-        "trainable_parameters": 12345,
-        "timings": {"train_s": 1.25, "test_s": 0.5},
-    }
-
-
-def cells(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Model -> the cells of its line, and the header under ``model``."""
-    lines = to_markdown(comparison(runs), runs).split("\n\n")[1].strip().splitlines()
-    parsed = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return {line[0]: line[1:] for line in parsed if not line[0].startswith(":")}
-
-
-def test_different_candidates_share_no_table() -> None:
-    with pytest.raises(UserError, match="different candidates.*A aaaaaaaaaaaa, B bbbbbbbbbbbb.*_seed"):
-        comparison([record("A", hit_1=0.5), record("B", "b" * 64, hit_1=0.5)])
-    comparison([record("A", hit_1=0.5), {"label": "B", "error": "x"}])
-
-
-def test_best_in_bold() -> None:
-    """With ties, and where less is better; a failed run is never the best."""
-    runs = [
-        record("A", hit_1=0.5, giniindex_1=0.1, averagepopularity_1=3),
-        {"label": "F", "error": "x"},
-        record("B", hit_1=0.5, giniindex_1=0.3, averagepopularity_1=2),
-        record("C", hit_1=0.25, giniindex_1=0.2, averagepopularity_1=2),
+def test_seeds_and_out(toy: dict[str, Any], tmp_path: Path) -> None:
+    """One run a seed; the table has their mean and spread, by hand; the folder is the one asked for."""
+    done = compare("Pop,BPR", None, {**toy, "seeds": "1,2,3", "out": str(tmp_path / "DIR"), "epochs": 2})
+    assert sorted(file.suffix for file in (tmp_path / "DIR").glob("table.*")) == [
+        ".csv",
+        ".html",
+        ".json",
+        ".md",
+        ".tex",
     ]
-    found = cells(runs)
-    assert found["A"][:3] == ["**0.5000**", "**0.1000**", "3.0000"]
-    assert found["B"][:3] == ["**0.5000**", "0.3000", "**2.0000**"]
-    assert found["C"][:3] == ["0.2500", "0.2000", "**2.0000**"]
-    assert found["F"] == ["", "", "", "", "", "", "", "failed: x"]
-    assert found["A"][3:] == ["12,345", "1.2", "0.5", "", ""]
+    scores = [run["metrics"]["ndcg@10"] for run in done["runs"] if run["label"] == "BPR"]
+    assert len(scores) == 3 and len(set(scores)) == 3
+    row = done["table"].set_index("model").loc["BPR"]
+    assert row["ndcg@10"] == pytest.approx(statistics.mean(scores), rel=1e-12)
+    assert row["ndcg@10 std"] == pytest.approx(statistics.stdev(scores), rel=1e-12) and row["seeds"] == "1 2 3"
+    assert (
+        f"{statistics.mean(scores):.4f}" in done["markdown"] and f"± {statistics.stdev(scores):.4f}" in done["markdown"]
+    )
+    assert "standard deviation over seeds 1, 2, 3." in done["markdown"]
 
 
-def test_metrics_that_all_have() -> None:
-    table = comparison([record("A", hit_1=0.5, mrr_1=0.5), record("B", hit_1=0.5)])
-    assert [c for c in table.columns if "@" in c] == ["hit@1"]
+def test_one_seed_of_several_fails(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = jobs.run_recbole_llm
+
+    def run(model: str, dataset: Any, files: Any, settings: dict[str, Any]) -> Any:
+        if model == "BPR" and settings["seed"] == 2:
+            raise RuntimeError("planted")
+        return real(model, dataset, files, settings)
+
+    monkeypatch.setattr(jobs, "run_recbole_llm", run)
+    done = compare("Pop,BPR", None, {**toy, "seeds": "1,2,3"})
+    assert "- BPR: 1 of 3 runs failed: RuntimeError: planted" in done["markdown"] and done["failed"] == ["BPR"]
+    assert done["table"].set_index("model").loc["BPR", "seeds"] == "1 3"
+    assert set(done["tests"]["seeds"]) == {2} and set(done["tests"]["baseline_seeds"]) == {3}
 
 
-def test_pipes_and_lines_break_no_table() -> None:
-    runs = [record("A[x=a|b]", hit_1=0.5), {"label": "B", "error": "one | two\nthree"}]
-    markdown = to_markdown(comparison(runs), runs)
-    assert "A[x=a\\|b]" in markdown and "failed: one \\| two three" in markdown
-    lines = markdown.split("\n\n")[1].strip().splitlines()
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+def test_tests_are_those_of_the_rows(toy: dict[str, Any]) -> None:
+    """The table of tests against scipy on the users' rows as the run folders have them."""
+    done = compare("BPR,Pop", None, {**toy, "seeds": "1,2", "baseline": "Pop"})
+    rows: dict[str, list[pd.Series]] = {}
+    for run in done["runs"]:
+        users = pd.read_csv(Path(run["run_folder"]) / "per_user.csv.gz").set_index("user").sort_index()
+        rows.setdefault(run["label"], []).append(users["ndcg@10"])
+    ours, base = (sum(rows[model]) / 2 for model in ("BPR", "Pop"))
+    expected = scipy_stats.ttest_rel(ours, base)
+    (found,) = done["tests"][done["tests"]["metric"] == "ndcg@10"].to_dict("records")
+    assert (found["t"], found["p_t"]) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-10)
+    assert found["p_holm"] == found["p_t"] and found["users"] == 40  # one comparison
+    assert found["difference"] == pytest.approx((ours - base).mean())
+    assert (found["wins"], found["losses"]) == ((ours > base).sum(), (ours < base).sum())
 
 
-def test_conditions_name_what_differs(tmp_path: Path) -> None:
-    few = {"few_shot": 100, "training_users": 100, "training_interactions": 99, "seed": 2}
-    runs = [record("A", hit_1=0.123456789), record("B", hit_1=0.5) | few]
-    told = to_markdown(comparison(runs), runs).splitlines()[0]
-    assert "all training users / few-shot: 100 training users, 1,234 / 99 training" in told
-    assert "seed 1 / 2 ·" in told
-    files = write_comparison(comparison(runs), runs, tmp_path / "new", "name")
-    assert [f.name for f in files] == ["name.md", "name.csv"] and "0.123456789" in files[1].read_text()
-    assert files[0].read_text(encoding="utf-8").startswith("toy · ")
+# Candidates
+
+
+def test_different_candidates_share_no_table(toy: dict[str, Any]) -> None:
+    """Told when the runs are there too: a record that came from elsewhere."""
+    compare("Pop,BPR", None, toy)
+    (file,) = Path(toy["checkpoint_dir"]).glob("BPR-*/result.json")
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "candidate_hash": "b" * 64}))
+    with pytest.raises(UserError, match="different candidates.*Pop .*BPR bbbbbbbbbbbb.*candidate_seed"):
+        compare("Pop,BPR", None, toy)
+
+
+def test_rows_that_are_gone(toy: dict[str, Any]) -> None:
+    compare("Pop,BPR", None, toy)
+    (file,) = Path(toy["checkpoint_dir"]).glob("BPR-*/per_user.csv.gz")
+    file.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="per_user.csv.gz cannot be read .* Remove that folder"):
+        compare("Pop,BPR", None, toy)

@@ -72,7 +72,9 @@ def test_drawn_flips_agree_with_scipys() -> None:
         theirs = scipy_stats.permutation_test(
             (row,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=1
         ).pvalue
-        assert abs(p - theirs) < 4 * math.sqrt(2 * 0.25 / 9999) and abs(p - scipy_stats.ttest_1samp(row, 0).pvalue) < 0.03
+        assert (
+            abs(p - theirs) < 4 * math.sqrt(2 * 0.25 / 9999) and abs(p - scipy_stats.ttest_1samp(row, 0).pvalue) < 0.03
+        )
     assert len(set(found)) == 6 and (found == stats.sign_flip(rows, np.ones(6))).all()
 
 

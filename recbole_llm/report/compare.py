@@ -14,13 +14,18 @@ from recbole_llm.harm import HARM
 from recbole_llm.report import frames
 from recbole_llm.report.entries import Options, parse_models, split_options
 from recbole_llm.report.formats import html_table, latex_file, markdown
-from recbole_llm.report.grid import Cell, cells
+from recbole_llm.report.grid import Cell, Setting, cells
 from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
 from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, comparisons
-from recbole_llm.report.table import Table, costs_table, harm_table, results_table, tests_table
+from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, tests_table
+from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
 from recbole_llm.run_folder import content_hash, write_json, write_text
+
+TUNED = (
+    "Every model had as many trials as its space holds, up to the same number, on validation alone (docs/tuning.md)."
+)
 
 
 def compare(
@@ -51,8 +56,11 @@ def compare(
     against = baselines(entries, options)
     grid = cells(entries, options, shared, dataset)
     _check_metrics(grid, options)
+    chosen, tuned = tune_all(grid, options)
+    if chosen:
+        grid = cells(entries, options, shared, dataset, chosen)
     records = run_cells(grid, options.jobs, options.cluster)
-    return write_comparison(grid, records, against, options)
+    return write_comparison(grid, records, against, options, tuned)
 
 
 def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
@@ -70,10 +78,59 @@ def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
         raise ConfigError([f"--table_metrics: no run has {', '.join(wrong)}; there are {told}, {', '.join(HARM)}."])
 
 
+def tune_all(
+    grid: Sequence[Cell], options: Options
+) -> tuple[dict[tuple[str, Setting], dict[str, Any]], list[tuple[str, str, Tuned]]]:
+    """With ``tune``: every model's chosen keys on every data set and size, by the first seed; modes share them.
+
+    Returns:
+        (label, setting) -> chosen keys, and the label, data set and trials of each search.
+
+    Raises:
+        ConfigError: search spaces of all models that are wrong, before the first trial.
+    """
+    if not options.tune:
+        return {}, []
+    first: dict[tuple[str, Setting], Cell] = {}
+    for cell in grid:
+        first.setdefault((cell.entry.label, replace(cell.setting, mode=None)), cell)
+    problems: list[str] = []
+    for cell in first.values():
+        try:
+            check_search(cell.entry.model, cell.setting.dataset, cell.settings, options.search)
+        except ConfigError as error:
+            problems += [f"{cell.entry.label}: {p}" for p in error.problems]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    found = {
+        key: tune(cell.entry.model, cell.setting.dataset, cell.settings, options.tune, options.search, key[0])
+        for key, cell in first.items()
+    }
+    chosen = {
+        (cell.entry.label, cell.setting): found[cell.entry.label, replace(cell.setting, mode=None)].settings
+        for cell in grid
+    }
+    names = options.names or {}
+    return chosen, [(names.get(label, label), told_as(first[label, s]), t) for (label, s), t in found.items()]
+
+
+def told_as(cell: Cell) -> str:
+    """Data set and training users of a cell, as the table of chosen values names them."""
+    size = cell.config["few_shot"]
+    return cell.config["dataset"] + ("" if size is None else f", {size} training users")
+
+
 def write_comparison(
-    grid: Sequence[Cell], records: Sequence[dict[str, Any]], against: Sequence[str], options: Options
+    grid: Sequence[Cell],
+    records: Sequence[dict[str, Any]],
+    against: Sequence[str],
+    options: Options,
+    tuned: Sequence[tuple[str, str, Tuned]] = (),
 ) -> dict[str, Any]:
     """Tables of finished runs into ``out``; returns what ``compare`` does.
+
+    Args:
+        tuned: label, data set and trials of each search, for the appendix.
 
     Raises:
         UserError: different candidates in one table, or a folder that cannot be written.
@@ -83,16 +140,23 @@ def write_comparison(
     against = [names.get(label, label) for label in against]
     tests = [comparisons(results, against, options) for results in every]
     tables = _tables(every, tests, against, options)
+    spent = []
+    if tuned:
+        found = tuned_frame(tuned)
+        order = ["model", "data set", "chosen", "trials", "failed", "valid metric", "as given", "best"]
+        tables.append(frame_table("tuned", "Chosen values", TUNED, found[order], left=3))
+        minutes = found[["model", "data set", "trials", "min"]]
+        spent = [frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)]
     told = "\n".join(markdown(table) for table in tables)
     folder = _out(grid, options)
-    frame, costs = frames.results_frame(every), costs_table(every)
+    frame, costs = frames.results_frame(every), "\n".join(map(markdown, [costs_table(every), *spent]))
     texts = {
         "table.md": told,
         "table.tex": latex_file(tables),
         "table.csv": frame.to_csv(index=False),
         "tests.csv": frames.tests_frame(every, tests).to_csv(index=False),
         "table.html": page("Comparison", [html_table(t) for t in tables]),
-        "costs.md": markdown(costs),
+        "costs.md": costs,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +172,7 @@ def write_comparison(
         "table": frame,
         "tests": frames.tests_frame(every, tests),
         "markdown": told,
-        "costs": markdown(costs),
+        "costs": costs,
         "files": [folder / name for name in (*texts, "table.json")],
         "runs": records,
         "results": every,

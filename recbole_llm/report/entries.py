@@ -105,10 +105,11 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     """
     rest, given, problems = dict(settings), {}, []
     for name, key in ((f.name, TYPED.get(f.name, f.name)) for f in fields(Options)):
-        if key not in rest or (rest[key] is None and name != "few_shots"):
-            rest.pop(key, None)
+        if name == "few_shots" and not isinstance(rest.get(key), (str, list, tuple)):
+            continue  # one size is a setting of the runs
+        value = rest.pop(key, None)
+        if value is None:
             continue
-        value = rest.pop(key)
         value = tuple(_listed(value)) if name in LISTS else value
         told = CHECKS[name](value) if name in CHECKS else None
         problems += [f"--{key}={settings[key]!r}: {told}."] if told else []
@@ -116,8 +117,6 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     names = given.get("names") or {}
     if not isinstance(names, dict) or not all(isinstance(v, str) and v for v in names.values()):
         problems.append(f"--names={names!r}: must be a table of labels, as in {{'LLMRanker[loss=DMPO]': 'DMPO'}}.")
-    if given.get("tune") and given.get("cluster"):
-        problems.append("--tune: trials run on this machine; tune first, then give the chosen keys with --cluster.")
     try:
         given["per_model"] = per_model_settings(given.get("per_model"))
     except ConfigError as error:

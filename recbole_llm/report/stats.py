@@ -9,6 +9,7 @@ tests do not (Ihemelandu & Ekstrand, SIGIR 2023, arXiv:2305.02461).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,7 +35,7 @@ def paired_t(
     side = "two-sided" if alternative == "two-sided" else "greater"
     t, p = np.empty(len(given)), np.empty(len(given))
     gaps = np.isnan(given).any(axis=1)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # differences that do not vary
         t[~gaps], p[~gaps] = stats.ttest_1samp(given[~gaps], 0.0, axis=1, alternative=side)
         for row in np.flatnonzero(gaps):  # scipy's own way of leaving NaN out is far slower
             t[row], p[row] = stats.ttest_1samp(given[row][~np.isnan(given[row])], 0.0, alternative=side)
