@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_llm.report.entries import Options
-from recbole_llm.report.results import Results, metric_name
+from recbole_llm.report.results import Results, is_harm, metric_name
 
 DRAWN = {"uni": "drawn uniformly", "pop": "drawn by popularity", "low": "that the user rated low"}
 TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
@@ -23,7 +23,9 @@ def caption(
         return "No run finished."
     parts = [f"{results.title}.", *protocol_sentences(results), _seeds(results)]
     if not tests.empty:
-        users = _each(sorted(set(tests["users"])))
+        users = _each(
+            sorted({n for metric, n in zip(tests["metric"], tests["users"], strict=True) if not is_harm(metric)})
+        )
         side = "two-sided" if options.alternative == "two-sided" else "one-sided (is the model better?)"
         family = tests.groupby("metric").size().max()
         corrected = f"Holm's correction over the {family} comparisons" if family > 1 else "one comparison"

@@ -19,7 +19,7 @@ from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
 from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, comparisons
-from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, tests_table
+from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
 from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
 from recbole_llm.run_folder import content_hash, write_json, write_text
 
@@ -187,7 +187,7 @@ def _tables(
     found: list[Table | None] = []
     for number, (results, compared) in enumerate(zip(every, tests, strict=True), start=1):
         found.append(results_table(results, compared, against, options, number))
-        found.append(tests_table(results, compared, options, number))
+        found.append(significance_table(results, compared, options, number))
         found.append(harm_table(results, compared, against, number))
     return [table for table in found if table]
 

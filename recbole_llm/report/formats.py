@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from tabulate import tabulate
@@ -63,6 +64,7 @@ _LATEX = {
     "−": r"\ensuremath{-}",
     "-": "{-}",
 }
+ACCENTS = {"0300", "0301", "0302", "0303", "0304", "0306", "0307", "0308", "030A", "030B", "030C", "0327"}
 # A file that compiles by itself and can be \input into a paper, where \@nodocument is \relax.
 LATEX_BEGIN = r"""% Compiles as it is; or \input it into a paper that loads booktabs and graphicx.
 \expandafter\ifx\csname @nodocument\endcsname\relax\else
@@ -116,14 +118,15 @@ def latex(table: Table) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text with every character of LaTeX's own escaped; what pdfLaTeX has no glyph for becomes a question mark."""
+    """Text with every character of LaTeX's own escaped; what pdfLaTeX would stop at becomes a question mark."""
     plain = re.sub(r"(?<![\w-])-(?=\d)", "−", " ".join(text.split()))  # a minus, not a hyphen
-    return "".join(_LATEX.get(c, c if c.isascii() else _latex_letter(c)) for c in plain)
+    return "".join(_LATEX.get(c, c if " " <= c <= "~" or _composed(c) else "?") for c in plain)
 
 
-def _latex_letter(character: str) -> str:
-    # pdfLaTeX composes accented Latin letters; others would stop it.
-    return character if character.isalpha() and ord(character) < 0x180 else "?"
+def _composed(character: str) -> bool:
+    """Whether it is an ASCII letter under an accent that every LaTeX font composes."""
+    letter, _, accent = unicodedata.decomposition(character).partition(" ")
+    return accent in ACCENTS and chr(int(letter, 16)).isascii()
 
 
 def _latex_value(value: Value) -> str:

@@ -76,7 +76,7 @@ def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], nu
     return Table(f"harm-{number}", f"Harm: {results.title}", harm_caption(), header, rows)
 
 
-def tests_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:
+def significance_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:
     """Every comparison of the first shown metric that selects models, else of the last shown; None without any."""
     metric = primary_metric(results, options)
     if tests.empty or metric not in set(tests["metric"]):
