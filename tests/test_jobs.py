@@ -1,0 +1,197 @@
+"""Runs in several processes, on a cluster, and killed: the same results, nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from recbole_llm.errors import UserError
+from recbole_llm.report import jobs
+from recbole_llm.report.compare import compare
+from recbole_llm.report.entries import parse_models, split_options
+from recbole_llm.report.grid import Cell, cells
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1,epochs=3]"
+# What a clock measures is not compared.
+COMPARED = ("table.md", "table.tex", "table.csv", "table.html", "table.json", "tests.csv")
+
+
+@pytest.fixture(autouse=True)
+def processes_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in another order differ in the last digit, so all processes have as many threads as this one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+
+
+def grid_of(settings: dict[str, Any], models: str, **more: Any) -> list[Cell]:
+    options, rest = split_options({**settings, **more})
+    return cells(parse_models(models), options, rest)
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in COMPARED}
+
+
+def test_processes_give_the_same_tables(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Two at a time, in processes of their own, one of which fails: as one after the other here."""
+    models = f"Pop,{SMALL},SASRec[n_heads=7]"
+    here = {**toy, "seeds": "1,2", "out": "here"}
+    there = {**here, "checkpoint_dir": str(tmp_path / "other"), "jobs": 2, "out": "there"}
+    first, second = compare(models, None, here), compare(models, None, there)
+    # The path of a traceback is told where a run fails.
+    told = [
+        done["markdown"].replace(settings["checkpoint_dir"], "") for done, settings in ((first, here), (second, there))
+    ]
+    assert told[0] == told[1] and "SASRec[n_heads=7]: failed: --model=SASRec" in told[0]
+    assert tables(Path("here"))["tests.csv"] == tables(Path("there"))["tests.csv"]
+    assert len(list((tmp_path / "other").glob("*/console.log"))) == 6 and first["failed"] == second["failed"]
+
+
+def test_a_process_that_is_killed_is_a_failed_run(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does when memory runs out."""
+    (cell,) = grid_of(toy, "Pop")
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    real = subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda words, **how: real(command, **how))
+    told = jobs.run_apart(jobs._asked(cell, 1))
+    assert told is not None and "its process ended by signal 9" in told and "console.log" in told
+    assert "error" in jobs._record(cell, told)
+
+
+def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path) -> None:
+    """The comparison is killed; its run does not go on alone, holding the processor and the folder."""
+    long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
+    settings = tmp_path / "long.json"
+    settings.write_text(json.dumps(long))
+    code = f"import json; from recbole_llm.report.compare import compare; compare('BPR', None, json.load(open({str(settings)!r})))"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (cell,) = grid_of(long, "BPR")
+    wait_for(lambda: (cell.folder / "train.log").is_file())
+    with pytest.raises(TimeoutError):
+        FileLock(cell.folder / ".lock").acquire(timeout=0.1)
+    parent.kill()
+    parent.wait()
+    with FileLock(cell.folder / ".lock", timeout=10):
+        size = (cell.folder / "train.log").stat().st_size
+        time.sleep(1)
+        assert (cell.folder / "train.log").stat().st_size == size
+
+
+def wait_for(true: Any, seconds: float = 60) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds, "it did not come"
+        time.sleep(0.05)
+
+
+def test_a_run_that_another_process_does_is_waited_for(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two comparisons share a run: who comes second takes the result of the first."""
+    (cell,) = grid_of(toy, "Pop")
+    assert jobs.run_or_error("Pop", None, cell.settings) is None
+    result = (cell.folder / "result.json").read_bytes()
+    (cell.folder / "result.json").unlink()
+    held = FileLock(cell.folder / ".lock", thread_local=False)
+    held.acquire()
+
+    def acquire(self: FileLock, *args: Any, **how: Any) -> Any:
+        (cell.folder / "result.json").write_bytes(result)  # the other one has finished
+        held.release()
+        return real(self, *args, **how)
+
+    real = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr(jobs, "run_or_error", lambda *_: pytest.fail("the run was done twice"))
+    assert jobs._here(cell) is None
+
+
+def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:
+    done = compare("Pop,Pop[]", None, toy)
+    assert len({run["run_folder"] for run in done["runs"]}) == 1 and len(done["table"]) == 2
+
+
+# Killed
+
+
+@pytest.mark.timeout(600)
+def test_killed_three_times(toy: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 at random moments, then the same command: byte-equal to a comparison that was left alone."""
+    shared = [f"--{key}={value}" for key, value in toy.items() if key not in ("checkpoint_dir", "epochs")]
+    models = f"--models=Pop,BPR[epochs=3],{SMALL}"
+    words = [sys.executable, "-m", "recbole_llm", "compare", models, "--seeds=1,2", "--plots=False", *shared]
+
+    def command(where: str) -> list[str]:
+        return [*words, f"--checkpoint_dir={tmp_path / where / 'saved'}", f"--out={tmp_path / where / 'out'}"]
+
+    subprocess.run(command("unbroken"), check=True, capture_output=True)
+    finished, draw = [], random.Random(int.from_bytes(os.urandom(4)))
+    for kill in range(3):
+        victim = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # At least one more run than before, so that something is there to be kept.
+        wait_for(lambda: len(list((tmp_path / "killed").glob("saved/*/result.json"))) > kill)  # noqa: B023
+        time.sleep(draw.random())
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        finished.append({f: f.stat().st_mtime_ns for f in (tmp_path / "killed").glob("saved/*/result.json")})
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert tables(tmp_path / "killed" / "out") == tables(tmp_path / "unbroken" / "out")
+    for before in finished:
+        assert all(file.stat().st_mtime_ns == when for file, when in before.items())  # nothing was done twice
+
+
+# A cluster
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_loses_a_worker(toy: dict[str, Any], tmp_path: Path) -> None:
+    """A scheduler and two workers in processes of their own; one is killed in the middle of a run."""
+    pytest.importorskip("distributed")
+    models, seeds = f"{SMALL.replace('epochs=3', 'epochs=25')},BPR[epochs=40]", {"seeds": "1,2"}
+    compare(models, None, {**toy, **seeds, "checkpoint_dir": str(tmp_path / "alone"), "out": "alone"})
+    file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "distributed.cli"]
+    scheduler = subprocess.Popen(
+        [*dask[:2], "distributed.cli.dask_scheduler", "--port=0", "--no-dashboard", f"--scheduler-file={file}"], **quiet
+    )
+    workers = []
+    try:
+        wait_for(file.is_file)
+        address = json.loads(file.read_text())["address"]
+        for name in ("w0", "w1"):
+            words = [*dask[:2], "distributed.cli.dask_worker", address, "--nthreads=1", "--no-nanny", "--no-dashboard"]
+            workers.append(subprocess.Popen([*words, f"--name={name}", f"--local-directory={tmp_path}"], **quiet))
+        code = f"from recbole_llm.report.compare import compare; compare({models!r}, None, { ({**toy, **seeds, 'cluster': address, 'out': 'far'})!r})"
+        client = subprocess.Popen([sys.executable, "-c", code], **quiet)
+        saved = Path(toy["checkpoint_dir"])
+        wait_for(lambda: len(list(saved.glob("*/train.log"))) >= 2)  # both workers are at it
+        workers[0].kill()
+        assert client.wait(timeout=300) == 0
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+    assert tables(Path("far")) == tables(Path("alone"))
+
+
+def test_no_cluster_is_there(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(jobs, "CONNECT_SECONDS", 1)
+    with pytest.raises(UserError, match="--cluster=tcp://127.0.0.1:1: no Dask scheduler answers there"):
+        compare("Pop", None, {**toy, "cluster": "tcp://127.0.0.1:1"})
+
+
+def test_dask_is_not_there(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"pip install 'recbole-llm\[cluster\]'"):
+        compare("Pop", None, {**toy, "cluster": "tcp://127.0.0.1:1"})
