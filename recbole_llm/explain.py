@@ -151,7 +151,7 @@ def _against_reference(
 def _influences(
     run: FinishedRun, row: int, history: History, titles: dict[int, Title], roles: dict[int, str]
 ) -> tuple[Influence, ...]:
-    by_item, tests = history_effects(run, row, history, list(roles))
+    by_item, tests = history_effects(run, row, history, list(roles), run.config["show_progress"])
     return tuple(
         Influence(titles[item], role, tuple(by_item[:, place].tolist()), tuple(tests[place]))
         for place, (item, role) in enumerate(roles.items())
@@ -159,14 +159,14 @@ def _influences(
 
 
 def history_effects(
-    run: FinishedRun, row: int, history: History, items: list[int]
+    run: FinishedRun, row: int, history: History, items: list[int], show_progress: bool = False
 ) -> tuple[np.ndarray, list[list[Deletion]]]:
     """Leave-one-out ``[n, I]`` and deletion tests of some items after a row's history; seeded by user."""
     asked = _pair(run, row) or items
     columns = [asked.index(item) for item in items]
 
     def score(histories: Sequence[History]) -> np.ndarray:
-        return run.answer_logps(histories, asked)[:, columns]
+        return run.answer_logps(histories, asked, show_progress)[:, columns]
 
     by_item = influences(score, history)
     rng = seeded(run.config["candidate_seed"], "deletion", run.user_token(row))

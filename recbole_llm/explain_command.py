@@ -39,9 +39,9 @@ def explain_run(settings: dict[str, Any]) -> int:
     if user is None and users is None:
         some = ", ".join(run.user_token(row) for row in range(min(5, len(run.rows))))
         raise UserError(f"--user: name a test user of the run, for example {some}; or --users=50 to test over users.")
-    status = 0
-    if user is not None:
-        status = _explain(run, user, own)
+    if users is not None:
+        run.sample(users)  # too many are told before any work
+    status = 0 if user is None else _explain(run, user, own)
     if users is not None:
         comparisons, file = faithfulness(run, users)
         print(f"\n{faithfulness_text(comparisons)}\nwritten: {file}")
@@ -55,8 +55,8 @@ def _check(folder: Any, user: Any, users: Any, own: dict[str, Any]) -> None:
         problems.append(
             "name the run folder, for example recbole-llm explain saved/LLMRanker-ml-100k-0123456789 --user=196."
         )
-    for key, value in (("k", own.get("k")), ("users", users)):
-        told = None if value is None else integer(1)(value)
+    for key, value in (("k", own.get("k", 10)), ("users", 1 if users is None else users)):
+        told = integer(1)(value)
         problems += [f"--{key}={value!r}: {told}."] if told else []
     if user is None:
         problems += [f"--{key}: it belongs to --user; name one." for key in own]

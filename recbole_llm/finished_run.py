@@ -149,25 +149,31 @@ class FinishedRun(ProtocolEvaluation):
         scores, items = self.score_rows(self.rows, np.array([row]))
         return Ranked.of(scores[0].cpu().numpy(), items[0].cpu().numpy())
 
-    def token_logps(self, histories: Sequence[History], items: Sequence[int]) -> list[list[torch.Tensor]]:
+    def token_logps(
+        self, histories: Sequence[History], items: Sequence[int], show_progress: bool = False
+    ) -> list[list[torch.Tensor]]:
         """As ``answer_token_logps``, by the LLM as it is now."""
         model = self.model
         return model.budget.run(
-            lambda tokens: answer_token_logps(model.policy, model.prompt, histories, items, token_budget=tokens)
+            lambda tokens: answer_token_logps(
+                model.policy, model.prompt, histories, items, token_budget=tokens, show_progress=show_progress
+            )
         )
 
-    def answer_logps(self, histories: Sequence[History], items: Sequence[int]) -> np.ndarray:
+    def answer_logps(
+        self, histories: Sequence[History], items: Sequence[int], show_progress: bool = False
+    ) -> np.ndarray:
         """Log-probs of whole answers ``[H, I]``, nats."""
-        found = self.token_logps(histories, items)
-        return np.array([[float(logps.double().sum()) for logps in row] for row in found]).reshape(len(found), -1)
+        found = self.token_logps(histories, items, show_progress)
+        return np.array([[float(logps.double().sum()) for logps in row] for row in found])
 
     # ---- what it was before
 
     @property
     def reference_name(self) -> str | None:
-        """What the last stage started from: "SFT", "untrained LLM", or None for a zero-shot run."""
+        """What the last stage started from: "SFT", "base LLM", or None for a zero-shot run."""
         stages = [stage["loss"] for stage in self.record["stages"]]
-        return None if not stages else "SFT" if len(stages) > 1 else "untrained LLM"
+        return None if not stages else "SFT" if len(stages) > 1 else "base LLM"
 
     @cached_property
     def sft_folder(self) -> Path | None:

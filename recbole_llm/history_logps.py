@@ -12,6 +12,7 @@ from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt
 from recbole_llm.llm.logps import completion_logps
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
+from recbole_llm.progress import bar
 
 History = tuple[int, ...]  # item ids, oldest first
 
@@ -51,6 +52,7 @@ def answer_token_logps(
     items: Sequence[int],
     *,
     token_budget: int,
+    show_progress: bool = False,
 ) -> list[list[torch.Tensor]]:
     """Log-prob of every token of each item's answer after each history.
 
@@ -65,10 +67,12 @@ def answer_token_logps(
     """
     asked, distinct = question(prompt, items), sorted(set(histories))
     groups = _groups(prompt, distinct, asked.size(), token_budget)
-    trees = [history_tree(prompt, group, asked) for group in groups]
-    rows = torch.cat([part.cpu() for part in completion_logps(model, trees, token_budget=token_budget)])
+    rows = []
+    for group in bar(iterable=groups, desc="Histories", unit="pass", leave=False, disable=not show_progress):
+        (logps,) = completion_logps(model, [history_tree(prompt, group, asked)], token_budget=token_budget)
+        rows.append(logps.cpu())
     lengths = [len(answer) for answer in asked.answers]
-    by_history = rows.view(len(distinct), sum(lengths))
+    by_history = torch.cat(rows).view(len(distinct), sum(lengths))
     found = {history: list(row.split(lengths)) for history, row in zip(distinct, by_history, strict=True)}
     return [found[history] for history in histories]
 

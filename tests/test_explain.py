@@ -295,7 +295,9 @@ def finished(dpo: Path) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def explained(finished: FinishedRun) -> Explanation:
-    return explain_user(finished, finished.user_token(0), k=5)
+    """Of a user whose target is not at the top, so that two titles are explained."""
+    table = finished.per_user
+    return explain_user(finished, table["user"][table["rank"] > 1].iloc[-1], k=5)
 
 
 def test_the_settings_are_those_of_the_run(dpo: Path, sft: Path) -> None:
@@ -324,7 +326,7 @@ def test_history_and_prompt_are_what_the_llm_read(finished: FinishedRun, explain
 
 @torch.no_grad()
 def test_log_probs_by_token_equal_one_sequence_at_a_time(finished: FinishedRun, explained: Explanation) -> None:
-    model, history = finished.model, finished.history(0)
+    model, history = finished.model, finished.history(finished.row_of(explained.user))
     item_of = {str(token): i for i, token in enumerate(finished.item_tokens)}
     assert [title.rank for title in explained.titles[:5]] == [1, 2, 3, 4, 5]
     for title in explained.titles:
@@ -337,7 +339,7 @@ def test_log_probs_by_token_equal_one_sequence_at_a_time(finished: FinishedRun, 
 
 @torch.no_grad()
 def test_influences_equal_one_sequence_at_a_time(finished: FinishedRun, explained: Explanation) -> None:
-    model, history = finished.model, finished.history(0)
+    model, history = finished.model, finished.history(finished.row_of(explained.user))
     item_of = {str(token): i for i, token in enumerate(finished.item_tokens)}
     for influence in explained.influences:
         answer = model.prompt.answers[item_of[influence.title.item]]
@@ -395,10 +397,10 @@ def test_another_item(finished: FinishedRun, explained: Explanation) -> None:
 def test_sft_run(sft: Path) -> None:
     """The change is since before training; there is no reward, and no SFT stage to compare with."""
     found = explain_user(FinishedRun(sft), users_of(sft)[0])
-    assert found.reference == "untrained LLM" and all(title.reward is None for title in found.titles)
+    assert found.reference == "base LLM" and all(title.reward is None for title in found.titles)
     assert any(note.startswith("This run is SFT") for note in found.notes)
     text = explanation_text(found)
-    assert "reward" not in text.split("Notes")[0] and "rank, untrained LLM" in text
+    assert "reward" not in text.split("Notes")[0] and "rank, base LLM" in text
 
 
 def test_an_sft_stage_that_is_gone(dpo: Path, tmp_path: Path) -> None:
@@ -425,13 +427,13 @@ KINDS = [
 TOLD = [
     ("SFT", "score"),
     ("SFT", "score"),
-    ("untrained LLM", "epochs=0: the reference is the LLM before training"),
+    ("base LLM", "epochs=0: the reference is the LLM before training"),
     ("SFT", "Pair prompt:"),
     (None, "this run is zero-shot"),
     (None, "finetune=full changed the weights themselves"),
-    ("untrained LLM", "the LLM ordered the top 5 of Pop alone"),
-    ("untrained LLM", "items behind the best 10 tie"),
-    ("untrained LLM", "test rows; the last one is explained"),
+    ("base LLM", "the LLM ordered the top 5 of Pop alone"),
+    ("base LLM", "items behind the best 10 tie"),
+    ("base LLM", "test rows; the last one is explained"),
 ]
 
 
@@ -460,7 +462,7 @@ def test_a_run_over_another_data_set(place: Path, given_settings: dict[str, Any]
     write_dataset(place / "data", users=15, seed=5, name="other")
     folder = run(place, given_settings, eval_dataset="other", epochs=1)
     found = explain_user(FinishedRun(folder), users_of(folder)[0])
-    assert found.agrees and found.run["dataset"] == "other" and found.reference == "untrained LLM"
+    assert found.agrees and found.run["dataset"] == "other" and found.reference == "base LLM"
 
 
 # ---- over users
@@ -578,6 +580,9 @@ def test_text_says_what_was_found(explained: Explanation) -> None:
         assert title.text in text and f"{title.logp:.3f}" in text and f"{title.reward:+.4f}" in text
     for influence in explained.influences:
         assert all(f"{value:+.3f}" in text for value in influence.by_item)
+    first, second = (influence.by_item for influence in explained.influences)
+    assert all(f"{a - b:+.3f}" in text for a, b in zip(first, second, strict=True))
+    assert "top 1 rather than target" in text
     assert f"chose {explained.target.text}: rank {explained.target.rank:g} of 10, as in per_user.csv.gz" in text
     assert "SASRec" in text and "SFT, before the last stage" in text
 
@@ -627,7 +632,9 @@ def test_a_ranking_that_is_not_the_runs(dpo: Path, tmp_path: Path, capsys: pytes
         (["RUN"], "--user: name a test user of the run, for example "),
         (["RUN", "more", "--user=u1"], "`more`: flags look like --key=value."),
         (["RUN", "--user=u1", "-k", "0"], "--k=0: must be a whole number >= 1."),
+        (["RUN", "--user=u1", "-k", "none"], "--k=None: must be a whole number >= 1."),
         (["RUN", "--users=many"], "--users='many': must be a whole number"),
+        (["RUN", "--user=USER", "--users=9"], "--users=9: the run has 8 test users. Ask for fewer."),
         (["RUN", "--users=3", "--item=i1"], "--item: it belongs to --user; name one."),
         (["RUN", "--user=USER", "--item=i999"], "--item=i999: no such item; there are 60, for example "),
         (["RUN", "--user=USER", "--beta=3"], "--beta: explain takes it from the run; only data_path, llm, "),

@@ -12,6 +12,7 @@ from recbole_llm.faithfulness import DRAWS
 from recbole_llm.report.explain_tables import (
     MARK,
     Table,
+    effects,
     head_lines,
     left_out,
     plain,
@@ -44,12 +45,12 @@ pre span { border-bottom: 2px solid var(--line); margin-right: 1px }
 .warning { border-left: 6px solid var(--less); padding-left: .8rem; font-weight: 600 }
 .bar { display: inline-block; height: .8em; vertical-align: baseline }
 .more { background: var(--more) }
-.less { background: repeating-linear-gradient(45deg, var(--less) 0 4px, transparent 4px 6px), var(--less) }
+.less { background: repeating-linear-gradient(45deg, var(--less) 0 4px, transparent 4px 6px) }
 .half { display: inline-block; width: 6rem } .half.left { text-align: right; border-right: 1px solid var(--ink) }
 .tokens { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 2px }
 .token { display: flex; flex-direction: column; align-items: center; font-size: .8rem; min-width: 2.4rem }
 .token i { display: block; width: 100%; background: var(--more) } .token code { padding: 0 .2rem }
-summary { cursor: pointer } .note { opacity: .85 }
+td.effect { white-space: nowrap } details { margin: .4rem 0 } summary { cursor: pointer } .note { opacity: .85 }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser fetches and runs nothing
 HEIGHT = 4.0  # rem, of the tallest bar
@@ -105,12 +106,12 @@ def _history(found: Explanation) -> str:
         "Oldest first. A bar is the title's log-prob (nats) with all items, less that without this one: solid and to "
         f"the right, the item makes it likelier; striped and to the left, less likely. {left_out(found)}"
     )
-    most = max(abs(value) for influence in found.influences for value in influence.by_item)
-    lines = []
+    columns, lines = effects(found), []
+    most = max(abs(value) for _, values in columns for value in values)
     for place, text in enumerate(found.history):
-        bars = "".join(f"<td>{_signed(influence.by_item[place], most)}</td>" for influence in found.influences)
+        bars = "".join(f"<td class='effect'>{_signed(values[place], most)}</td>" for _, values in columns)
         lines.append(f"<tr><td class='number'>{place + 1}</td><td>{_text(text)}</td>{bars}</tr>")
-    heads = "".join(f"<th>{_text(head)}</th>" for head in ("", "title", *title_heads(found)))
+    heads = "".join(f"<th>{_text(head)}</th>" for head in ("", "title", *(head for head, _ in columns)))
     return f"<p>{_text(told)}</p><div class='wide'><table><tr>{heads}</tr>{''.join(lines)}</table></div>"
 
 

@@ -108,6 +108,8 @@ def reading_notes(found: Explanation) -> list[str]:
     notes = [
         *found.notes,
         "Leave-one-out says what this ranker does with an item, not why the user chose it.",
+        "A part of each effect is common to all titles: any shorter history may make them likelier, or less. What "
+        "moves the order of two titles is the difference of their columns.",
         "Without 1 item the deletion test holds by construction: it is the leave-one-out that chose the item. The "
         "rest need not hold.",
     ]
@@ -122,6 +124,16 @@ def reading_notes(found: Explanation) -> list[str]:
 def title_heads(found: Explanation) -> list[str]:
     """The explained titles, each with why it is explained."""
     return [f"{influence.role}: {influence.title.text}" for influence in found.influences]
+
+
+def effects(found: Explanation) -> list[tuple[str, tuple[float, ...]]]:
+    """Columns over the history: what each item does to each explained title, and to the first against the second."""
+    columns = [(head, i.by_item) for head, i in zip(title_heads(found), found.influences, strict=True)]
+    if len(found.influences) > 1:
+        first, second, *_ = found.influences
+        difference = tuple(a - b for a, b in zip(first.by_item, second.by_item, strict=True))
+        columns.append((f"{first.role} rather than {second.role}", difference))
+    return columns
 
 
 def left_out(found: Explanation) -> str:

@@ -11,6 +11,7 @@ from recbole_llm.faithfulness import DRAWS, Comparison
 from recbole_llm.report.explain_tables import (
     MARK,
     Table,
+    effects,
     head_lines,
     left_out,
     plain,
@@ -45,10 +46,10 @@ def explanation_text(found: Explanation) -> str:
 
 def _history(found: Explanation) -> str:
     rows = [
-        [str(place + 1), text, *(f"{influence.by_item[place]:+.3f}" for influence in found.influences)]
+        [str(place + 1), text, *(f"{values[place]:+.3f}" for _, values in effects(found))]
         for place, text in enumerate(found.history)
     ]
-    heads = ["", "title", *(_short(head, 32) for head in title_heads(found))]
+    heads = ["", "title", *(_short(head, 32) for head, _ in effects(found))]
     return "\n".join(filter(None, [_table(Table(heads, rows, (1,))), left_out(found)]))
 
 
