@@ -367,6 +367,20 @@ def test_reference_is_the_sft_policy(finished: FinishedRun, sft: Path) -> None:
     assert max(moved) > 0.01
 
 
+def test_reference_has_a_prior_of_its_own(place: Path, given_settings: dict[str, Any]) -> None:
+    """score_norm=pmi takes off what the weights of the moment say without history; the ranks are those of SFT."""
+    sft = run(place, given_settings, score_norm="pmi")
+    dpo = FinishedRun(run(place, given_settings, score_norm="pmi", loss="DPO", rejected_num=1))
+    for user in users_of(sft):
+        row = dpo.row_of(user)
+        before = dpo.ranking(row)
+        with dpo.as_reference():
+            found = dpo.ranking(row)
+        assert found.rank([int(dpo.rows.targets[row])]) == row_of(sft, user)["rank"]
+        assert found.scores != pytest.approx(before.scores, abs=1e-3)
+        assert dpo.ranking(row).scores == pytest.approx(before.scores, abs=1e-5)
+
+
 def test_the_runs_own_weights_are_back(finished: FinishedRun, explained: Explanation) -> None:
     weights = digest(adapter_state(finished.model.llm))
     again = explain_user(finished, explained.user, k=5)
