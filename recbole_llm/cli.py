@@ -1,4 +1,4 @@
-"""The command line: ``recbole-llm run | compare | plan | preview | ls | env``, with RecBole's flags."""
+"""The command line: ``recbole-llm run | compare | plan | preview | explain | ls | env``, with RecBole's flags."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
   recbole-llm plan    -m LLMRanker -d ml-100k [--key=value ...]   tokens, memory and time of a run, before it
   recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it; of DPO4Rec the
                                                                   texts about a user, and what they are worth
+  recbole-llm explain <run folder> --user=196 [-k 10]             why a finished run ranks a user's items so: text, HTML
+                                                                  --users=50: are such explanations faithful?
   recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
   recbole-llm env                                                 machine and versions, for a bug report
 
@@ -26,8 +28,9 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
 --key value. Flags win over files. In a comparison a model's own keys stand in brackets behind its name:
 --models="SASRec,LLMRanker[loss=DMPO,beta=0.5]". Keys and their meanings: recbole-llm ls --keys."""
 HELP = ("-h", "--help", "help")
-SHORT = {"-m": "model", "-d": "dataset"}
+SHORT = {"-m": "model", "-d": "dataset", "-k": "k"}
 SWITCHES = {"keys"}
+TAKES = {"explain": "run_folder"}  # commands that take one word without a flag, and what it is called
 # Values that stay as typed, although they may look like numbers or lists.
 TEXT_FLAGS = {
     "model",
@@ -43,6 +46,10 @@ TEXT_FLAGS = {
     "cluster",
     "search",
     "user",
+    "item",
+    "run_folder",
+    "baseline",
+    "html",
     "gpu_id",
     "data_path",
     "checkpoint_dir",
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
-        return COMMANDS[argv[0]](parse_flags(argv[1:]))
+        return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
     except UserError as error:
         print(f"\nrecbole-llm: {error}", file=sys.stderr)
         return 2
@@ -89,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]:
     """``-m X --key=value --key value`` -> settings; RecBole's ``config_files`` becomes a list.
+
+    Args:
+        takes: what one word without a flag is called, where the command takes one.
 
     Raises:
         ConfigError: what is not a flag, a flag without a value, or one given twice with different values.
@@ -101,6 +111,9 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         word = rest.pop(0)
         name, mark, value = word.partition("=")
         if name not in SHORT and not (name.startswith("--") and name[2:]):
+            if takes and takes not in settings and not word.startswith("-"):
+                settings[takes] = word
+                continue
             problems.append(f"`{word}`: flags look like --key=value.")
             continue
         key = SHORT.get(name, name[2:])
@@ -181,6 +194,13 @@ def preview(settings: dict[str, Any]) -> int:
     return 0
 
 
+def explain(settings: dict[str, Any]) -> int:
+    """Explain a user's ranking by a finished run, or test explanations over users; writes HTML or JSON beside."""
+    from recbole_llm.explain_command import explain_run
+
+    return explain_run(settings)
+
+
 def list_all(settings: dict[str, Any]) -> int:
     """Models, data sets, prompts, comparisons and search spaces; with --keys every key as its YAML explains it."""
     from recbole_llm.model import OWN_MODELS, model_names
@@ -216,6 +236,7 @@ COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "compare": compare_models,
     "plan": plan_run,
     "preview": preview,
+    "explain": explain,
     "ls": list_all,
     "env": show_env,
 }

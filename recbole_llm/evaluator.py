@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,17 @@ class Ranking:
             self.pairs.append(torch.cat([target, other], dim=1).double().cpu().numpy())
 
 
+def expected_rank(above: Any, tied: Any, best: Any = 1) -> Any:
+    """Rank of the first of ``best`` targets that tie with each other and others, all in random order.
+
+    Args:
+        above: answers scored higher.
+        tied: answers scored equal, the targets included.
+        best: how many of these are targets.
+    """
+    return above + (tied + 1) / (best + 1)
+
+
 class PerUserEvaluator(Evaluator):
     """RecBole's metrics, kept for each row before RecBole averages them.
 
@@ -130,7 +142,7 @@ class PerUserEvaluator(Evaluator):
             {
                 "user": rows.user_tokens[rows.users],
                 "target": [" ".join(rows.target_tokens(row)) for row in range(len(rows))],
-                "rank": above + (tied + 1) / (best + 1),  # of the first of `best` among `tied` in random order
+                "rank": expected_rank(above, tied, best),
                 "tied": tied,
                 "answers": answers,
             }

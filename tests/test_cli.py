@@ -51,11 +51,21 @@ def flags(given_settings: dict[str, Any], **changes: Any) -> list[str]:
         (["--user_inter_num_interval=[5,10]"], {"user_inter_num_interval": "[5,10]"}),
         (["--keys"], {"keys": True}),
         (["--seed=1", "--seed=1"], {"seed": 1}),
+        (["-k", "5", "--item=007"], {"k": 5, "item": "007"}),
         ([], {}),
     ],
 )
 def test_flags(words: list[str], found: dict[str, Any]) -> None:
     assert cli.parse_flags(words) == found
+
+
+@pytest.mark.parametrize("words", [["a/b", "--user=1"], ["--user=1", "a/b"], ["--user", "1", "a/b"]])
+def test_a_word_without_a_flag(words: list[str]) -> None:
+    assert cli.parse_flags(words, "run_folder") == {"run_folder": "a/b", "user": "1"}
+    with pytest.raises(ConfigError, match="`c`: flags look like"):
+        cli.parse_flags([*words, "c"], "run_folder")
+    with pytest.raises(ConfigError, match="`a/b`: flags look like"):
+        cli.parse_flags(words)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["runn"], "`runn`: no such command; use run, compare, plan, preview, ls, env."),
+        (["runn"], "`runn`: no such command; use run, compare, plan, preview, explain, ls, env."),
         (["-m", "SASRec"], "`-m`: no such command"),
         (["run"], "--model: name one, for example --model=LLMRanker."),
         (["run", "-m", "Pop"], "--dataset: name one, for example --dataset=ml-100k."),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_llm.cli import COMMANDS, parse_flags
+from recbole_llm.cli import COMMANDS, TAKES, parse_flags
 from recbole_llm.config import LLMConfig, read_yaml, read_yamls
 from recbole_llm.report.compare import parse_models
 
@@ -31,7 +31,7 @@ def test_command_is_accepted(line: str) -> None:
         assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     assert command in COMMANDS
-    settings = parse_flags(rest)
+    settings = parse_flags(rest, TAKES.get(command))
     if command in ("run", "preview"):
         settings.pop("user", None)
         LLMConfig(config_dict=settings)
