@@ -48,7 +48,6 @@ TEXT_FLAGS = {
     "user",
     "item",
     "run_folder",
-    "baseline",
     "html",
     "gpu_id",
     "data_path",

@@ -175,9 +175,11 @@ def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Ite
         for i in todo:
             name = f"run-{cells[i].folder.name}"
             futures[client.submit(run_apart, _asked(cells[i], None), pure=False, retries=RETRIES, key=name)] = i
-        for future in as_completed(futures):
-            error = future.exception()
-            yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
+        for future in as_completed(futures, raise_errors=False):
+            try:
+                yield futures[future], future.result()
+            except Exception as error:  # a worker that died too often, or a scheduler that went away
+                yield futures[future], " ".join(f"{type(error).__name__}: {error}".split())
 
     with client:
         yield ended()
