@@ -6,11 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from recbole_llm import __version__
-from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yamls
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.keys import LOSSES
+from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, parse_value, read_yamls
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
 
@@ -19,7 +21,8 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
   recbole-llm plan    -m LLMRanker -d ml-100k [--key=value ...]   tokens, memory and time of a run, before it
   recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it; of DPO4Rec the
                                                                   texts about a user, and what they are worth
-  recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
+  recbole-llm ls      [--runs | --keys]                           models, losses, data sets, prompts, comparisons, and
+                                                                  the finished runs in saved/ (or --checkpoint_dir)
   recbole-llm env                                                 machine and versions, for a bug report
 
 -m/--model, -d/--dataset, --config_files="a.yaml b.yaml", and any RecBole or RecBole-LLM key as --key=value or
@@ -27,32 +30,7 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
 --models="SASRec,LLMRanker[loss=DMPO,beta=0.5]". Keys and their meanings: recbole-llm ls --keys."""
 HELP = ("-h", "--help", "help")
 SHORT = {"-m": "model", "-d": "dataset"}
-SWITCHES = {"keys"}
-# Values that stay as typed, although they may look like numbers or lists.
-TEXT_FLAGS = {
-    "model",
-    "dataset",
-    "models",
-    "config_files",
-    "user",
-    "gpu_id",
-    "data_path",
-    "checkpoint_dir",
-    "llm",
-    "prompt",
-    "item_text",
-    "reasoning_prompt",
-    "reasoning_item",
-    "text_encoder",
-    "endpoint",
-    "endpoint_model",
-    "user_inter_num_interval",
-    "item_inter_num_interval",
-    "entity_kg_num_interval",
-    "relation_kg_num_interval",
-    "field_separator",
-    "seq_separator",
-}
+SWITCHES = {"keys", "runs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,6 +127,7 @@ def compare_models(settings: dict[str, Any]) -> int:
 
 def plan_run(settings: dict[str, Any]) -> int:
     """Show what a run will cost; ``--probe=False`` leaves out what needs the LLM's weights."""
+    from recbole_llm.config import LLMConfig
     from recbole_llm.plan import plan
     from recbole_llm.report.plan_table import plan_text
 
@@ -163,6 +142,7 @@ def plan_run(settings: dict[str, Any]) -> int:
 
 def preview(settings: dict[str, Any]) -> int:
     """Show a user's prompt and pairs."""
+    from recbole_llm.config import LLMConfig
     from recbole_llm.preview import preview_user
 
     user = settings.pop("user", None)
@@ -174,18 +154,24 @@ def preview(settings: dict[str, Any]) -> int:
 
 
 def list_all(settings: dict[str, Any]) -> int:
-    """Models, data sets, prompts and comparisons; with --keys every key as its YAML explains it."""
+    """What there is, and the finished runs; --runs these alone, --keys every key as its YAML explains it."""
     from recbole_llm.model import OWN_MODELS, model_names
+    from recbole_llm.report.runs import runs_text
 
-    keys = settings.pop("keys", False)
-    _takes_nothing("ls", settings, "--keys alone")
+    keys, runs_alone = settings.pop("keys", False), settings.pop("runs", False)
+    saved = settings.pop("checkpoint_dir", "saved")
+    _takes_nothing("ls", settings, "--keys, --runs and --checkpoint_dir alone")
     if keys:
         for name in ("overall", *(f"model/{model}" for model in OWN_MODELS)):
             print((PROPERTIES / f"{name}.yaml").read_text(encoding="utf-8"))
         return 0
-    print(f"models: {', '.join(model_names())}")
-    for folder in ("dataset", "prompt", "compare"):
-        print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
+    if not runs_alone:
+        print(f"models: {', '.join(model_names())}")
+        print(f"losses: {', '.join(LOSSES)}")
+        for folder in ("dataset", "prompt", "compare"):
+            print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
+        print()
+    print(runs_text(Path(saved)))
     return 0
 
 
