@@ -43,7 +43,7 @@ def main() -> None:
             f"LLMRanker[loss=SFT,{foreign}]": "LLMRanker SFT, from the other domain",
             f"LLMRanker[loss=DMPO,{foreign}]": "LLMRanker SFT + DMPO, from the other domain",
         }
-        done = compare(list(names), dataset, shared, per_model)
+        done = compare(list(names), dataset, {**shared, "per_model": per_model})
         print(keep(done, name, "cross-domain", names=names))
 
 

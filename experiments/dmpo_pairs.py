@@ -63,7 +63,7 @@ def main() -> None:
     models = [m for m in models if "DMPO" not in m or any(f"rejected_num={k}]" in m for k in given.k)]
     settings |= {"eval_users": 700} if full else SMALL
     per_model["LLMRanker"] |= {} if full else SMALL_LLM
-    done = compare(models, "ml-100k", settings, per_model)
+    done = compare(models, "ml-100k", {**settings, "per_model": per_model})
     name = "full" if full else "small"
     short = {m: m.removeprefix("LLMRanker[loss=").removesuffix("]").replace("rejected_num", "k") for m in models}
     print(keep(done, name, "dmpo-pairs", names=short))

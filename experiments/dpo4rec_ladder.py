@@ -74,7 +74,7 @@ def main() -> None:
     if small:
         settings |= SMALL
         per_model["DPO4Rec"] |= SMALL_MODEL
-    done = compare(models, dataset, settings, per_model)
+    done = compare(models, dataset, {**settings, "per_model": per_model})
     told = (
         "MovieLens-100K, 150 training users, 100 test users, the target among 100, one seed. Rungs share stages: "
         "seconds of texts that another rung wrote are near 0.\n\n" + judged_table(done["runs"])

@@ -26,7 +26,7 @@ PER_MODEL = {
 def main() -> None:
     """Run the grid; keep the comparison and the curve."""
     entries = ["LLMRanker[finetune=none]", *(f"{m}[few_shot={n}]" for m in MODELS for n in USERS)]
-    done = compare(entries, "ml-100k", PROTOCOL, PER_MODEL)
+    done = compare(entries, "ml-100k", {**PROTOCOL, "per_model": PER_MODEL})
     keep(done, "table", "few-shot-curve")
     scores = {run["label"]: run.get("metrics", {}).get("ndcg@10") for run in done["runs"]}
     curve = pd.DataFrame(

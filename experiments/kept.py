@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.report.table import comparison, to_markdown
+import pandas as pd
+
+from recbole_llm.report.entries import Options
+from recbole_llm.report.formats import markdown as as_markdown
+from recbole_llm.report.frames import results_frame
+from recbole_llm.report.results import Line, Results
+from recbole_llm.report.table import costs_table, harm_table, results_table
 from recbole_llm.run_folder import environment, write_json, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -46,10 +52,15 @@ def keep(done: dict[str, Any], name: str, folder: str, note: str = "", names: di
     runs = [
         {**run, "entry": run["label"], "label": (names or {}).get(run["label"], run["label"])} for run in done["runs"]
     ]
-    table = comparison(runs)
-    markdown = (f"{note}\n\n" if note else "") + to_markdown(table, runs)
+    shown = [
+        Results(r.setting, [Line((names or {}).get(li.label, li.label), li.runs, li.errors) for li in r.lines])
+        for r in done["results"]
+    ]
+    tables = [results_table(r, pd.DataFrame(), [], Options(), i) for i, r in enumerate(shown)]
+    tables += [t for i, r in enumerate(shown) if (t := harm_table(r, pd.DataFrame(), [], i))]
+    markdown = (f"{note}\n\n" if note else "") + "\n".join(map(as_markdown, [*tables, costs_table(shown)]))
     write_text(home / f"{name}.md", markdown)
-    write_text(home / f"{name}.csv", table.to_csv(index=False))
+    write_text(home / f"{name}.csv", results_frame(shown).to_csv(index=False))
     write_json(home / f"{name}.json", runs)
     write_json(home / "env.json", environment())
     print(f"written: {home}/{name}.md, .csv, .json")

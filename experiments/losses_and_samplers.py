@@ -58,7 +58,7 @@ def main() -> None:
     small = parser.parse_args().small
     shared, llm = (SHARED | SMALL_SHARED, LLM_SETTINGS | SMALL_LLM) if small else (SHARED, LLM_SETTINGS)
     per_model = {"LLMRanker": llm, "SASRec": CLASSIC, "GRU4Rec": CLASSIC}
-    done = compare(["Pop", "SASRec", "GRU4Rec", *LOSSES, *SAMPLERS], "ml-100k", shared, per_model)
+    done = compare(["Pop", "SASRec", "GRU4Rec", *LOSSES, *SAMPLERS], "ml-100k", {**shared, "per_model": per_model})
     told = f"Preference stages: learning rate {llm['preference_learning_rate']:g}, beta {llm['beta']}, k = 3 (DPO 1)."
     names = {entry: entry.removeprefix("LLMRanker[loss=").removesuffix("]") for entry in (*LOSSES, *SAMPLERS)}
     print(keep(done, "small" if small else "table", "losses-and-samplers", told, names))

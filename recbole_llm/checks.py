@@ -19,6 +19,7 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
+from recbole_llm.wandb_log import wandb_is_installed
 
 # What the data are read with.
 READ_WITH = (
@@ -75,6 +76,8 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are fine alone and wrong together."""
     ill_typed = {k for k, v in settings.items() if k in keys.CHECKS and keys.CHECKS[k](v)}
     problems = _wrong_users(settings) if not ill_typed & {"few_shot", "disjoint_users", "liked_only"} else []
+    if settings.get("log_wandb") is True and not wandb_is_installed():
+        problems.append("--log_wandb=True: the package wandb is not installed; `pip install wandb`, or leave it out.")
     if "recommender_model" in settings:
         return problems + wrong_dpo4rec(settings)
     if not keys.ranks_titles(settings):

@@ -6,22 +6,26 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from recbole_llm import __version__
-from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yamls
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.keys import LOSSES
+from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, parse_value, read_yamls
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
 
   recbole-llm run     -m LLMRanker -d ml-100k [--key=value ...]   train and evaluate one model
-  recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k    several models, same candidates, one table
+  recbole-llm compare --models=Pop,SASRec,LLMRanker -d ml-100k    several models, same candidates, one table; over
+                                                                  --seeds=1,2,3 --modes=uni99,full --few_shot=50,none
   recbole-llm plan    -m LLMRanker -d ml-100k [--key=value ...]   tokens, memory and time of a run, before it
   recbole-llm preview -m LLMRanker -d ml-100k [--user=196]        a user's prompt as the LLM reads it; of DPO4Rec the
                                                                   texts about a user, and what they are worth
   recbole-llm explain <run folder> --user=196 [-k 10]             why a finished run ranks a user's items so: text, HTML
                                                                   --users=50: are such explanations faithful?
-  recbole-llm ls      [--keys]                                    models, data sets, prompts, comparisons
+  recbole-llm ls      [--runs | --keys]                           models, losses, data sets, prompts, comparisons, and
+                                                                  the finished runs in saved/ (or --checkpoint_dir)
   recbole-llm env                                                 machine and versions, for a bug report
 
 -m/--model, -d/--dataset, --config_files="a.yaml b.yaml", and any RecBole or RecBole-LLM key as --key=value or
@@ -29,44 +33,8 @@ USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's r
 --models="SASRec,LLMRanker[loss=DMPO,beta=0.5]". Keys and their meanings: recbole-llm ls --keys."""
 HELP = ("-h", "--help", "help")
 SHORT = {"-m": "model", "-d": "dataset", "-k": "k"}
-SWITCHES = {"keys"}
+SWITCHES = {"keys", "runs"}
 TAKES = {"explain": "run_folder"}  # commands that take one word without a flag, and what it is called
-# Values that stay as typed, although they may look like numbers or lists.
-TEXT_FLAGS = {
-    "model",
-    "dataset",
-    "models",
-    "config_files",
-    "config",
-    "modes",
-    "seeds",
-    "baseline",
-    "table_metrics",
-    "out",
-    "cluster",
-    "search",
-    "user",
-    "item",
-    "run_folder",
-    "html",
-    "gpu_id",
-    "data_path",
-    "checkpoint_dir",
-    "llm",
-    "prompt",
-    "item_text",
-    "reasoning_prompt",
-    "reasoning_item",
-    "text_encoder",
-    "endpoint",
-    "endpoint_model",
-    "user_inter_num_interval",
-    "item_inter_num_interval",
-    "entity_kg_num_interval",
-    "relation_kg_num_interval",
-    "field_separator",
-    "seq_separator",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,6 +137,7 @@ def compare_models(settings: dict[str, Any]) -> int:
 
 def plan_run(settings: dict[str, Any]) -> int:
     """Show what a run will cost; ``--probe=False`` leaves out what needs the LLM's weights."""
+    from recbole_llm.config import LLMConfig
     from recbole_llm.plan import plan
     from recbole_llm.report.plan_table import plan_text
 
@@ -183,6 +152,7 @@ def plan_run(settings: dict[str, Any]) -> int:
 
 def preview(settings: dict[str, Any]) -> int:
     """Show a user's prompt and pairs."""
+    from recbole_llm.config import LLMConfig
     from recbole_llm.preview import preview_user
 
     user = settings.pop("user", None)
@@ -201,18 +171,24 @@ def explain(settings: dict[str, Any]) -> int:
 
 
 def list_all(settings: dict[str, Any]) -> int:
-    """Models, data sets, prompts, comparisons and search spaces; with --keys every key as its YAML explains it."""
+    """What there is, and the finished runs; --runs these alone, --keys every key as its YAML explains it."""
     from recbole_llm.model import OWN_MODELS, model_names
+    from recbole_llm.report.runs import runs_text
 
-    keys = settings.pop("keys", False)
-    _takes_nothing("ls", settings, "--keys alone")
+    keys, runs_alone = settings.pop("keys", False), settings.pop("runs", False)
+    saved = settings.pop("checkpoint_dir", "saved")
+    _takes_nothing("ls", settings, "--keys, --runs and --checkpoint_dir alone")
     if keys:
-        for name in ("overall", *(f"model/{model}" for model in OWN_MODELS)):
+        for name in ("overall", *(f"model/{model}" for model in OWN_MODELS), "comparison"):
             print((PROPERTIES / f"{name}.yaml").read_text(encoding="utf-8"))
         return 0
-    print(f"models: {', '.join(model_names())}")
-    for folder in ("dataset", "prompt", "compare", "search"):
-        print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
+    if not runs_alone:
+        print(f"models: {', '.join(model_names())}")
+        print(f"losses: {', '.join(LOSSES)}")
+        for folder in ("dataset", "prompt", "compare", "search"):
+            print(f"{folder}: {', '.join(sorted(f.stem for f in (PROPERTIES / folder).glob('*.yaml')))}")
+        print()
+    print(runs_text(Path(saved)))
     return 0
 
 

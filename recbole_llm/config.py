@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import re
-import warnings
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,76 +13,7 @@ from recbole_llm import checks, compat, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_class
-
-HERE = Path(__file__).resolve().parent
-PROPERTIES = next(p for p in (HERE / "properties", HERE.parent / "properties") if p.is_dir())
-
-
-def parse_value(text: str) -> Any:
-    """A value as typed: a Python literal, true/false/none in any case, else text. Never run as code.
-
-    >>> parse_value("1e-3"), parse_value("1,5"), parse_value("true"), parse_value("{title}")
-    (0.001, [1, 5], True, '{title}')
-    """
-    named = {"true": True, "false": False, "none": None, "null": None, "~": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Python's doubts about texts such as "1or"
-            value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-    if isinstance(value, tuple):
-        return list(value)
-    return text if isinstance(value, (set, bytes, complex)) or value is ... else value
-
-
-class SettingsLoader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; RecBole's users write it as a number."""
-
-
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(file: str) -> dict[str, Any]:
-    """Settings of a YAML file; only plain values, no object tags.
-
-    Raises:
-        ConfigError: no such file, or not plain ``key: value`` YAML.
-    """
-    try:
-        loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=SettingsLoader)
-    except OSError as error:
-        raise ConfigError([f"--config_files: cannot read `{file}` ({error.strerror})."]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError([f"--config_files: `{file}` is not plain YAML: {told}."]) from None
-    if loaded is None:  # comments alone
-        return {}
-    if not isinstance(loaded, dict):
-        kind = type(loaded).__name__
-        raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not a {kind}."])
-    return {str(key): value for key, value in loaded.items()}
-
-
-def read_yamls(files: list[str]) -> dict[str, Any]:
-    """Settings of several files, later ones win.
-
-    Raises:
-        ConfigError: what is wrong with all of them.
-    """
-    settings: dict[str, Any] = {}
-    problems = []
-    for file in files:
-        try:
-            settings |= read_yaml(file)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return settings
+from recbole_llm.settings import PROPERTIES, SettingsLoader, read_yaml, read_yamls
 
 
 class LLMConfig(Config):

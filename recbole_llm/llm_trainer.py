@@ -15,11 +15,13 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from transformers import get_scheduler
 
+from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
+from recbole_llm.llm.logps import decoder_and_head
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
@@ -92,6 +94,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             else:
                 best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
             self.facts["stages"].append(record)
+        self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
             best = self._valid_epoch(valid_data, show_progress)
         if self.config["finetune"] != "none":
@@ -258,7 +261,18 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             out.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
+        self.wandblogger.log_metrics(values, head=self.stage.loss)
         self.global_step += 1
+
+    # ---- evaluation
+
+    def evaluate(self, eval_data: EvalRows, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As ``ProtocolEvaluation``; the test's tokens go to the record."""
+        with TokenCount(decoder_and_head(self.model.policy)[0]) as count:
+            result = super().evaluate(eval_data, *args, **kwargs)
+        if eval_data.split == "test":
+            self.facts["test_tokens"] = count.tokens
+        return result
 
     # ---- checkpoints: adapters alone
 

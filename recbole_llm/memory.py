@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recbole_llm.llm.logps import base_model, decoder_and_head, head_rows_at_once
+from recbole_llm.machine import machine_bytes
 
 GIB = 2**30
 GPU_CONTEXT = 0.5 * GIB  # CUDA's own, before the first tensor
@@ -193,17 +193,6 @@ def unpacked_bytes(model: torch.nn.Module, config: Config) -> int:
     head = decoder_and_head(model)[1]
     layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return max(m.weight.numel() * m.weight.element_size() for m in layers)
-
-
-def machine_bytes(device: torch.device) -> int:
-    """Memory of the device, or of the machine or the container that runs on its CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    found = psutil.virtual_memory().total
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        told = Path(file).read_text().strip() if Path(file).is_file() else ""
-        found = min(found, int(told)) if told.isdigit() else found
-    return found
 
 
 def machine_name(device: torch.device) -> str:

@@ -15,6 +15,7 @@ from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.dpo4rec.plan import plan_of_dpo4rec
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.pretrained import LLM
+from recbole_llm.machine import machine_bytes
 from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
 from recbole_llm.plan_counts import Work, pass_work, stage_work
 from recbole_llm.plan_eval import eval_work
@@ -187,7 +188,7 @@ def _totals(config: LLMConfig, parts: dict[str, float]) -> dict[str, Any]:
     fixed = sum(parts[name] for name in ("weights", "adapters", "gradients", "optimizer"))
     largest, held = max(parts["training pass"], parts["evaluation pass"]), parts["held"]
     total = parts["process"] + fixed + held * largest
-    has = memory.machine_bytes(config["device"])
+    has = machine_bytes(config["device"])
     gpu = memory.GPU_CONTEXT + fixed + memory.HELD["cuda"] * largest
     fits = {size: gpu <= size * memory.GIB for size in memory.GPU_CLASSES}
     free_holes = (parts.pop("held") - 1) * largest

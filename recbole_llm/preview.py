@@ -1,13 +1,15 @@
-"""What the LLM reads: a user's prompt, the answers it is trained on, and the tokens they take."""
+"""What the LLM reads: a user's prompt, the answers it is trained on, the tokens they take, and what was left out."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.data.item_text import whole_texts
 from recbole_llm.data.pair_prompt import PairPrompt
-from recbole_llm.data.prompt import Window
+from recbole_llm.data.prompt import Window, plain_tokens
 from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.data.windows import training_windows
 from recbole_llm.dpo4rec.preview import preview_texts
 from recbole_llm.errors import UserError
 from recbole_llm.model import OWN_MODELS
@@ -18,7 +20,7 @@ from recbole_llm.stages import preference_windows, sft_windows
 
 
 def preview_user(config: LLMConfig, user: str | None) -> str:
-    """The last training window of a user as text: prompt, chosen title, rejected titles, token counts.
+    """The last training window of a user as text: prompt, chosen title, rejected titles, token counts, what was cut.
 
     Strategies that ask the policy (self_hard) ask the LLM as it is before training; those that ask a recommender train
     it first.
@@ -45,7 +47,9 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     internal = names[user] if user is not None else next(iter(sequences))
     model = LLMRanker(config, protocol.train_data._dataset)
     window = _window(config, protocol, model, internal)
-    return _shown(model, window, str(tokens[internal]), len(sequences[internal]))
+    whole = _cut_titles(config, protocol, model)
+    told = _told(model, window, str(tokens[internal]), len(sequences[internal]), whole)
+    return "\n".join([*told, "", *_shown(model, window), "", *_all_users(config, protocol, model, whole)])
 
 
 def _window(config: LLMConfig, protocol: Protocol, model: LLMRanker, user: int) -> Window:
@@ -63,17 +67,74 @@ def _window(config: LLMConfig, protocol: Protocol, model: LLMRanker, user: int) 
     return windows[-1]
 
 
-def _shown(model: LLMRanker, window: Window, user: str, trained: int) -> str:
-    target = window.targets[-1]
+def _cut_titles(config: LLMConfig, protocol: Protocol, model: LLMRanker) -> dict[int, str]:
+    """Item id -> the whole text of those that ``item_text_max_tokens`` cuts."""
+    texts = whole_texts(config, protocol.dataset)
+    sizes = map(len, plain_tokens(model.llm.tokenizer, texts))
+    return {i + 1: texts[i] for i, size in enumerate(sizes) if size > config["item_text_max_tokens"]}
+
+
+def _told(model: LLMRanker, window: Window, user: str, trained: int, whole: dict[int, str]) -> list[str]:
+    """How much of a user's history the prompt holds, and which of its titles are not whole."""
+    config, target = model.config, window.targets[-1]
     prompt = model.prompt.trunk(window.items[:target])
-    told = f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens"
+    most = config["MAX_ITEM_LIST_LENGTH"]
+    by_length, by_context = left_out(window, trained, most)
+    lines = [
+        f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens",
+        f"left out: {by_length} older items by --MAX_ITEM_LIST_LENGTH={most}, {by_context} by the LLM's context of "
+        f"{model.llm.context} tokens",
+        f"trained in one pass with it: {len(window.targets)} positions, {model.prompt.window_size(window)} tokens",
+    ]
+    shown = dict.fromkeys(i for i in (*window.items, *window.branches()[-1]) if i in whole)
+    most = config["item_text_max_tokens"]
+    return lines + [f"cut by --item_text_max_tokens={most}: {model.texts[i]!r} of {whole[i]!r}" for i in shown]
+
+
+def left_out(window: Window, trained: int, most: int) -> tuple[int, int]:
+    """Items before the last target that its prompt lacks: over ``most``, and for lack of room in the LLM's context.
+
+    Args:
+        window: the user's last.
+        trained: training items of the user.
+        most: items of history at most.
+    """
+    before = trained - 1 - (len(window.also[-1]) if window.also else 0)
+    return max(0, before - most), min(before, most) - window.targets[-1]
+
+
+def _shown(model: LLMRanker, window: Window) -> list[str]:
+    """The prompt to the letter, and its answers."""
+    prompt = model.prompt.trunk(window.items[: window.targets[-1]])
     answers = _pairs(model, window) if isinstance(model.prompt, PairPrompt) else _titles(model, window)
-    lines = [told, "", model.llm.tokenizer.decode(prompt), "", *answers]
+    lines = [_text(model, prompt), "", *answers]
     for place, epsilon in enumerate(window.smoothing[-1] if window.smoothing else ()):
         lines.append(f"epsilon   {epsilon:.3f}: the oracle's chance that the user prefers rejected title {place + 1}")
+    return lines
+
+
+def _all_users(config: LLMConfig, protocol: Protocol, model: LLMRanker, whole: dict[int, str]) -> list[str]:
+    """The same of the last prompt of every training user, and of the catalogue's titles."""
+    sequences, most = protocol.training_sequences(), config["MAX_ITEM_LIST_LENGTH"]
+    windows = training_windows(
+        sequences,
+        model.prompt,
+        history=most,
+        last=1,
+        most_tokens=model.llm.context,
+        chosen=config["chosen_num"] if config["loss"] == "MultDPO" else 1,
+    )
+    sizes = [len(model.prompt.trunk(w.items[: w.targets[-1]])) for w in windows]
+    lacks = np.array([left_out(w, len(sequences[w.user]), most) for w in windows]) > 0
+    by_length, by_context = 100 * lacks.mean(0)
+    half, nearly_all = np.percentile(sizes, [50, 95])
     longest = int(np.argmax([len(a) for a in model.prompt.answers]))
-    size = len(model.prompt.answers[longest])
-    return "\n".join([*lines, "", f"longest title of the catalogue: {model.texts[longest]!r} ({size} tokens)"])
+    return [
+        f"all {len(windows):,} training users: prompts of {half:.0f} tokens (median), {nearly_all:.0f} (95 %), "
+        f"{max(sizes)} (most); {by_length:.1f} % lack items by MAX_ITEM_LIST_LENGTH, {by_context:.1f} % by the context",
+        f"all {len(model.texts) - 1:,} titles: {len(whole):,} cut; longest {model.texts[longest]!r} "
+        f"({len(model.prompt.answers[longest])} tokens)",
+    ]
 
 
 def _titles(model: LLMRanker, window: Window) -> list[str]:
@@ -89,11 +150,15 @@ def _pairs(model: LLMRanker, window: Window) -> list[str]:
     chosen, lines = window.items[window.targets[-1]], []
     for place, item in enumerate(window.rejected[-1]):
         listed = model.prompt.listing(*model.prompt.order(window, place))
-        lines.append(f"pair {place + 1}: {model.llm.tokenizer.decode(listed)}")
+        lines.append(f"pair {place + 1}: {_text(model, listed)}  ({len(listed)} tokens)")
         lines.append(_line(model, "chosen", model.prompt.answer(chosen, item)))
         lines.append(_line(model, "rejected", model.prompt.answer(item, chosen)))
     return lines
 
 
 def _line(model: LLMRanker, kind: str, answer: list[int]) -> str:
-    return f"{kind:<9}{model.llm.tokenizer.decode(answer)!r}  ({len(answer)} tokens)"
+    return f"{kind:<9}{_text(model, answer)!r}  ({len(answer)} tokens)"
+
+
+def _text(model: LLMRanker, tokens: list[int]) -> str:
+    return model.llm.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,11 +15,13 @@ from recbole.utils import init_seed
 
 from recbole_llm import keys
 from recbole_llm.config import LLMConfig
+from recbole_llm.costs import Clock, Peak
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
+from recbole_llm.report.card import model_card
 from recbole_llm.run_folder import (
     data_hash,
     environment,
@@ -35,6 +36,7 @@ from recbole_llm.run_folder import (
 from recbole_llm.run_log import explained, start_log
 from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of
+from recbole_llm.wandb_log import wandb_run
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -60,7 +62,7 @@ def run_recbole_llm(
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
-    with writing(config):
+    with writing(config), wandb_run(config):
         return _run(config, saved)
 
 
@@ -83,7 +85,8 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     for needed in (config, test_config):
         check_recommenders(needed)
     folder = make_run_folder(config, run_folder_of(config))
-    logger, clock = start_log(config, folder), Clock()
+    logger = start_log(config, folder)
+    clock, peak = Clock(), Peak(config["device"])
     asked = protocol = read_data(config, folder)
     if test_config is not config:
         with explained(test_config, folder, "reading the data to be ranked"):
@@ -118,7 +121,8 @@ def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
     }
     logger.info(f"best valid : {best_valid}")
     logger.info(f"test result: {test_result}")
-    save_run(folder, config, protocol, asked, trainer, result, clock.timings(), samples)
+    costs = {"timings": clock.timings(), "peak_memory_bytes": peak.bytes()}
+    save_run(folder, config, protocol, asked, trainer, result, costs, samples)
     return result
 
 
@@ -187,27 +191,6 @@ def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dic
     return samples
 
 
-class Clock:
-    """Wall and processor seconds between laps."""
-
-    def __init__(self) -> None:
-        self._at = (time.perf_counter(), time.process_time())
-        self._wall: dict[str, float] = {}
-        self._cpu: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """What ran since the last lap is called ``name``."""
-        now = (time.perf_counter(), time.process_time())
-        self._wall[name], self._cpu[name] = now[0] - self._at[0], now[1] - self._at[1]
-        self._at = now
-
-    def timings(self) -> dict[str, float]:
-        """``<lap>_s`` and ``<lap>_cpu_s`` of every lap and in total, seconds."""
-        found = {f"{name}_s": value for name, value in self._wall.items()}
-        found |= {f"{name}_cpu_s": value for name, value in self._cpu.items()}
-        return found | {"total_s": sum(self._wall.values()), "total_cpu_s": sum(self._cpu.values())}
-
-
 def trainer_for(config: LLMConfig, recommender: torch.nn.Module) -> Any:
     """Our model's own trainer class where it names one, else RecBole's with our evaluation."""
     own = getattr(recommender, "trainer_class", None)
@@ -233,7 +216,7 @@ def save_run(
     asked: Protocol,
     trainer: Any,
     result: dict[str, Any],
-    timings: dict[str, float],
+    costs: dict[str, Any],
     samples: list[dict[str, Any]],
 ) -> None:
     """Write everything but the checkpoint; ``result.json`` last, because it says that the run is whole.
@@ -241,6 +224,7 @@ def save_run(
     Args:
         protocol: what was trained on.
         asked: what was tested on; another data set's where ``eval_dataset`` is given.
+        costs: ``timings`` (seconds) and ``peak_memory_bytes``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -252,6 +236,7 @@ def save_run(
         "training_dataset": config["dataset"],
         "metrics": result["test_result"],
         "valid_metrics": result["best_valid_result"],
+        "valid_metric": config["valid_metric"].lower(),
         "candidate_hash": asked.candidate_hash,
         "valid_candidate_hash": protocol.valid.digest,
         "data_hash": data_hash(config),
@@ -261,25 +246,26 @@ def save_run(
         "few_shot_seed": config["few_shot_seed"],
         "mode": asked.test.mode,
         "mask_history": config["mask_history"],
-        "valid_metric": config["valid_metric"],
         "next_items": config["next_items"],
         "rows": len(asked.test),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),
         "training_interactions": sum(protocol.item_counter.values()),
         "trainable_parameters": trainable,
         "device": str(config["device"]),
-        "timings": timings,
+        **costs,
         "versions": versions(),
         **getattr(trainer, "facts", {}),
     }
     try:
-        write_json(folder / "env.json", environment())
+        machine = environment()
+        write_json(folder / "env.json", machine)
         write_table(folder / "per_user.csv.gz", trainer.per_user)
         protocol.valid.save(folder / "candidates-valid.jsonl.gz")
         asked.test.save(folder / "candidates-test.jsonl.gz")
         if samples:
             lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
             write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / "README.md", model_card(config, record, machine, folder))
         write_json(folder / "result.json", record)
     except OSError as error:
         raise UserError(

@@ -128,12 +128,13 @@ def try_recommenders(config: LLMConfig, protocol: Protocol) -> None:
 
 
 def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
-    """The configuration of a model that serves a run: data and protocol of the run, training of its own.
+    """The configuration of a model that serves a run: data and protocol of the run, training of its own, no W&B.
 
     Raises:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
-    return LLMConfig(name, config["dataset"], None, {**shared_settings(config), **(config["recommender_config"] or {})})
+    shared = {k: v for k, v in shared_settings(config).items() if k != "log_wandb"}
+    return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
 
 
 def shared_settings(config: LLMConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.errors import UserError
-from recbole_llm.machine import processor
+from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
 
 PACKAGES = (
     "recbole",
@@ -37,6 +37,8 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+# What a bug report names beside them; no result depends on these, and so no run's name does.
+ALSO = ("huggingface_hub", "scikit-learn", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
 # What does not change a result, and so does not name a run.
 NOT_IN_HASH = {
     "checkpoint_dir",
@@ -106,7 +108,7 @@ def make_run_folder(config: Config, folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("result.json", "traceback.txt"):  # a result stands only for a finished run
+        for stale in ("result.json", "README.md", "traceback.txt"):  # a result stands only for a finished run
             (folder / stale).unlink(missing_ok=True)
         write_text(folder / "config.yaml", yaml.safe_dump(plain(config.final_config_dict), allow_unicode=True))
     except OSError as error:
@@ -175,8 +177,14 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"recbole_llm": __version__, "recbole_llm_code": code_hash()[:12], "python": platform.python_version()}
-    for name in PACKAGES:
+    own = {"recbole_llm": __version__, "recbole_llm_code": code_hash()[:12], "python": platform.python_version()}
+    return own | _installed(PACKAGES)
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -195,21 +203,29 @@ def code_hash() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and git commit."""
+    """Machine, versions, git commit and the environment variables that matter; no path, no name, no key."""
     return {
         "versions": versions(),
+        "other_versions": _installed(ALSO),
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        "memory_bytes": machine_bytes(torch.device("cpu")),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "git_commit": git_commit(),
+        "gpus": gpus(),
+        "gpu_driver": gpu_driver(),
+        "cuda_toolkit": torch.version.cuda,
+        "variables": variables(),
     }
 
 
 def git_commit() -> str | None:
     """Commit of the source tree we run from, with ``-dirty`` where it was changed; None outside a checkout."""
     here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():  # installed below someone's repository, whose commit is not ours
+        return None
     try:
         told = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],

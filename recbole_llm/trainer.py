@@ -21,6 +21,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import harm_metrics, title_embeddings
 from recbole_llm.progress import bar
+from recbole_llm.wandb_log import RunLogger
 
 SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
 
@@ -39,6 +40,7 @@ class ProtocolEvaluation:
         self.protocol = protocol
         self.saved_model_file = str(run_folder / f"{self.config['model']}.pth")
         self.per_user_evaluator = PerUserEvaluator(self.config)
+        self.wandblogger = RunLogger(self.config)
 
     @torch.no_grad()
     def evaluate(
@@ -79,6 +81,7 @@ class ProtocolEvaluation:
             harm, by_row = harm_metrics(self.config, eval_data, top, self.protocol.popularity, embeddings)
             result.update(harm)
             self.per_user = self.per_user.join(by_row)
+            self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 
     def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

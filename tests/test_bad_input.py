@@ -211,6 +211,7 @@ def left_over(folder: str) -> list[str]:
         ("Pop", "per_user.csv.gz"),
         ("Pop", "candidates-valid.jsonl.gz"),
         ("Pop", "candidates-test.jsonl.gz"),
+        ("Pop", "README.md"),
         ("Pop", "result.json"),
         ("LLMRanker", "adapter_model.safetensors"),
         ("LLMRanker", "stage.json"),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_llm import __version__, cli, keys, quick_start
+from recbole_llm import __version__, cli, keys, machine, quick_start, run_folder
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.report import compare as comparing
+from recbole_llm.report.entries import parse_models, split_options
+from recbole_llm.report.grid import cells
 from tests.conftest import accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +118,63 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n{key}:" in told for key in keys.PROTOCOL_KEYS | keys.LLM_KEYS | keys.DPO4REC_KEYS)
 
 
-def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert cli.main(["env"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["versions"]["recbole_llm"] == __version__ and {"platform", "cores", "git_commit"} <= set(told)
+    assert told["versions"]["recbole_llm"] == __version__ and told["versions"]["torch"] == torch.__version__
+    assert told["versions"]["python"] == platform.python_version() and "tqdm" in told["other_versions"]
+    assert told["cores"] == os.cpu_count() and told["torch_threads"] == torch.get_num_threads()
+    assert 0 < told["memory_bytes"] <= psutil.virtual_memory().total
+    assert len(told["gpus"]) == torch.cuda.device_count() and told["platform"] == platform.platform()
+    assert told["variables"]["OMP_NUM_THREADS"] == "3" and told["variables"]["HF_HUB_OFFLINE"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in told["variables"]
+    assert {"git_commit", "processor", "gpu_driver", "cuda_toolkit"} <= set(told)
+
+
+def test_env_tells_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    keys_of_services = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "WANDB_ENTITY")
+    for name in (*keys_of_services, "USER", "LOGNAME", "HOME", "HF_HOME", "RECBOLE_LLM_CACHE", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "alice-s3cret")
+    assert cli.main(["env"]) == 0
+    told = capsys.readouterr().out
+    assert "s3cret" not in told and not [name for name in keys_of_services if name in told]
+    variables = json.loads(told)["variables"]
+    assert {variables[name] for name in ("HF_HOME", "RECBOLE_LLM_CACHE", "HTTPS_PROXY")} == {"(set)"}
+    assert platform.node() not in told or len(platform.node()) < 4
+    assert str(Path(__file__).resolve().parents[1]) not in told
+
+
+def test_gpu_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nvidia-smi tells it; nothing where there is no such program, or no GPU."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    try:
+        machine.gpu_driver.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert machine.gpu_driver() is None
+        machine.gpu_driver.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert machine.gpu_driver() is None
+        machine.gpu_driver.cache_clear()
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nif [ $# = 2 ]; then echo 550.54.15; echo 550.54.15; fi\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert machine.gpu_driver() == "550.54.15"
+    finally:
+        machine.gpu_driver.cache_clear()
+
+
+def test_commit_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed below someone's repository, the package does not name that repository's commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    for home, found in ((tmp_path / "venv" / "lib", None), (tmp_path, head[:12])):
+        (home / "recbole_llm").mkdir(parents=True)
+        monkeypatch.setattr(run_folder, "__file__", str(home / "recbole_llm" / "run_folder.py"))
+        assert run_folder.git_commit() == found
 
 
 @pytest.mark.parametrize(
@@ -130,7 +189,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--models=Pop"], "--dataset: name one"),
         (["preview"], "--dataset: name one"),
         (["env", "--seed=1"], "--seed: env takes no flags."),
-        (["ls", "--model=Pop"], "--model: ls takes --keys alone."),
+        (["ls", "--model=Pop"], "--model: ls takes --keys, --runs and --checkpoint_dir alone."),
         (["run", "--config_files=none.yaml"], "--config_files: cannot read `none.yaml` (No such file or"),
     ],
 )
@@ -158,7 +217,7 @@ def test_preview_shows_prompt_and_pair(tiny: dict[str, Any], capsys: pytest.Capt
     assert cli.main(["preview", *flags(tiny, loss="DMPO", rejected_num=2), "--user=u3"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("user u3: 10 training items, 9 of them in this prompt, ")
-    assert "Titles that one person chose, in order:\n" in told and "longest title of the catalogue: " in told
+    assert "Titles that one person chose, in order:\n" in told and "\nall 60 titles: 0 cut; longest " in told
     kinds = [line.split()[0] for line in told.splitlines() if line.startswith(("chosen ", "rejected "))]
     assert kinds == ["chosen", "rejected", "rejected"]
     assert not list(Path(tiny["checkpoint_dir"]).glob("*"))
@@ -231,6 +290,8 @@ WORDS = st.sampled_from(
         "--seed=1e400",
         "--keys",
         "--keys=1",
+        "--runs",
+        "--checkpoint_dir=\x00",
         "--config_files=none.yaml",
         "--config_files=.",
         "--user=1",
@@ -279,11 +340,10 @@ def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: boo
         began.append(LLMConfig(*args))
         return {"test_result": {}, "run_folder": ""}
 
-    def run_all(models: Any, dataset: Any, shared: Any, per_model: Any) -> dict[str, Any]:
-        entries, own = comparing.parse_models(models), comparing._per_model(per_model)
-        every = {e.label: {**shared, **own.get(e.model, {}), **e.settings} for e in entries}
-        began.append(comparing._check_all(entries, dataset, every))
-        return {"markdown": "", "files": [], "failed": []}
+    def run_all(models: Any, dataset: Any, shared: Any) -> dict[str, Any]:
+        options, rest = split_options({**shared, **({"dataset": dataset} if dataset else {})})
+        began.append(cells(parse_models(models), options, rest))
+        return {"markdown": "", "costs": "", "files": [], "failed": []}
 
     words = ([command] if command else []) + (["-m", "Pop", *flags(toy)] if whole else []) + words
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,8 @@ from recbole_llm.cli import parse_flags
 from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yaml, read_yamls
 from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import ConfigError
-from recbole_llm.report.compare import _check_all, parse_models
+from recbole_llm.report.entries import parse_models, split_options
+from recbole_llm.report.grid import cells
 
 COMMAND = '__import__("os").system("touch run")'
 
@@ -133,9 +134,11 @@ def test_every_properties_file_loads(file: Path) -> None:
         key = "reasoning_prompt" if settings["family"] == "reasoning" else "prompt"
         load_template(file.stem, PROPERTIES, key)
     elif kind == "compare":
-        entries, own = parse_models(settings.pop("models")), settings.pop("per_model", {})
-        every = {e.label: {**settings, **own.get(e.model, {}), **e.settings} for e in entries}
-        assert len(_check_all(entries, None, every)) == len(entries)
+        entries = parse_models(settings.pop("models"))
+        options, shared = split_options(settings)
+        assert len(cells(entries, options, shared)) == len(entries) * len(options.seeds or (1,))
+    elif file.stem == "comparison":
+        assert split_options(settings)[1] == {"few_shot": None}
     elif kind == "model":
         LLMConfig(file.stem, "ml-100k")
     else:

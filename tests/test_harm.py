@@ -28,9 +28,11 @@ from recbole_llm.harm import (
     title_texts,
 )
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.report.table import comparison, to_markdown
+from recbole_llm.report.entries import Options
+from recbole_llm.report.grid import Setting
+from recbole_llm.report.results import Line, Results
+from recbole_llm.report.table import Table, harm_table, results_table
 from tests.conftest import ANIMALS, COLOURS, prepared, random_events, started, write_events
-from tests.test_compare import record
 from tests.test_evaluator import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -299,26 +301,43 @@ def test_rows_without_a_value_are_counted(toy: dict[str, Any], caplog: pytest.Lo
 # The table
 
 
+def shown(**metrics: list[float]) -> tuple[Table, Table | None]:
+    """Results and harm of models A|B and C, from the metrics of each."""
+    label = {f"{name}@5" if name != "hallucination_base" else name: values for name, values in metrics.items()}
+    facts = {
+        "dataset": "toy",
+        "training_users": None,
+        "training_interactions": 9,
+        "mode": "uni9",
+        "rows": 10,
+        "seed": 1,
+    }
+    runs = [{**facts, "candidate_hash": "a" * 64, "metrics": {n: v[i] for n, v in label.items()}} for i in range(2)]
+    lines = [Line(name, [run], []) for name, run in zip(("A|B", "C"), runs, strict=True)] + [Line("F", [], ["x"])]
+    results = Results(Setting("toy", None, False, None), lines)
+    nothing = pd.DataFrame()
+    return results_table(results, nothing, [], Options(), 1), harm_table(results, nothing, [], 1)
+
+
 def test_harm_has_a_table_of_its_own() -> None:
     """Best: a lift nearest to 0, a small Gini, a large coverage; the base is the same for all and never the best."""
-    names = ["hit@1", "popularity_lift@1", "popularity_lift@5", "gini@5", "coverage@5", "hallucination_base"]
-    runs = [record("A|B"), {"label": "F", "error": "x"}, record("C")]
-    runs[0]["metrics"] = dict(zip(names, [0.5, 9.0, 0.5, 0.2, 0.1, 0.1], strict=True))
-    runs[2]["metrics"] = dict(zip(names, [0.5, 9.0, -0.25, 0.1, 0.2, 0.1], strict=True))
-    table = comparison(runs)
-    assert table.columns[1:7].tolist() == names
-    parts = to_markdown(table, runs).split("\n\n")
-    assert "lift" not in parts[1] and "failed: x" in parts[1] and parts[2] == "Harm"
-    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in parts[3].strip().splitlines()]
-    assert lines[0] == ["model", "popularity_lift@5", "gini@5", "coverage@5", "hallucination_base"]
-    assert lines[2] == ["A\\|B", "0.5000", "0.2000", "0.1000", "0.1000"]
-    assert lines[3] == ["C", "**-0.2500**", "**0.1000**", "**0.2000**", "0.1000"]
-    assert len(lines) == 4
+    first, harm = shown(
+        hit=[0.5, 0.5],
+        popularity_lift=[0.5, -0.25],
+        gini=[0.2, 0.1],
+        coverage=[0.1, 0.2],
+        hallucination_base=[0.1, 0.1],
+    )
+    assert first.header == ["Model", "Hit@5 ↑"] and harm is not None
+    assert harm.header[1:] == ["popularity_lift@5 → 0", "gini@5 ↓", "coverage@5 ↑", "hallucination_base"]
+    assert [[(v.text, v.place) for v in row[1:]] for row in harm.rows] == [
+        [("0.5000", 2), ("0.2000", 2), ("0.1000", 2), ("0.1000", 0)],
+        [("-0.2500", 1), ("0.1000", 1), ("0.2000", 1), ("0.1000", 0)],
+    ]
 
 
 def test_no_harm_no_second_table() -> None:
-    markdown = to_markdown(comparison([record("A", hit_1=0.5)]), [record("A", hit_1=0.5)])
-    assert "Harm" not in markdown and len(markdown.split("\n\n")) == 2
+    assert shown(hit=[0.5, 0.25])[1] is None
 
 
 def test_a_missing_encoder_stops_only_who_named_it(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,10 @@ from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import hallucination
 from recbole_llm.oracle import _negatives
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.report.compare import parse_models
-from recbole_llm.report.table import conditions
+from recbole_llm.report.caption import protocol_sentences
+from recbole_llm.report.entries import parse_models
+from recbole_llm.report.grid import Setting
+from recbole_llm.report.results import Line, Results
 from tests.conftest import Event, accuracy, prepared, random_events, started, write_events
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -434,7 +436,8 @@ def test_runs_from_end_to_end(toy: dict[str, Any]) -> None:
         folder = Path(result["run_folder"])
         record = json.loads((folder / "result.json").read_text())
         assert record["next_items"] == 4 and record["rows"] == 40
-        assert conditions([record]).count("the next 4 items, uni6") == 1
+        results = Results(Setting(None, None, False, None), [Line("A", [record], [])])
+        assert "the next 4 items among 6 others" in protocol_sentences(results)[1]
         assert result["best_valid_score"] == result["best_valid_result"]["map@5"]
         names = [f"{name}@{k}" for name in ("map", "ndcg") for k in (1, 3, 5, 7)]
         assert list(accuracy(result["test_result"])) == names

@@ -329,6 +329,7 @@ def test_run_folder_is_whole(toy: dict[str, Any]) -> None:
         "per_user.csv.gz",
         "candidates-valid.jsonl.gz",
         "candidates-test.jsonl.gz",
+        "README.md",
         "result.json",
     }
     record = json.loads((folder / "result.json").read_text())

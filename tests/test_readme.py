@@ -10,7 +10,8 @@ import pytest
 
 from recbole_llm.cli import COMMANDS, TAKES, parse_flags
 from recbole_llm.config import LLMConfig, read_yaml, read_yamls
-from recbole_llm.report.compare import parse_models
+from recbole_llm.report.entries import parse_models, split_options
+from recbole_llm.report.grid import cells
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,9 +38,9 @@ def test_command_is_accepted(line: str) -> None:
         LLMConfig(config_dict=settings)
     if command == "compare":
         settings = read_yamls([str(ROOT / file) for file in settings.pop("config_files", [])]) | settings
-        per_model = settings.pop("per_model", {})
-        for entry in parse_models(settings.pop("models")):
-            LLMConfig(entry.model, config_dict={**settings, **per_model.get(entry.model, {}), **entry.settings})
+        entries = parse_models(settings.pop("models"))
+        options, shared = split_options(settings)
+        assert len(cells(entries, options, shared)) >= len(entries)
 
 
 def test_files_named_in_the_readme_exist() -> None:
@@ -50,6 +51,6 @@ def test_files_named_in_the_readme_exist() -> None:
 def test_quick_comparison_is_accepted() -> None:
     """What `make run` runs."""
     settings = read_yaml(str(ROOT / "properties" / "compare" / "quick.yaml"))
-    dataset, per_model = settings.pop("dataset"), settings.pop("per_model")
-    for entry in parse_models(settings.pop("models")):
-        LLMConfig(entry.model, dataset, None, {**settings, **per_model.get(entry.model, {}), **entry.settings})
+    entries = parse_models(settings.pop("models"))
+    options, shared = split_options(settings)
+    assert len(cells(entries, options, shared)) == 5 * 2

@@ -61,10 +61,11 @@ def test_a_comparison_may_hold_natives_and_foreigners(both: dict[str, Any]) -> N
     """Pop of the other data set and an LLM trained on this one: one candidate hash, one table."""
     shared = {k: v for k, v in both.items() if k not in ("eval_dataset", "dataset", "model", "llm", "train_batch_size")}
     entries = ["Pop", "LLMRanker[dataset=toy,eval_dataset=other]"]
-    done = compare(entries, "other", shared, {"LLMRanker": {"llm": "tiny", "train_batch_size": 32}})
+    shared["per_model"] = {"LLMRanker": {"llm": "tiny", "train_batch_size": 32}}
+    done = compare(entries, "other", shared)
     assert not done["failed"] and len(done["table"]) == 2 and np.isfinite(done["table"]["ndcg@10"]).all()
     with pytest.raises(ConfigError, match="--dataset: must be the same"):
-        compare(["Pop", "LLMRanker[dataset=toy]"], "other", shared, {"LLMRanker": {"llm": "tiny"}})
+        compare(["Pop", "LLMRanker[dataset=toy]"], "other", shared)
 
 
 def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:

@@ -47,16 +47,26 @@ def item_texts(
     Raises:
         UserError: no ``.item`` file, a column that it does not have, or more than half of the items without text.
     """
-    columns, rows = read_items(config.final_config_dict, config["dataset"])
-    wanted = wanted or config["item_text"]
-    template = text_template(wanted, columns, config["dataset"])
-    tokens = [str(t) for t in dataset.field2id_token[dataset.iid_field][1:]]
-    # Of the columns that `auto` finds the year may lack, and the title may not.
-    needed = text_columns(template)[:1] if wanted == "auto" or title_first else []
-    texts = [clean(_fill(template, rows[t])) if t in rows and all(rows[t][c] for c in needed) else "" for t in tokens]
+    tokens = _item_tokens(dataset)
+    texts = whole_texts(config, dataset, wanted, title_first)
     texts = _name_the_untitled(texts, tokens, config["dataset"])
     texts = _cut_the_long(texts, config["item_text_max_tokens"], count_tokens)
     return ["", *_tell_apart(texts, tokens)]
+
+
+def whole_texts(config: Config, dataset: Dataset, wanted: str | None = None, title_first: bool = False) -> list[str]:
+    """Cleaned texts of the items from internal id 1 on, uncut; empty where there is none. As ``item_texts`` else."""
+    columns, rows = read_items(config.final_config_dict, config["dataset"])
+    wanted = wanted or config["item_text"]
+    template = text_template(wanted, columns, config["dataset"])
+    # Of the columns that `auto` finds the year may lack, and the title may not.
+    needed = text_columns(template)[:1] if wanted == "auto" or title_first else []
+    found = (rows.get(token) for token in _item_tokens(dataset))
+    return [clean(_fill(template, row)) if row is not None and all(row[c] for c in needed) else "" for row in found]
+
+
+def _item_tokens(dataset: Dataset) -> list[str]:
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field][1:]]
 
 
 def clean(text: str) -> str:

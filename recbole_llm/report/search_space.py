@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import checks, keys
-from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yaml
+from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_names
+from recbole_llm.settings import PROPERTIES, parse_value, read_yaml
 
 DIGITS = 4  # significant ones of a real number that is proposed, so that a table can print it whole
 FORMS = (

@@ -119,7 +119,8 @@ def costs_table(every: Iterable[Results]) -> Table:
     for results in every:
         for line in results.finished:
             rows.append([Value(results.title), Value(line.label), *map(Value, _costs(line.runs))])
-    header = ["Setting", "Model", "Runs", "Parameters trained", "Train s", "Test s", "CPU min", "Tokens", "Peak GB"]
+    measured = ["Train s", "Test s", "CPU min", "Train tokens", "Test tokens", "Peak GB"]
+    header = ["Setting", "Model", "Runs", "Parameters trained", *measured]
     told = (
         "Means over the finished runs of each model. A stage that several runs share (SFT under several losses) is "
         "counted where it was run. Seconds are of this machine, and of what else it did."
@@ -141,7 +142,8 @@ def _costs(runs: Sequence[dict[str, Any]]) -> list[str]:
         mean((t.get("train_s") for t in timings), ",.1f"),
         mean((t.get("test_s") for t in timings), ",.1f"),
         mean((None if p is None else p / 60 for p in processor), ",.1f"),
-        mean((run.get("tokens") for run in runs), ",.0f"),
+        mean((run.get("train_tokens") for run in runs), ",.0f"),
+        mean((run.get("test_tokens") for run in runs), ",.0f"),
         mean((None if m is None else m / 1e9 for m in memory), ".2f"),
     ]
 

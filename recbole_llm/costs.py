@@ -1,0 +1,85 @@
+"""What a run costs: seconds between laps, peak memory, and tokens that go through an LLM."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROCESS = Path("/proc/self")
+
+
+class Clock:
+    """Wall and processor seconds between laps."""
+
+    def __init__(self) -> None:
+        self._at = (time.perf_counter(), time.process_time())
+        self._wall: dict[str, float] = {}
+        self._cpu: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What ran since the last lap is called ``name``."""
+        now = (time.perf_counter(), time.process_time())
+        self._wall[name], self._cpu[name] = now[0] - self._at[0], now[1] - self._at[1]
+        self._at = now
+
+    def timings(self) -> dict[str, float]:
+        """``<lap>_s`` and ``<lap>_cpu_s`` of every lap and in total, seconds."""
+        found = {f"{name}_s": value for name, value in self._wall.items()}
+        found |= {f"{name}_cpu_s": value for name, value in self._cpu.items()}
+        return found | {"total_s": sum(self._wall.values()), "total_cpu_s": sum(self._cpu.values())}
+
+
+class Peak:
+    """The most memory since this was made: one run's, where a process does several.
+
+    Args:
+        device: a GPU's tensors are watched, as torch allocates them; else the process's resident set, which holds
+            Python and its libraries too. Linux alone can forget an earlier peak (``clear_refs``).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.known = device, True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            (PROCESS / "clear_refs").write_text("5")
+        except OSError:
+            self.known = False
+
+    def bytes(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if not self.known:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text())
+        return int(found[1]) * 1024 if found else None
+
+
+class TokenCount:
+    """Counts the tokens that go through an LLM's transformer body: ``with TokenCount(body) as count: ...``.
+
+    Args:
+        body: ``decoder_and_head(model)[0]``.
+
+    Attributes:
+        tokens: so far; on a GPU with the few that fill up a block of attention.
+    """
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self.tokens, self._body = 0, body
+
+    def __enter__(self) -> TokenCount:
+        self._hook = self._body.register_forward_pre_hook(self._count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tokens += kwargs["input_ids"].numel()

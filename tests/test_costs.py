@@ -1,0 +1,110 @@
+"""Peak memory and tokens of a run, as result.json has them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recbole_llm import costs, quick_start
+from recbole_llm.config import LLMConfig
+from recbole_llm.costs import Peak, TokenCount
+from recbole_llm.plan import plan
+from recbole_llm.quick_start import run_recbole_llm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MIB = 2**20
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget an earlier peak")
+FEW = {"few_shot": 10, "eval_users": 12, "train_batch_size": 16, "stopping_step": 100}
+
+
+def record_of(settings: dict[str, Any], model: str | None = None) -> dict[str, Any]:
+    folder = Path(run_recbole_llm(model, config_dict=settings)["run_folder"])
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def touch(size: int) -> None:
+    """Hold so many bytes for a moment."""
+    held = bytearray(size)
+    held[::4096] = b"1" * len(held[::4096])
+
+
+@linux
+def test_peak_is_of_what_runs_after_it() -> None:
+    first = Peak(CPU)
+    touch(400 * MIB)
+    large = first.bytes()
+    second = Peak(CPU)
+    touch(50 * MIB)
+    small = second.bytes()
+    assert small is not None and large is not None
+    assert large - small == pytest.approx(350 * MIB, abs=40 * MIB)
+
+
+def test_peak_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(costs, "PROCESS", tmp_path / "none")
+    assert Peak(CPU).bytes() is None
+
+
+@linux
+def test_each_run_of_a_process_has_its_own_peak(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    record_of({**toy, "seed": 1}, "Pop")  # what is loaded once
+    plain = record_of(toy, "Pop")["peak_memory_bytes"]
+    prepare = quick_start.prepare_data
+
+    def larger(config: Any) -> Any:
+        touch(400 * MIB)
+        return prepare(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quick_start, "prepare_data", larger)
+        large = record_of(toy, "Pop")["peak_memory_bytes"]
+    assert large - plain == pytest.approx(400 * MIB, abs=80 * MIB)
+    assert record_of(toy, "Pop")["peak_memory_bytes"] == pytest.approx(plain, abs=80 * MIB)
+
+
+def test_a_model_of_recboles_has_no_tokens(toy: dict[str, Any]) -> None:
+    assert not {"train_tokens", "test_tokens"} & set(record_of(toy, "Pop"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "SDPO", "rejected_num": 2, "epochs": 2},
+        {"loss": "DPO", "rejected_num": 1, "prompt": "instruct", "score_norm": "pmi"},
+        {"finetune": "none"},
+        {"full_ranking": "exact", "eval_args": {"mode": {"valid": "uni9", "test": "full"}}, "token_budget": 96},
+    ],
+)
+def test_tokens_are_those_that_were_planned(tiny: dict[str, Any], changes: dict[str, Any]) -> None:
+    """`plan` counts from prompts and titles, the run at the model."""
+    settings = {**tiny, **FEW, **changes}
+    work = plan(LLMConfig(config_dict=settings), probe=False)["work"]
+    record = record_of(settings)
+    assert record["train_tokens"] == sum(w["rounds"] * w["tokens"] for w in work if w["trained"])
+    assert record["test_tokens"] == sum(w["tokens"] for w in work if w["name"].startswith("test")) > 0
+
+
+def test_a_stage_that_was_there_counts_its_tokens(tiny: dict[str, Any]) -> None:
+    first = record_of({**tiny, **FEW})
+    second = record_of({**tiny, **FEW, "loss": "DMPO", "rejected_num": 2})
+    assert second["train_tokens"] == first["train_tokens"] + second["stages"][1]["tokens"]
+
+
+def test_count_ends_with_its_block() -> None:
+    class Body(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> None:
+            pass
+
+    body = Body()
+    with TokenCount(body) as count:
+        body(input_ids=torch.zeros(2, 5))
+        body(input_ids=torch.zeros(1, 3))
+    body(input_ids=torch.zeros(1, 100))
+    assert count.tokens == 13
