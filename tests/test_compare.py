@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from recbole_llm import cli
-from recbole_llm.config import PROPERTIES, read_yaml
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.report import jobs
 from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import OPTION_KEYS, TYPED, Entry, Options, parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.settings import PROPERTIES, read_yaml
 
 SASREC = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1]"
 

@@ -15,11 +15,12 @@ from recbole.utils import argument_list
 
 from recbole_llm import checks, config, keys
 from recbole_llm.cli import parse_flags
-from recbole_llm.config import PROPERTIES, LLMConfig, parse_value, read_yaml, read_yamls
+from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import ConfigError
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.settings import PROPERTIES, parse_value, read_yaml, read_yamls
 
 COMMAND = '__import__("os").system("touch run")'
 
