@@ -253,10 +253,18 @@ def test_every_plot_is_there(drawn: dict[str, Plot]) -> None:
 
 
 def test_nothing_is_clipped_or_covered(drawn: dict[str, Plot]) -> None:
-    """All that is drawn lies inside the figure, and panels and legend lie apart."""
+    """All that is drawn lies inside the figure, panels and legend lie apart, and data within their axes."""
     for name, plot in drawn.items():
         figure, pixel = plot.figure, 1.5
         width, height = figure.get_size_inches() * figure.dpi
+        for axes in figure.axes:
+            low, high = sorted(axes.get_ylim())
+            for line in axes.lines:
+                if line.get_transform().contains_branch(axes.transData):
+                    assert low <= line.get_ydata().min() and line.get_ydata().max() <= high, name
+            for segments in axes.collections:
+                ends = np.array(segments.get_segments())[:, :, 1]
+                assert low <= ends.min() and ends.max() <= high, name
         boxes = [axes.get_tightbbox() for axes in figure.axes] + [box.get_window_extent() for box in figure.legends]
         for box in boxes:
             assert box.x0 > -pixel and box.y0 > -pixel and box.x1 < width + pixel and box.y1 < height + pixel, name

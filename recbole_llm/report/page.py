@@ -33,7 +33,7 @@ pre{background:var(--soft);padding:.8rem;overflow-x:auto}
  @page{size:landscape;margin:12mm}
  nav{display:none}body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}
  td,th{padding:.1rem .3rem}thead{display:table-header-group}tr,figure{break-inside:avoid}h2{break-after:avoid}
- figure img{max-height:170mm;width:auto}
+ figure img{max-height:150mm;width:auto}
 }
 """
 # A click on a header sorts by the first number of each cell, or by its text.

@@ -69,7 +69,8 @@ def metric_bars(told: Told, looks: Styles, resamples: int) -> Plot:
     """A bar a model, a panel a setting."""
     labels = [line.label for line in told[0][0].lines]
     names = [wrapped(label, LABEL_WIDTH) for label in labels]
-    figure, grid = panels(len(told), 0.7 + 0.27 * len(labels), share=True)
+    deepest = max(name.count("\n") + 1 for name in names)
+    figure, grid = panels(len(told), 0.7 + max(0.27, 0.13 * deepest) * len(labels), share=True)
     beside = 0.2 + CHARACTER * max(len(line) for name in names for line in name.split("\n")) / min(2, len(told))
     texts = []
     for axes, (results, metric) in zip(grid, told, strict=True):
@@ -109,11 +110,13 @@ def cost(told: Told, looks: Styles, resamples: int) -> Plot:
         frame = plot_data.costs(results, metric, resamples, cpu)
         for axes, (what, (label, form)) in zip(grid[2 * i : 2 * i + 2], axes_of.items(), strict=True):
             known = frame[frame[what].notna()]
+            if known.empty:
+                axes.set_axis_off()
+                continue
             for row in known.to_dict("records"):
-                whisker(
-                    axes, (row[what], row["mean"]), y=(row["ci_low"], row["ci_high"]), color=looks[row["model"]].colour
-                )
-                point(axes, (row[what], row["mean"]), looks[row["model"]])
+                at, look = (row[what], row["mean"]), looks[row["model"]]
+                whisker(axes, at, y=(row["ci_low"], row["ci_high"]), color=look.colour, alpha=0.5)
+                point(axes, at, look)
             best = plot_data.front(known, what, metric)
             axes.plot(best[what], best["mean"], color=DIM, linestyle="--", linewidth=0.9, drawstyle="steps-post")
             magnitudes(axes, known[what], form)
@@ -121,8 +124,8 @@ def cost(told: Told, looks: Styles, resamples: int) -> Plot:
     legend_of(figure, told, looks, more=[Line2D([], [], color=DIM, linestyle="--", label="Pareto front")])
     caption = (
         f"Accuracy against what it took, mean over runs; nothing is both cheaper than the dashed line and as good. "
-        f"{INTERVAL} An SFT stage that several losses share counts for each of them. Seconds are of this machine, and "
-        "of what else it did."
+        f"{INTERVAL} An SFT stage that several losses share counts "
+        "for each of them. Seconds are of this machine, and of what else it did."
     )
     return Plot(
         "cost", "Accuracy against cost", caption, spoken("Points", told, "seconds and trained parameters"), figure

@@ -30,7 +30,7 @@ CURVE_TEXTS = (
     ("preference", "rewards/margins", "reward margin (β × nats)"),
     ("preference", "rewards/accuracies", "pairs with a margin above 0"),
     ("preference", "logps/chosen", "chosen log-prob (nats)"),
-    ("preference", "logps/chosen_shift", "chosen log-prob, change (nats)"),
+    ("preference", "logps/chosen_shift", "chosen log-prob shift (nats)"),
 )
 
 
@@ -111,11 +111,13 @@ def training(results: Results, number: int, looks: Styles) -> Iterator[Plot]:
                 ms=3.5,
                 markevery=every,
             )
+        axes.locator_params(axis="x", integer=True)
         titles(axes, label, "step of SFT" if stage == "SFT" else "step of the preference loss")
     fallen = plot_data.displaced(steps)
     caption = (
-        "Mean over seeds, running mean over a fiftieth of the steps. Losses of different kinds share no scale. An SFT "
-        "stage that several losses share is drawn for the run that did it."
+        "Mean over seeds, running mean over a twentieth of the steps. Shift: less the log-prob under the reference. "
+        "Losses of different kinds share no scale. An SFT stage that several losses share is drawn for the run that "
+        "did it."
     )
     if fallen:
         grid[-1].axhline(0, color=DIM, linewidth=0.8)
@@ -137,6 +139,6 @@ def _curve(steps: pd.DataFrame, stage: str, key: str) -> pd.DataFrame:
     """``model, step, value`` of a stage: the running mean of each model."""
     mine = steps.loc[(steps["stage"] == stage) & steps[key].notna(), ["model", "step", key]]
     smooth = mine.groupby("model", sort=False)[key].transform(
-        lambda values: values.rolling(max(1, len(values) // 50), min_periods=1).mean()
+        lambda values: values.rolling(max(1, len(values) // 20), min_periods=1).mean()
     )
     return mine.assign(value=smooth.astype(float))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +22,7 @@ from recbole_llm.run_folder import whole
 COLUMN, PAGE = 3.4, 7.0  # inches: a column, and the width of a page of two
 DPI = 200
 CHARACTER = 0.062  # inches, on average
+LONGEST = 46  # characters of a line of a legend
 # Okabe & Ito (2008) without yellow, which white paper swallows, and with grey for black, on which no whisker is seen.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", "h", ">")
@@ -129,15 +131,15 @@ def legend(figure: Figure, shown: Mapping[str, Style], lines: bool = False, more
         Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "none", label=label)
         for label, s in shown.items()
     ]
-    longest = max(len(h.get_label()) for h in (*handles, *more))
-    columns = max(1, min(len(handles) + len(more), int(width / (CHARACTER * longest + 0.5))))
+    handles += more
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), int(width / (CHARACTER * min(longest, LONGEST) + 0.5))))
     for handle in handles:
         handle.set_label(wrapped(handle.get_label(), int((width / columns - 0.5) / CHARACTER)))
-    rows = -(-(len(handles) + len(more)) // columns)
-    deepest = max(h.get_label().count("\n") + 1 for h in (*handles, *more))
-    figure.set_size_inches(width, height + 0.15 * rows * deepest + 0.1)
+    lines_of = [sum(h.get_label().count("\n") + 1 for h in column) for column in np.array_split(handles, columns)]
+    figure.set_size_inches(width, height + 0.15 * max(lines_of) + 0.15)
     figure.legend(
-        handles=[*handles, *more],
+        handles=handles,
         loc="outside lower center",
         ncols=columns,
         handlelength=3 if lines else 1,

@@ -216,8 +216,8 @@ def _environments(records: Iterable[dict[str, Any]]) -> Table:
         told = json.loads(text)
         packages = ", ".join(f"{name} {version}" for name, version in told.pop("versions").items())
         machine = [told.get(key) for key in ("processor", "cores", "torch_threads", "cuda", "platform", "git_commit")]
-        rows.append([Value(str(count)), *(Value("" if v is None else str(v)) for v in machine), Value(packages)])
-    header = ["Runs", "Processor", "Cores", "Threads", "GPU", "Platform", "Commit", "Versions"]
+        rows.append([*(Value("" if v is None else str(v)) for v in machine), Value(packages), Value(str(count))])
+    header = ["Processor", "Cores", "Threads", "GPU", "Platform", "Commit", "Versions", "Runs"]
     return Table("environment", "Environment", "From env.json of every run.", header, rows, left=len(header))
 
 
