@@ -87,7 +87,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         for stage in self.stages():
             done = stage.folder / "stage.json"
             if stage.loss == "SFT" and done.is_file():
-                record = json.loads(done.read_text())
+                record = json.loads(done.read_text()) | {"reused": True}
                 self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
                 load_adapter(self.model.llm, stage.folder)
                 best = (record["best_valid_score"], record["best_valid_result"])
@@ -132,7 +132,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         steps = stage.epochs * sum(1 for _ in self._steps(0))
         warmup = int(steps * self.config["warmup_ratio"])
         self.scheduler = get_scheduler(self.config["lr_scheduler"], self.optimizer, warmup, steps)
-        positions, clock = sum(len(w.targets) for w in stage.windows), time.perf_counter()
+        positions, clock, cpu = sum(len(w.targets) for w in stage.windows), time.perf_counter(), time.process_time()
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps."
@@ -153,6 +153,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
             "seconds": time.perf_counter() - clock,
+            "cpu_seconds": time.process_time() - cpu,
             **stage.facts,
         }
         if stage.loss != "SFT":

@@ -80,7 +80,7 @@ class ProtocolEvaluation:
             top, embeddings = ranking.whole("top"), title_embeddings(self.protocol.dataset)
             harm, by_row = harm_metrics(self.config, eval_data, top, self.protocol.popularity, embeddings)
             result.update(harm)
-            self.per_user = self.per_user.join(by_row)
+            self.per_user = self.per_user.join(by_row).assign(**_traits(eval_data, self.protocol.popularity))
             self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 
@@ -168,6 +168,17 @@ class ProtocolEvaluation:
             raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
         self.model.load_state_dict(state["state_dict"])
         self.model.load_other_parameter(state["other_parameter"])
+
+
+def _traits(rows: EvalRows, popularity: np.ndarray) -> dict[str, np.ndarray]:
+    """What a row is like, whoever ranks it: items of the whole history, training interactions of the target ``[R]``.
+
+    Several targets of a row (``next_items``) count by their mean.
+    """
+    return {
+        "history": np.array([len(history) for history in rows.history]),
+        "target_popularity": popularity[rows.relevant].mean(1),
+    }
 
 
 @contextmanager

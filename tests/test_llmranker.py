@@ -168,8 +168,11 @@ def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
     stages = Path(tiny["checkpoint_dir"]) / "stages"
     (stage,) = stages.iterdir()
     written = (stage / "stage.json").stat().st_mtime_ns
-    run_recbole_llm(config_dict=settings)
+    done = run_recbole_llm(config_dict=settings)
     assert [f.name for f in stages.iterdir()] == [stage.name] and (stage / "stage.json").stat().st_mtime_ns == written
+    sft, dmpo = json.loads((Path(done["run_folder"]) / "result.json").read_text())["stages"]
+    assert sft["reused"] and "reused" not in dmpo  # the record says whose time it was
+    assert sft["cpu_seconds"] == json.loads((stage / "stage.json").read_text())["cpu_seconds"] > 0
     run_recbole_llm(config_dict={**settings, "learning_rate": 1e-5})
     assert len(list(stages.iterdir())) == 2
 

@@ -169,6 +169,37 @@ def test_p_values_are_p_values(values: list[float]) -> None:
     assert min(values) <= low_high[0][0] <= low_high[1][0] <= max(values)
 
 
+# Another implementation of the whole
+
+
+def test_ranx_finds_the_same() -> None:
+    """Three runs over 80 queries with one relevant document of 20: means, t-tests and wins as ranx has them."""
+    ranx = pytest.importorskip("ranx")
+    rng = np.random.default_rng(5)
+    scores = {name: rng.normal(0, 1, (80, 20)) for name in ("base", "alike", "better")}
+    scores["better"][:, 0] += 0.8
+    documents = [f"d{i}" for i in range(20)]
+    runs = [
+        ranx.Run(
+            {f"q{i}": dict(zip(documents, map(float, row), strict=True)) for i, row in enumerate(table)}, name=name
+        )
+        for name, table in scores.items()
+    ]
+    qrels = ranx.Qrels({f"q{i}": {"d0": 1} for i in range(80)})
+    report = ranx.compare(qrels, runs, ["ndcg@10"], stat_test="student", max_p=0.05, make_comparable=True)
+    rank = {name: (table > table[:, :1]).sum(1) for name, table in scores.items()}
+    ndcg = {name: np.where(r < 10, 1 / np.log2(r + 2), 0.0) for name, r in rank.items()}
+    for name, values in ndcg.items():
+        assert report.results[name]["ndcg@10"] == pytest.approx(values.mean(), rel=1e-9)
+        for other in set(ndcg) - {name}:
+            told = report.comparisons[name, other]["ndcg@10"]
+            difference = (values - ndcg[other])[None]
+            assert told["p_value"] == pytest.approx(stats.paired_t(difference, UP)[1][0], rel=1e-9)
+            wins, ties, losses = stats.win_tie_loss(difference)[0]
+            counted = report.win_tie_loss[name, other]["ndcg@10"]
+            assert (counted["W"], counted["T"], counted["L"]) == (wins, ties, losses)
+
+
 # What the whole promises
 
 

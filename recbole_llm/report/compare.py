@@ -17,8 +17,10 @@ from recbole_llm.report.formats import html_table, latex_file, markdown
 from recbole_llm.report.grid import Cell, Setting, cells
 from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
+from recbole_llm.report.report import report
 from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
 from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
 from recbole_llm.run_folder import content_hash, write_json, write_text
@@ -158,11 +160,15 @@ def write_comparison(
         "table.html": page("Comparison", [html_table(t) for t in tables]),
         "costs.md": costs,
     }
+    comparison = Comparison(grid, records, every, tests, against, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_text(folder / name, text)
         write_json(folder / "table.json", frames.as_json(every, tests, options.resamples))
+        plots = _plots(every, options, folder)
+        files = [*texts, "table.json"]
+        write_text(folder / "report.html", report(comparison, tables, plots, folder, files))
     except OSError as error:
         raise UserError(
             f"--out={folder}: could not write the tables ({error}). Free some space, or name another folder, and give "
@@ -173,11 +179,20 @@ def write_comparison(
         "tests": frames.tests_frame(every, tests),
         "markdown": told,
         "costs": costs,
-        "files": [folder / name for name in (*texts, "table.json")],
+        "files": [folder / name for name in (*files, "report.html")],
         "runs": records,
         "results": every,
         "failed": [record["label"] for record in records if "error" in record],
     }
+
+
+def _plots(every: Sequence[Results], options: Options, folder: Path) -> list[Any]:
+    """Drawn and saved, or none."""
+    if not options.plots:
+        return []
+    from recbole_llm.report.plot import save_plots  # matplotlib takes a second to load, and no run needs it
+
+    return save_plots(every, options, folder / "plots")
 
 
 def _tables(

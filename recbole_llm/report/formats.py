@@ -144,7 +144,7 @@ def _latex_value(value: Value) -> str:
 
 def html_table(table: Table) -> str:
     """A ``section`` with a table that the page's script sorts by a click on a header."""
-    head = "".join(f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in table.header)
+    head = "".join(html_head(h, text=i < table.left) for i, h in enumerate(table.header))
     rows = "".join(
         f"<tr>{''.join(_html_value(v, i < table.left) for i, v in enumerate(row))}</tr>" for row in table.rows
     )
@@ -157,8 +157,19 @@ def html_table(table: Table) -> str:
     )
 
 
+def html_head(name: str, text: bool) -> str:
+    """The head of a column, which sorts by it; ``text`` stands on the left, numbers on the right."""
+    kind = "text" if text else "number"
+    return f'<th scope="col" class="{kind}"><button type="button">{html.escape(name)}</button></th>'
+
+
+def html_label(label: str) -> str:
+    """Text that may be broken behind commas and brackets."""
+    return re.sub(r"([,\[])", r"\1<wbr>", html.escape(label))
+
+
 def _html_value(value: Value, text: bool) -> str:
-    shown = html.escape(value.text)
+    shown = html_label(value.text) if text else html.escape(value.text)
     shown = {1: f"<b>{shown}</b>", 2: f"<u>{shown}</u>"}.get(value.place, shown) if shown else shown
     shown += f' <span class="spread">± {html.escape(value.spread)}</span>' if value.spread else ""
     shown += f"<sup>{value.better}</sup>" if value.better else ""

@@ -49,9 +49,13 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
     return frame[[c for c in frame.columns if c not in spreads] + spreads]
 
 
-def intervals(results: Results, resamples: int) -> pd.DataFrame:
-    """95 % bootstrap intervals over users of every model's means: ``model, metric, mean, ci_low, ci_high, users``."""
-    rows = [(line, metric) for line in results.finished for metric in line.users.columns]
+def intervals(results: Results, resamples: int, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """95 % bootstrap intervals over users of every model's means: ``model, metric, mean, ci_low, ci_high, users``.
+
+    Args:
+        metrics: only these; an interval does not hang on which others are asked for.
+    """
+    rows = [(line, m) for line in results.finished for m in line.users.columns if metrics is None or m in metrics]
     if not rows:
         return pd.DataFrame(columns=["model", "metric", "mean", "ci_low", "ci_high", "users"])
     values = np.stack([line.users[metric].to_numpy() for line, metric in rows])

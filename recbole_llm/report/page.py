@@ -12,13 +12,16 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1180px;padding:1.5rem;font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
 h1{font-size:1.6rem;margin:.2rem 0 1rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-a{color:var(--accent)}nav a{margin-right:1rem}
+a{color:var(--accent)}nav{border-bottom:1px solid var(--line);padding-bottom:.6rem;line-height:1.8}
+nav a{margin-right:.9rem}nav span{margin-right:.9rem}nav span a{margin-right:.4rem}nav p{margin:.1rem 0}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 thead{border-top:2px solid var(--ink);border-bottom:1px solid var(--ink)}tbody{border-bottom:2px solid var(--ink)}
 td,th{padding:.28rem .6rem;white-space:nowrap}td.text{white-space:normal;max-width:24rem;overflow-wrap:anywhere}
+td.text{min-width:5rem}td.text:first-child{min-width:12rem}
 tbody tr:nth-child(even){background:var(--soft)}
-td.number{text-align:right}th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
+.number{text-align:right}.text{text-align:left}
+th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
 th[aria-sort=ascending] button::after{content:" \\25B2"}th[aria-sort=descending] button::after{content:" \\25BC"}
 .spread{color:var(--dim);font-size:.85em}sup,sub{color:var(--accent);font-weight:600}
 .caption,.notes{color:var(--dim);font-size:.88rem;max-width:72rem}
@@ -26,7 +29,12 @@ figure{margin:1rem 0}figure img{max-width:100%;height:auto}figcaption{color:var(
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}dt{color:var(--dim)}
 dd{margin:0;overflow-wrap:anywhere}
 pre{background:var(--soft);padding:.8rem;overflow-x:auto}
-@media print{nav{display:none}body{max-width:none}}
+@media print{
+ @page{size:landscape;margin:12mm}
+ nav{display:none}body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}
+ td,th{padding:.1rem .3rem}thead{display:table-header-group}tr,figure{break-inside:avoid}h2{break-after:avoid}
+ figure img{max-height:150mm;width:auto}
+}
 """
 # A click on a header sorts by the first number of each cell, or by its text.
 SCRIPT = """

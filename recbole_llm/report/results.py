@@ -17,7 +17,8 @@ from recbole_llm.harm import HARM
 from recbole_llm.report.grid import Cell, Setting
 
 GENERATED = "generation/"  # metrics of free answers, which only some models give
-NOT_METRICS = ("user", "target", "rank", "tied", "answers")
+TRAITS = ("history", "target_popularity")  # of a row, whoever ranks it; runs of older versions lack them
+NOT_METRICS = ("user", "target", "rank", "tied", "answers", *TRAITS)
 _NAMES = {name.lower(): cls.__name__ for name, cls in metrics_dict.items()}
 
 
@@ -41,9 +42,14 @@ class Line:
         return pd.DataFrame([run["metrics"] for run in self.runs], index=[run["seed"] for run in self.runs])
 
     @cached_property
+    def users_by_seed(self) -> list[pd.DataFrame]:
+        """Of each run every metric that users have ``[users, metrics]``: mean over a user's rows."""
+        return [user_rows(run) for run in self.runs]
+
+    @cached_property
     def users(self) -> pd.DataFrame:
-        """Every metric that users have ``[users, metrics]``: mean over a user's rows, then over seeds."""
-        tables = [user_rows(run) for run in self.runs]
+        """The same, mean over seeds."""
+        tables = self.users_by_seed
         return sum(tables[1:], tables[0]) / len(tables) if tables else pd.DataFrame()
 
 
@@ -130,16 +136,29 @@ def user_rows(run: dict[str, Any]) -> pd.DataFrame:
     Raises:
         UserError: the run folder has no readable per-user rows.
     """
+    table = _rows(run)
+    return _by_user(table, [c for c in table.columns if c not in NOT_METRICS])
+
+
+def user_traits(run: dict[str, Any]) -> pd.DataFrame:
+    """What users are like, whoever ranks for them ``[users, TRAITS]``, as ``user_rows``; no columns in older runs."""
+    table = _rows(run)
+    return _by_user(table, [c for c in TRAITS if c in table])
+
+
+def _rows(run: dict[str, Any]) -> pd.DataFrame:
     file = Path(run["run_folder"]) / "per_user.csv.gz"
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)  # a user may be called NA
+        return pd.read_csv(file, dtype=str, keep_default_na=False)  # a user may be called NA
     except (OSError, EOFError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read ({error}), and there is no test without it. Remove that folder and give the same "
             "command again: the run is done anew."
         ) from error
-    metrics = table.drop(columns=[c for c in NOT_METRICS if c in table])
-    return metrics.replace("", np.nan).astype(float).groupby(table["user"]).mean().sort_index()
+
+
+def _by_user(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    return table[columns].replace("", np.nan).astype(float).groupby(table["user"]).mean().sort_index()
 
 
 # What a metric is called, and which of its values are good.
