@@ -165,7 +165,7 @@ def preview(settings: dict[str, Any]) -> int:
 
 def explain(settings: dict[str, Any]) -> int:
     """Explain a user's ranking by a finished run, or test explanations over users; writes HTML or JSON beside."""
-    from recbole_llm.explain_command import explain_run
+    from recbole_llm.explain.command import explain_run
 
     return explain_run(settings)
 

@@ -55,7 +55,7 @@ NOT_IN_HASH = {
     "dataloaders_save_path",
     "config_files",
 }
-ONLY_SHOWS = ("report/", "cli.py", "explain", "faithful", "plan", "preview.py", "progress.py", "__main__.py")
+ONLY_SHOWS = ("report/", "cli.py", "explain/", "plan", "preview.py", "progress.py", "__main__.py")
 
 
 def content_hash(value: Any) -> str:

@@ -17,23 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from recbole_llm import cli, explain_command, faithful_users, recommender
+from recbole_llm import cli, recommender
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, load_template
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.explain import explain_user
-from recbole_llm.explanation import Explanation
-from recbole_llm.faithfulness import SIZES, Deletion, deletion_tests, influences, over_users
-from recbole_llm.finished_run import FinishedRun
-from recbole_llm.history_logps import History, answer_token_logps, history_tree, question
+from recbole_llm.explain import command, faithful_users
+from recbole_llm.explain.explain import explain_user
+from recbole_llm.explain.explanation import Explanation
+from recbole_llm.explain.faithfulness import SIZES, Deletion, deletion_tests, influences, over_users
+from recbole_llm.explain.finished_run import FinishedRun
+from recbole_llm.explain.history_logps import History, answer_token_logps, history_tree, question
+from recbole_llm.explain.ranked import Ranked
+from recbole_llm.explain.run_files import run_settings
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.ranked import Ranked
 from recbole_llm.report.explain_html import explanation_html
 from recbole_llm.report.explain_text import explanation_text, faithfulness_text
-from recbole_llm.run_files import run_settings
 from recbole_llm.run_folder import run_folder_of
 from tests.conftest import toy_settings, write_dataset
 
@@ -616,7 +617,7 @@ def test_command(dpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_file_name_of_any_user() -> None:
-    assert explain_command._file_name("../a/b c") == ".._a_b_c" and len(explain_command._file_name("x" * 300)) == 80
+    assert command._file_name("../a/b c") == ".._a_b_c" and len(command._file_name("x" * 300)) == 80
 
 
 def test_a_ranking_that_is_not_the_runs(dpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recbole_llm.errors import UserError
-from recbole_llm.explanation import Explanation
-from recbole_llm.faithfulness import DRAWS
+from recbole_llm.explain.explanation import Explanation
+from recbole_llm.explain.faithfulness import DRAWS
 from recbole_llm.report.explain_tables import (
     MARK,
     Table,

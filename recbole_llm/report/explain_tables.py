@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recbole_llm.explanation import Explanation, Influence
+from recbole_llm.explain.explanation import Explanation, Influence
 
 MARK = " <- chosen"
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from recbole_llm.explanation import Explanation, Title
-from recbole_llm.faithfulness import DRAWS, Comparison
+from recbole_llm.explain.explanation import Explanation, Title
+from recbole_llm.explain.faithfulness import DRAWS, Comparison
 from recbole_llm.report.explain_tables import (
     MARK,
     Table,

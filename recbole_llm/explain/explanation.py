@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.faithfulness import Deletion
-from recbole_llm.other_ranks import OtherRank
+from recbole_llm.explain.faithfulness import Deletion
+from recbole_llm.explain.other_ranks import OtherRank
 
 
 @dataclass(frozen=True)

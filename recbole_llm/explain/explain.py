@@ -12,13 +12,13 @@ import numpy as np
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.explain_notes import run_notes
-from recbole_llm.explanation import Explanation, Influence, Title
-from recbole_llm.faithfulness import Deletion, deletion_tests, influences
-from recbole_llm.finished_run import FinishedRun
-from recbole_llm.history_logps import History, question
-from recbole_llm.other_ranks import other_ranks
-from recbole_llm.ranked import Ranked
+from recbole_llm.explain.explanation import Explanation, Influence, Title
+from recbole_llm.explain.faithfulness import Deletion, deletion_tests, influences
+from recbole_llm.explain.finished_run import FinishedRun
+from recbole_llm.explain.history_logps import History, question
+from recbole_llm.explain.notes import run_notes
+from recbole_llm.explain.other_ranks import other_ranks
+from recbole_llm.explain.ranked import Ranked
 
 # Scores of one row alone and of the same row in a batch differ by this much at most (nats, or nats a token).
 ROUNDING = {"float32": 1e-3}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recbole_llm.data.pair_prompt import PairPrompt
-from recbole_llm.finished_run import FinishedRun
-from recbole_llm.other_ranks import OtherRank
+from recbole_llm.explain.finished_run import FinishedRun
+from recbole_llm.explain.other_ranks import OtherRank
 
 
 def run_notes(run: FinishedRun, row: int, others: Sequence[OtherRank]) -> list[str]:

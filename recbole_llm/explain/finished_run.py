@@ -17,12 +17,12 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.history_logps import History, answer_token_logps
+from recbole_llm.explain.history_logps import History, answer_token_logps
+from recbole_llm.explain.ranked import Ranked
+from recbole_llm.explain.run_files import read_per_user, read_record, run_settings, runs_there_are
 from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_state
 from recbole_llm.model.llmranker import LLMRanker
-from recbole_llm.ranked import Ranked
 from recbole_llm.recommender import train_recommender
-from recbole_llm.run_files import read_per_user, read_record, run_settings, runs_there_are
 from recbole_llm.run_log import explained
 from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.transfer import eval_config_of

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.explain import explain_user
-from recbole_llm.faithful_users import faithfulness
-from recbole_llm.finished_run import FinishedRun
+from recbole_llm.explain.explain import explain_user
+from recbole_llm.explain.faithful_users import faithfulness
+from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.key_checks import integer
 from recbole_llm.report.explain_html import write_explanation
 from recbole_llm.report.explain_tables import plain, rank_line

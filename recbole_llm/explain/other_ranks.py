@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import UserError
-from recbole_llm.run_files import read_per_user, read_record
+from recbole_llm.explain.run_files import read_per_user, read_record
 
 
 @dataclass(frozen=True)

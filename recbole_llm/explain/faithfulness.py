@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ttest_rel
 
-from recbole_llm.history_logps import History
+from recbole_llm.explain.history_logps import History
 
 Score = Callable[[Sequence[History]], np.ndarray]  # histories -> log-probs of the explained titles [H, I], nats
 
