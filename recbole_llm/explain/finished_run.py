@@ -220,4 +220,4 @@ class FinishedRun(ProtocolEvaluation):
 
 def _comparable(stage: dict[str, Any]) -> dict[str, Any]:
     """A stage's record without what changes when the same stage is trained again."""
-    return {key: value for key, value in stage.items() if key != "seconds"}
+    return {key: value for key, value in stage.items() if key not in ("seconds", "cpu_seconds", "reused")}
