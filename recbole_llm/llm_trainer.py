@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
-from recbole_llm.run_folder import content_hash, versions, write_json
+from recbole_llm.run_folder import content_hash, only_here, versions, write_json
 from recbole_llm.stages import Stage, base_hash, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
@@ -85,14 +86,16 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
         for stage in self.stages():
-            done = stage.folder / "stage.json"
-            if stage.loss == "SFT" and done.is_file():
-                record = json.loads(done.read_text()) | {"reused": True}
-                self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
-                load_adapter(self.model.llm, stage.folder)
-                best = (record["best_valid_score"], record["best_valid_result"])
-            else:
-                best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
+            # The preference stage lies in the folder of the run, which its process holds already.
+            with only_here(stage.folder) if stage.loss == "SFT" else nullcontext():
+                done = stage.folder / "stage.json"
+                if stage.loss == "SFT" and done.is_file():
+                    record = json.loads(done.read_text()) | {"reused": True}
+                    self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
+                    load_adapter(self.model.llm, stage.folder)
+                    best = (record["best_valid_score"], record["best_valid_result"])
+                else:
+                    best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
             self.facts["stages"].append(record)
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot

@@ -21,7 +21,7 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
-from recbole_llm.run_folder import content_hash, run_hash, write_json
+from recbole_llm.run_folder import content_hash, only_here, run_hash, write_json
 from recbole_llm.trainer import trainer_class
 
 
@@ -158,11 +158,11 @@ def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = N
     trainer = trainer_class(own["MODEL_TYPE"], own["model"])(own, model)
     trainer.start(protocol, folder)
     done = folder / "stage.json"
-    if not done.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
-            score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=own["show_progress"])
-        write_json(done, {"model": name, "best_valid_score": score})
+    with only_here(folder):
+        if not done.is_file():
+            with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
+                score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=own["show_progress"])
+            write_json(done, {"model": name, "best_valid_score": score})
     trainer._load_checkpoint(None)
     logging.getLogger().info(f"{name} in {folder}: validation {json.loads(done.read_text())['best_valid_score']:.4f}")
     init_seed(config["seed"], config["reproducibility"])

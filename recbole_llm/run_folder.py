@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from recbole.config import Config
 
 from recbole_llm import __version__
@@ -133,6 +134,27 @@ def make_stage_folder(folder: Path) -> Path:
             f"--checkpoint_dir: cannot make {folder} ({error}). Name a folder that can be written."
         ) from error
     return folder
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
+
+    The lock goes with its process, so a killed one holds nothing.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    lock = FileLock(make_stage_folder(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for {folder}: another process works there.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

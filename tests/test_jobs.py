@@ -126,7 +126,8 @@ def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:
 def test_killed_three_times(toy: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 at random moments, then the same command: byte-equal to a comparison that was left alone."""
     shared = [f"--{key}={value}" for key, value in toy.items() if key not in ("checkpoint_dir", "epochs")]
-    models = f"--models=Pop,BPR[epochs=3],{SMALL}"
+    tiny = "LLMRanker[loss=DMPO,llm=tiny,train_batch_size=32]"
+    models = f"--models=Pop,BPR[epochs=3],{SMALL},{tiny}"
     words = [sys.executable, "-m", "recbole_llm", "compare", models, "--seeds=1,2", "--plots=False", *shared]
 
     def command(where: str) -> list[str]:

@@ -26,7 +26,7 @@ from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
-from recbole_llm.run_folder import content_hash, data_hash, versions, write_json, write_text
+from recbole_llm.run_folder import content_hash, data_hash, only_here, versions, write_json, write_text
 from recbole_llm.trainer import ProtocolEvaluation
 
 # What determines a trained recommender, besides data, texts and rows.
@@ -78,6 +78,13 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         Returns:
             Its best validation score and result.
         """
+        # Runs share texts, judgements and adapters stage by stage, so one run at a time works on them.
+        with only_here(Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec"):
+            return self._iterations(valid_data, verbose, show_progress)
+
+    def _iterations(
+        self, valid_data: EvalRows | None, verbose: bool, show_progress: bool
+    ) -> tuple[float, dict[str, float] | None]:
         config, records = self.config, self.facts["iterations"]
         last = alignment_rounds(config)
         self._tell(last)

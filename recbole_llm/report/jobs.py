@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from recbole_llm.errors import UserError
+from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.grid import Cell
+from recbole_llm.run_folder import only_here
 
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died
@@ -75,24 +74,25 @@ def run_or_error(model: str, dataset: str | None, settings: dict[str, Any]) -> s
     try:
         run_recbole_llm(model, settings.get("dataset", dataset), None, settings)
     except UserError as error:
-        return str(error).splitlines()[0]
+        return _in_a_line(error)
     except Exception as error:  # RecBole's models fail in any way; the others still belong in the table
         logging.getLogger().exception(f"{model} failed")
         return " ".join(f"{type(error).__name__}: {error}".split())
     return None
 
 
-@contextmanager
-def _alone(cell: Cell) -> Iterator[bool]:
-    """Hold the run's folder; yields whether it is still to be done once no other process holds it."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(cell.folder / ".lock"):
-        yield not _finished(cell)
+def _in_a_line(error: UserError) -> str:
+    return "; ".join(error.problems) if isinstance(error, ConfigError) else str(error).splitlines()[0]
 
 
 def _here(cell: Cell) -> str | None:
-    with _alone(cell) as needed:
-        return run_or_error(cell.entry.model, cell.setting.dataset, cell.settings) if needed else None
+    try:
+        with only_here(cell.folder):  # another comparison may have done it meanwhile
+            if _finished(cell):
+                return None
+            return run_or_error(cell.entry.model, cell.setting.dataset, cell.settings)
+    except UserError as error:  # no folder
+        return _in_a_line(error)
 
 
 def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:
@@ -117,11 +117,10 @@ def run_apart(asked: dict[str, Any]) -> str | None:
         What went wrong in one line, or None.
     """
     folder = Path(asked["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if asked["threads"]:
         environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
-    with FileLock(folder / ".lock"), tempfile.TemporaryDirectory() as between:
+    with only_here(folder), tempfile.TemporaryDirectory() as between:
         if (folder / "result.json").is_file():
             return None
         question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
