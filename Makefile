@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench clean
+.PHONY: help run test test-faults lint bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -12,8 +12,11 @@ run: .venv/.ready ## set up, then compare LLM rankers with classic models on a s
 	$(BIN)/recbole-llm compare --config_files=properties/compare/quick.yaml
 
 test: .venv/.ready-dev ## set up with the test tools, then run the tests: two at a time, then those that measure time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone and not faults"
 	$(BIN)/python -m pytest -q -m alone
+
+test-faults: .venv/.ready-dev ## the long part: runs, comparisons and workers killed in the middle (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults
 
 lint: .venv/.ready-dev ## look for mistakes without running anything
 	$(BIN)/ruff check .

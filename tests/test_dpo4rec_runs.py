@@ -191,6 +191,7 @@ def kill_in(stage: Callable[[Path], bool], settings: dict[str, Any], folder: Pat
     child.wait()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("stage", KILLED)
 def test_kill_and_go_on(
     killed_settings: dict[str, Any],

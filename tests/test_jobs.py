@@ -70,6 +70,7 @@ def test_a_process_that_is_killed_is_a_failed_run(toy: dict[str, Any], monkeypat
     assert "error" in jobs._record(cell, told)
 
 
+@pytest.mark.faults
 def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path) -> None:
     """The comparison is killed; its run does not go on alone, holding the processor and the folder."""
     long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
@@ -152,6 +153,7 @@ def test_killed_three_times(toy: dict[str, Any], tmp_path: Path) -> None:
 # A cluster
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_cluster_loses_a_worker(toy: dict[str, Any], tmp_path: Path) -> None:
     """A scheduler and two workers in processes of their own; one is killed in the middle of a run."""
