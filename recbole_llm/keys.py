@@ -60,6 +60,8 @@ LLM_KEYS: dict[str, Check] = {
     "attention": one_of("auto", "blocks", "flex", "sdpa", "eager"),
     "fast_linears": flag,
     "gradient_checkpointing": flag,
+    "save_every": number(),
+    "resume": flag,
     "lora_r": integer(1),
     "lora_alpha": number(above=True),
     "lora_dropout": number(0, 0.99),

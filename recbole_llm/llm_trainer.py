@@ -27,7 +27,8 @@ from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
-from recbole_llm.run_folder import content_hash, only_here, versions, write_json
+from recbole_llm.resume import StageProgress, stopping
+from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
 from recbole_llm.stages import Stage, base_hash, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
@@ -93,6 +94,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
                     record = json.loads(done.read_text()) | {"reused": True}
                     self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
+                    self._take_steps(stage.folder / self.metrics_file.name)
                     best = (record["best_valid_score"], record["best_valid_result"])
                 else:
                     best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
@@ -142,9 +144,13 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         )
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         self.tokens, self.displacement = 0, Displacement()
+        self.progress = StageProgress(self, stage.folder, self.config["save_every"])
+        self.resumed = self.progress.restore() if self.config["resume"] else None
+        self.start_epoch = self.resumed["epoch"] if self.resumed else 0
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
         ) as self.bar:
+            self.bar.update(positions * self.start_epoch)
             best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
         load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
         record = {
@@ -161,8 +167,18 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         }
         if stage.loss != "SFT":
             record |= {"reference": reference, "displacement": self.displacement.facts()}
+        if stage.folder != self.run_folder:  # runs that share the stage share its curve
+            write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
+        self.progress.drop()
         return best, record
+
+    def _take_steps(self, file: Path) -> None:
+        """The steps of a stage that was trained before, as if it had been now."""
+        if file.is_file():
+            told = file.read_text(encoding="utf-8")
+            write_text(self.metrics_file, told)
+            self.global_step = len(told.splitlines())
 
     def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, int]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
@@ -191,15 +207,22 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     ) -> float:
         """One pass over the stage's windows; returns the mean loss (nats a token for SFT, a pair for the others)."""
         self.model.train()
-        total = count = 0.0
-        for number, windows in enumerate(self._steps(epoch_idx)):
-            loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
-            total, count = total + loss_sum, count + step_count
-            logged = {name: value / step_count for name, value in logged.items()}
-            self._log_step(epoch_idx, loss_sum / step_count, logged)
-            self._watch(logged)
-            self.bar.update(sum(len(w.targets) for w in windows))
-            self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
+        done, self.resumed = self.resumed or {"steps": 0, "total": 0.0, "count": 0.0}, None
+        total, count = done["total"], done["count"]
+        with stopping() as stop:
+            for number, windows in enumerate(self._steps(epoch_idx)):
+                if number >= done["steps"]:
+                    loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
+                    total, count = total + loss_sum, count + step_count
+                    logged = {name: value / step_count for name, value in logged.items()}
+                    self._log_step(epoch_idx, loss_sum / step_count, logged)
+                    self._watch(logged)
+                    if stop.asked or self.progress.due():
+                        self.progress.save(epoch_idx, number + 1, total, count)
+                    if stop.asked:
+                        raise KeyboardInterrupt
+                self.bar.update(sum(len(w.targets) for w in windows))
+                self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
         return total / count
 
     def _watch(self, logged: dict[str, float]) -> None:

@@ -33,9 +33,9 @@ class WholeRun:
     def __init__(self, runs: Sequence[tuple[str, Config]], jobs: int = 1) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
-        # Later LLM runs may share the first one's SFT stage.
-        llms = [config for _, config in runs if _kind(config) == "llm"]
-        self.seconds = [_guess(config, config is llms[0] if llms else False) for _, config in runs]
+        # LLM runs of the same users and seed may share the first one's SFT stage.
+        first = {_shares(config): config for _, config in reversed(runs) if _kind(config) == "llm"}
+        self.seconds = [_guess(config, config is first.get(_shares(config))) for _, config in runs]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.open = {i for i, seconds in enumerate(self.seconds) if seconds}
         self.todo, self.jobs = len(self.open), jobs
@@ -111,6 +111,10 @@ def _kind(config: Config) -> str:
     if "recommender_model" in config:
         return "dpo4rec"
     return "llm" if "llm" in config else "trained" if config["MODEL_TYPE"] != ModelType.TRADITIONAL else "counted"
+
+
+def _shares(config: Config) -> tuple[Any, ...]:
+    return config["dataset"], config["few_shot"], config["seed"]
 
 
 def _guess(config: Config, with_sft: bool) -> float:

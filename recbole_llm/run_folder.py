@@ -42,6 +42,8 @@ PACKAGES = (
 ALSO = ("huggingface_hub", "scikit-learn", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
 # What does not change a result, and so does not name a run.
 NOT_IN_HASH = {
+    "save_every",
+    "resume",
     "checkpoint_dir",
     "show_progress",
     "state",
