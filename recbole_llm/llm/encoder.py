@@ -188,6 +188,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, model: torch.nn.Module) -> np.
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
     positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
     options = {"truncation": True, "max_length": min(MAX_TOKENS, positions), "padding": True, "return_tensors": "pt"}
+    options["split_special_tokens"] = True  # "[SEP]" in a title is text
     with bar(total=len(order), desc="Encode titles", unit="text", disable=len(order) <= SHOW_FROM) as shown:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
