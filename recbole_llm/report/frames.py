@@ -57,7 +57,10 @@ def spreadsheet_csv(frame: pd.DataFrame) -> str:
     def guarded(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
-    return frame.rename(columns=guarded).apply(lambda column: column.map(guarded)).to_csv(index=False)
+    def guarded_column(column: pd.Series) -> pd.Series:
+        return pd.Series([*map(guarded, column)], column.index, column.dtype)
+
+    return frame.rename(columns=guarded).apply(guarded_column).to_csv(index=False)
 
 
 def intervals(results: Results, resamples: int, metrics: Sequence[str] | None = None) -> pd.DataFrame:
