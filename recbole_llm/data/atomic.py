@@ -126,7 +126,7 @@ def _check_lines(
                 fields = line.decode("utf-8").rstrip("\r\n").split(separator)
                 wrong = f"{len(fields)} fields where the header has {len(columns)}"
                 if len(fields) == len(columns):
-                    wrong = _wrong_text(fields) or _wrong_fields(*(fields[p] for p in places))
+                    wrong = _wrong_fields(*(fields[p] for p in places)) or _wrong_text(fields)
             except UnicodeDecodeError:
                 wrong = "not UTF-8 text"
             if wrong and line.strip():
