@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import __version__
-from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.errors import ConfigError, UserError, plain
 from recbole_llm.keys import LOSSES
 from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, parse_value, read_yamls
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
         return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
     except UserError as error:
-        print(f"\nrecbole-llm: {error}", file=sys.stderr)
+        print(f"\nrecbole-llm: {plain(str(error), breaks=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

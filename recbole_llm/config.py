@@ -12,6 +12,7 @@ from recbole.utils import ModelType
 from recbole_llm import checks, compat, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.errors import ConfigError
+from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
 from recbole_llm.settings import PROPERTIES, SettingsLoader, read_yaml, read_yamls
 
@@ -76,6 +77,9 @@ class LLMConfig(Config):
                 problems.append(f"--{key}: name one, for example --{key}={example}.")
             elif not isinstance(value, str):
                 problems.append(f"--{key}={value!r}: must be text, for example --{key}={example}.")
+            elif key == "dataset" and (told := file_name(value)):
+                folder = "--data_path is the folder that holds the data set's folder"
+                problems.append(f"--dataset={value!r}: {told}; {folder}.")
         if isinstance(model, str) and model:
             try:
                 found = model_class(model)

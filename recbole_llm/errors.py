@@ -23,3 +23,8 @@ class ConfigError(UserError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def plain(text: str, breaks: bool = False) -> str:
+    """The text without what a terminal or a browser would obey; line breaks stay where they are wanted."""
+    return "".join(c if c.isprintable() or (breaks and c == "\n") else f"\\x{ord(c):02x}" for c in text)

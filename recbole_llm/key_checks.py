@@ -65,6 +65,18 @@ def optional_text(value: Any) -> str | None:
     return None if value is None else text(value)
 
 
+def file_name(value: Any) -> str | None:
+    """Text that is part of the names of folders and files, and so cannot lead elsewhere."""
+    fine = isinstance(value, str) and value.isprintable() and not {*"/\\"} & {*value} and value not in ("", ".", "..")
+    told = "must be a name of at most 150 bytes, without slashes and control characters"
+    return None if fine and len(value.encode()) <= 150 else told
+
+
+def optional_file_name(value: Any) -> str | None:
+    """A name, or nothing."""
+    return None if value is None else file_name(value)
+
+
 def flag(value: Any) -> str | None:
     """True or False."""
     return None if isinstance(value, bool) else "must be True or False"

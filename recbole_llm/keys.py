@@ -21,6 +21,7 @@ from recbole_llm.key_checks import (
     mixed,
     number,
     one_of,
+    optional_file_name,
     optional_text,
     or_auto,
     smoothing,
@@ -101,7 +102,7 @@ LLM_KEYS: dict[str, Check] = {
     "rerank_model": text,
     "rerank_topk": integer(1),
     "generate_users": integer(),
-    "eval_dataset": optional_text,
+    "eval_dataset": optional_file_name,
     "eval_config": table,
 }
 # Keys of DPO4Rec alone (properties/model/DPO4Rec.yaml); those of its LLM are above.

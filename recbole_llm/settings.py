@@ -6,6 +6,7 @@ No torch here: `recbole-llm ls` shall not wait for it.
 from __future__ import annotations
 
 import ast
+import math
 import re
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from recbole_llm.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
 PROPERTIES = next(p for p in (HERE / "properties", HERE.parent / "properties") if p.is_dir())
+MOST_VALUES = 100_000  # in a YAML file
 # Values that stay as typed, although they may look like numbers or lists.
 TEXT_FLAGS = {
     "model",
@@ -75,7 +77,27 @@ def parse_value(text: str) -> Any:
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; RecBole's users write it as a number."""
+    """Plain values alone; YAML 1.1 reads ``1e-4`` as text, RecBole's users write it as a number.
+
+    A few lines of aliases of aliases can stand for billions of values: they are counted before any is made.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"with its aliases it holds more than {MOST_VALUES} values, or itself")
+        return node
+
+
+def _values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values under a node, those behind aliases each time; infinitely many where it holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in known:
+        known[node] = math.inf
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+        known[node] = 1 + sum(_values(n, known) for n in inner)
+    return known[node]
 
 
 SettingsLoader.add_implicit_resolver(

@@ -14,6 +14,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
+from scipy.sparse import csc_matrix, csr_matrix, lil_matrix
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
@@ -24,6 +25,9 @@ from recbole_llm.progress import bar
 from recbole_llm.wandb_log import RunLogger
 
 SCORES_AT_ONCE = 2**25  # float32 scores held in memory: 128 MiB
+# What checkpoints of ItemKNN, SLIMElastic and EASE hold beside tensors. torch makes nothing else from a file.
+MATRICES = [csc_matrix, csr_matrix, lil_matrix, np.matrix, np.ndarray, np.dtype, np.empty(0).__reduce__()[0]]
+MATRICES += [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "object")]
 
 
 class ProtocolEvaluation:
@@ -160,10 +164,10 @@ class ProtocolEvaluation:
             self.logger.info(f"Saving current: {self.saved_model_file}")
 
     def _load_checkpoint(self, model_file: str | None) -> None:
-        # Our own file of this very run may hold scipy matrices (ItemKNN, EASE); a file the user names is data only.
         file = model_file or self.saved_model_file
         try:
-            state = torch.load(file, map_location=self.device, weights_only=model_file is not None)
+            with torch.serialization.safe_globals(MATRICES):
+                state = torch.load(file, map_location=self.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged or foreign file
             raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
         self.model.load_state_dict(state["state_dict"])

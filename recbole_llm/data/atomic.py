@@ -38,6 +38,7 @@ MISSING = {
     "nan",
     "null",
 }
+PADDING = "[PAD]"  # RecBole's own name of id 0
 KINDS = {"USER_ID_FIELD": "token", "ITEM_ID_FIELD": "token", "TIME_FIELD": "float", "RATING_FIELD": "float"}
 
 
@@ -125,7 +126,7 @@ def _check_lines(
                 fields = line.decode("utf-8").rstrip("\r\n").split(separator)
                 wrong = f"{len(fields)} fields where the header has {len(columns)}"
                 if len(fields) == len(columns):
-                    wrong = _wrong_fields(*(fields[p] for p in places))
+                    wrong = _wrong_fields(*(fields[p] for p in places)) or _wrong_text(fields)
             except UnicodeDecodeError:
                 wrong = "not UTF-8 text"
             if wrong and line.strip():
@@ -135,9 +136,18 @@ def _check_lines(
         raise UserError(f"{file} holds a header and no interactions.")
 
 
+def _wrong_text(fields: Sequence[str]) -> str | None:
+    """What pandas, and so RecBole, would read past, whichever column it stands in."""
+    if any("\r" in field or "\0" in field for field in fields):
+        return "RecBole ends a line or a field at a carriage return or NUL inside it"
+    if any(field.startswith('"') and field.count('"') % 2 for field in fields):
+        return "a field begins with a quote and has no other that closes it"
+    return None
+
+
 def _wrong_fields(user: str, item: str, time: str, rating: str = "0") -> str | None:
     for token in (user, item):
-        if token in MISSING or token.startswith('"'):
+        if token in MISSING or token == PADDING or token.startswith('"'):
             return f"RecBole cannot read {token!r} as the id of a user or item"
     try:
         if not math.isfinite(float(time)):

@@ -20,6 +20,7 @@ from recbole_llm.errors import UserError
 TITLE_COLUMNS = ("title", "movie_title", "item_title", "name", "item_name", "product_title", "book_title")
 YEAR_COLUMNS = ("release_year", "year", "publication_year")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+EMPTY_BRACKETS = re.compile(r"(?<!\s)\s*\(\s*\)")  # only from the first blank of a run: else the time is its square
 
 logger = logging.getLogger()
 
@@ -116,7 +117,7 @@ def _fill(template: str, row: dict[str, str]) -> str:
     """The template with an item's columns; no format language, so a column cannot reach into objects."""
     parts = [before + (row[name] if name is not None else "") for before, name, _, _ in Formatter().parse(template)]
     text = "".join(parts)
-    return re.sub(r"\s*\(\s*\)", "", text) if any(row[name] for name in text_columns(template)) else ""
+    return EMPTY_BRACKETS.sub("", text) if any(row[name] for name in text_columns(template)) else ""
 
 
 def _name_the_untitled(texts: list[str], tokens: list[str], dataset: str) -> list[str]:

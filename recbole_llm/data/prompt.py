@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
+from recbole_llm.settings import SettingsLoader
 
 REQUIRED: dict[str, dict[str, type]] = {
     "stream": {"header": str, "line": str},
@@ -171,7 +172,7 @@ def load_template(name: str, folder: Path, key: str = "prompt") -> dict[str, Any
             "like those in properties/prompt."
         )
     try:
-        template = yaml.safe_load(file.read_text(encoding="utf-8"))
+        template = yaml.load(file.read_text(encoding="utf-8"), Loader=SettingsLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"--{key}={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
     family = template.get("family") if isinstance(template, dict) else None

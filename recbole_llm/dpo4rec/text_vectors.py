@@ -55,7 +55,7 @@ def _encoding_llm(
 def _hidden_means(llm: LLM, texts: Sequence[str], token_budget: int) -> np.ndarray:
     decoder, _ = decoder_and_head(llm.model)
     device, most = next(llm.model.parameters()).device, min(MOST_TOKENS, llm.context)
-    options = {"add_special_tokens": False, "truncation": True, "max_length": most}
+    options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True, "max_length": most}
     ids = [llm.tokenizer(text, **options)["input_ids"] if text.strip() else [] for text in texts]
     vectors = np.zeros((len(texts), llm.model.config.get_text_config().hidden_size), np.float32)
     with plain_attention(llm.model):  # it takes padding

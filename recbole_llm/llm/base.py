@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -139,12 +140,14 @@ def explained_load(llm: str) -> Iterator[None]:
             f"--llm={llm} does not fit into the GPU's memory. Use a smaller model, --dtype=bfloat16, or "
             "--quantization=4bit."
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:400]
         if "connect to" in reason and constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set and the hub's cache on this machine does not hold it"
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which is never run here"
+        if isinstance(error, UnpicklingError):
+            reason = "its weights are a pickle of more than tensors, which is never run here"
         raise UserError(
             f"--llm={llm} could not be loaded: {reason}. Give a hub id that this machine can reach or has in "
             "its cache (by `hf download`), a transformers folder, or --llm=embedded, which needs no hub."

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ SHOW_FROM = 5000  # texts; fewer take half a minute at most
 COMPUTATION = 1
 # What transformers raises on a model that is not there or not an encoder of texts.
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+UNUSABLE += (UnpicklingError,)
 
 
 def text_embeddings(texts: Sequence[str], encoder: str = "minilm", cache_folder: Path | None = None) -> np.ndarray:
@@ -172,6 +174,8 @@ def _explained(encoder: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         if "trust_remote_code" in reason:
             reason = "it brings Python code of its own, which is never run here"
+        if isinstance(error, UnpicklingError):
+            reason = "its weights are a pickle of more than tensors, which is never run here"
         raise UserError(
             f"--encoder={encoder} could not be used: {reason}. Give minilm, tfidf (no download), none, the hub id of a "
             "BERT-like model that this machine can reach or has in its cache, or a folder that holds one."
@@ -188,6 +192,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, model: torch.nn.Module) -> np.
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
     positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
     options = {"truncation": True, "max_length": min(MAX_TOKENS, positions), "padding": True, "return_tensors": "pt"}
+    options["split_special_tokens"] = True  # "[SEP]" in a title is text
     with bar(total=len(order), desc="Encode titles", unit="text", disable=len(order) <= SHOW_FROM) as shown:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]

@@ -155,8 +155,8 @@ def write_comparison(
     texts = {
         "table.md": told,
         "table.tex": latex_file(tables),
-        "table.csv": frame.to_csv(index=False),
-        "tests.csv": frames.tests_frame(every, tests).to_csv(index=False),
+        "table.csv": frames.spreadsheet_csv(frame),
+        "tests.csv": frames.spreadsheet_csv(frames.tests_frame(every, tests)),
         "table.html": page("Comparison", [html_table(t) for t in tables]),
         "costs.md": costs,
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recbole_llm.errors import plain
 from recbole_llm.explain.explanation import Explanation, Influence
 
 MARK = " <- chosen"
@@ -18,11 +19,6 @@ class Table:
     heads: list[str]
     rows: list[list[str]]
     words: tuple[int, ...]
-
-
-def plain(text: str, breaks: bool = False) -> str:
-    """The text without what a terminal or a browser would obey; line breaks stay where they are wanted."""
-    return "".join(c if c.isprintable() or (breaks and c == "\n") else f"\\x{ord(c):02x}" for c in text)
 
 
 def token_text(token: str) -> str:

@@ -12,6 +12,8 @@ from recbole_llm.report.results import Line, Results
 from recbole_llm.report.significance import LEVEL
 from recbole_llm.report.stats import bootstrap_interval
 
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for the beginning of a formula, or trims
+
 
 def setting_columns(results: Results) -> dict[str, Any]:
     """What tells this table's rows from those of another."""
@@ -47,6 +49,18 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     spreads = [c for c in frame.columns if c.endswith(" std")]
     return frame[[c for c in frame.columns if c not in spreads] + spreads]
+
+
+def spreadsheet_csv(frame: pd.DataFrame) -> str:
+    """CSV in which a spreadsheet finds no formula: a text that begins like one gets an apostrophe; numbers stay."""
+
+    def guarded(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    def guarded_column(column: pd.Series) -> pd.Series:
+        return pd.Series([*map(guarded, column)], column.index, column.dtype)
+
+    return frame.rename(columns=guarded).apply(guarded_column).to_csv(index=False)
 
 
 def intervals(results: Results, resamples: int, metrics: Sequence[str] | None = None) -> pd.DataFrame:
