@@ -184,6 +184,7 @@ def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None
         ({"table_metrics": "NDCG"}, "--table_metrics: no run has NDCG; there are hit@1, "),
         ({"table_metrics": "gini@7"}, "--table_metrics: no run has gini@7; there are hit@1, "),
         ({"table_metrics": "auc_global"}, "--table_metrics: no run has auc_global"),
+        ({"table_metrics": "hallucination_base", "encoder": "none"}, "no run has hallucination_base; there are"),
         ({"table_metrics": "NDCG@10,NDCG@7"}, "--table_metrics: no run has NDCG@7; there are hit@1, "),
     ],
 )
@@ -206,6 +207,7 @@ def test_options_as_typed() -> None:
     assert rest == {"epochs": 3} and options.datasets == ("a", "b") and options.few_shots == (5, None)
     assert options.modes == ("uni9", "full") and options.seeds == (1, 2) and options.alpha == 0.01
     assert options.out == "1"
+    assert split_options({"few_shot": [20, "none"]})[0].few_shots == (20, None)  # as YAML reads [20, none]
     options, rest = split_options({"few_shot": None, "seeds": 3})  # one size is a setting of the runs
     assert options.few_shots is None and options.seeds == (3,) and rest == {"few_shot": None}
 

@@ -229,6 +229,11 @@ def test_summary_of_one_sided_tests(tmp_path: Path) -> None:
     assert told.endswith("B is the baseline; the tests are one-sided, and do not ask whether it is better than others.")
     told = found(results, pd.DataFrame([row_of("B", "A", "", 0.2)]), ["A"], options)
     assert "It is not significantly better than the baseline A" in told
+    rows = pd.DataFrame([row_of("B", "A", "better"), row_of("A", "B", "", 0.9, -0.25)])
+    told = found(results, rows, ["A", "B"], options)
+    assert "It is significantly better than the baseline A" in told and told.endswith("B is a baseline itself.")
+    told = found(results, rows[:1], ["A", "B"], Options())  # two-sided they are compared once
+    assert told.endswith("B is a baseline itself.")
 
 
 def test_summary_of_a_metric_without_a_best(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from recbole_llm.report.formats import html_table, latex, latex_file, latex_text
 from recbole_llm.report.grid import Setting
 from recbole_llm.report.results import Line, Results, direction, merit, metric_name
 from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.summary import found
 from recbole_llm.report.table import (
     Table,
     Value,
@@ -195,6 +196,17 @@ def test_the_order_of_seeds_is_no_difference(tmp_path: Path) -> None:
     assert row["difference"] == row["t"] == row["d"] == 0 and row["p_t"] == 1 and row["verdict"] == ""
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_user_has_no_test(tmp_path: Path) -> None:
+    results = made(tmp_path, "ndcg@10", A=[[0.25]], B=[[0.5]])
+    tests = comparisons(results, ["A"], Options(resamples=99))
+    assert np.isnan(tests["p_holm"][0]) and tests["verdict"][0] == ""
+    texts = [value.text for value in significance_table(results, tests, Options(), 1).rows[0]]
+    assert texts == ["B", "A", "+0.2500", "[+0.2500, +0.2500]", "", "1/0/0", "", "1", "", "not told apart"]
+    told = found(results, tests, ["A"], Options())
+    assert told == "NDCG@10: B is best (0.5000). There is no test of B against the baseline A."
+
+
 @pytest.mark.parametrize(("shift", "verdict"), [(0.3, "better"), (-0.3, "worse"), (0.5, ""), (0.8, "")])
 def test_nearest_to_zero_from_both_sides(tmp_path: Path, shift: float, verdict: str) -> None:
     """A's lift is -.4: B's -.1 is nearer, -.7 is not; of +.1 and +.4 a test of the difference cannot say."""
@@ -214,8 +226,8 @@ def test_a_verdict_is_about_the_users_of_the_test(tmp_path: Path) -> None:
         B=[[0.20, 0.23, 0.20, 0.24, 0.00, 0.21]],
         C=[[0.20, 0.23, 0.20, 0.24, -9.0, 0.21]],
     )
-    found = comparisons(results, ["A"], Options(resamples=99))
-    assert found["verdict"].tolist() == ["better", "better"] and found["users"].tolist() == [5, 5]
+    tests = comparisons(results, ["A"], Options(resamples=99))
+    assert tests["verdict"].tolist() == ["better", "better"] and tests["users"].tolist() == [5, 5]
 
 
 def test_two_baselines_are_both_marked(results: Results) -> None:
@@ -261,6 +273,13 @@ def test_captions_name_only_baselines_that_ran(results: Results) -> None:
     tests, chosen = comparisons(results, ["F_1", "A"], Options(resamples=999)), Options(resamples=999)
     told = results_table(results, tests, ["F_1", "A"], chosen, 1).caption
     assert "lowered = worse than (b) A." in told and "F_1" not in told
+
+
+def test_a_pair_is_said(tmp_path: Path) -> None:
+    run = record(tmp_path, "A", 1, {"ndcg@1": [0.0, 1.0]}, mode="uni1")
+    results = Results(Setting("toy", None, False, None), [Line("A", [run], [])])
+    told = results_table(results, pd.DataFrame(), ["A"], Options(), 1).caption
+    assert "2 rows, the next item among one other drawn uniformly (frozen" in told
 
 
 def test_trained_elsewhere_is_said(tmp_path: Path) -> None:
@@ -320,6 +339,8 @@ def test_p_values_as_printed() -> None:
 def test_columns_asked_for(results: Results) -> None:
     table = tables(results, table_metrics=("NDCG@10", "gini@10"))[0]
     assert table.header == ["Model", "NDCG@10 ↑", "gini@10 ↓"]
+    notes = tables(results, table_metrics=("NDCG@10", "Hallucination@5"))[0].notes
+    assert notes[0] == "Hallucination@5: not every run has it." and len(notes) == 2
 
 
 def test_all_failed() -> None:

@@ -61,7 +61,8 @@ def _asked(run: dict[str, Any]) -> str:
     target = "the next item" if ahead == 1 else f"the next {ahead} items"
     found = re.fullmatch(r"(uni|pop|low)(\d+)", run["mode"])
     if found:
-        return f"{target} among {found[2]} others {DRAWN[found[1]]} (frozen, the same for every model)"
+        others = "one other" if found[2] == "1" else f"{found[2]} others"
+        return f"{target} among {others} {DRAWN[found[1]]} (frozen, the same for every model)"
     masked = run.get("mask_history", True)
     return f"{target} among all items" + (" that the user has not met" if masked else "")
 

@@ -104,7 +104,12 @@ def _metrics_of(config: LLMConfig) -> Iterator[str]:
         yield from PAIR_METRICS
     topk = [k for k in config["topk"] if answers is None or k < answers]
     for name in HARM:
-        yield from [f"{name}@{k}" for k in topk] if name != "hallucination_base" else [name]
+        if name.startswith("hallucination") and config["encoder"] == "none":
+            continue
+        if name != "hallucination_base":
+            yield from (f"{name}@{k}" for k in topk)
+        elif answers is not None:
+            yield name
 
 
 def tune_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -68,7 +69,8 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
             "baseline_seeds": [len(base.runs) for _, _, base in rows],
         }
     )
-    found = found.join(_tested(differences, found["metric"], options))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a single user, or none with a value
+        found = found.join(_tested(differences, found["metric"], options))
     gains = _stacked(merit(m, ours.users[m].to_numpy()) - merit(m, base.users[m].to_numpy()) for m, ours, base in rows)
     found[["wins", "ties", "losses"]] = stats.win_tie_loss(gains)
     chosen = found["p_t" if options.test == "t" else "p_randomization"]

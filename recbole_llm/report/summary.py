@@ -74,6 +74,9 @@ def found(results: Results, tests: pd.DataFrame, against: Sequence[str], options
 def _above_others(tests: pd.DataFrame, baseline: str, options: Options) -> str:
     """The best is the baseline: who is told apart from it?"""
     rows = tests[tests["baseline"] == baseline] if len(tests) else tests
+    elsewhere = len(tests) and (tests["model"] == baseline).any()  # against another baseline, told of next
+    if elsewhere and (not len(rows) or options.alternative == "better"):
+        return f"{baseline} is a baseline itself."
     if not len(rows):
         return f"{baseline} is the baseline; there is no other to test."
     if options.alternative == "better":
@@ -93,7 +96,7 @@ def _against(
 ) -> str:
     """The best against a baseline; ``alone`` there is no other best."""
     row = _pair(tests, model, baseline)
-    if row is None:
+    if row is None or np.isnan(row["p_holm"]):  # a single user
         return f"There is no test of {model} against the baseline {baseline}."
     none = "not told apart from" if options.alternative == "two-sided" else "not significantly better than"
     relation = {"better": "significantly better than", "worse": "significantly worse than", "": none}

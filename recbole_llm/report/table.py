@@ -62,7 +62,9 @@ def results_table(
     ]
     header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
     told = caption(results, tests, tested, options, used)
-    return Table(f"results-{number}", results.title, told, header, rows, notes=_notes(results))
+    lacks = [m for m in options.table_metrics or () if results.records and m.lower() not in map(str.lower, columns)]
+    notes = [f"{m}: not every run has it." for m in lacks] + _notes(results)
+    return Table(f"results-{number}", results.title, told, header, rows, notes=notes)
 
 
 def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], number: int) -> Table | None:
@@ -90,7 +92,7 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
                 Value(row["baseline"]),
                 Value(f"{row['difference']:+.{DIGITS}f}"),
                 Value(f"[{row['ci_low']:+.{DIGITS}f}, {row['ci_high']:+.{DIGITS}f}]"),
-                Value(f"{row['d']:+.2f}"),
+                Value("" if np.isnan(row["d"]) else f"{row['d']:+.2f}"),
                 Value(f"{row['wins']}/{row['ties']}/{row['losses']}"),
                 Value(p_text(row["p_t"])),
                 Value(p_text(row["p_randomization"])),
