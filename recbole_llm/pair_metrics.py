@@ -6,6 +6,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 COIN_SEED = 42  # DMPO's released evaluation
+PAIR_METRICS = ("paired_accuracy", "auc_global", "auc_coin_flip")
 
 
 def paired_accuracy(target: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -178,6 +178,13 @@ def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None
         ({"test": "wilcoxon"}, "--test='wilcoxon': must be one of t, randomization"),
         ({"jobs": 0}, "--jobs=0: must be a whole number >= 1"),
         ({"names": {"Pop": 3}}, "--names={'Pop': 3}: must be a table of labels"),
+        ({"names": {"Pop": "BPR"}}, "--names={'Pop': 'BPR'}: two lines of a table would be called BPR."),
+        ({"out": __file__}, f"--out={__file__}: {__file__} is a file; name a folder."),
+        ({"out": f"{__file__}/x"}, f"--out={__file__}/x: {__file__} is a file; name a folder."),
+        ({"table_metrics": "NDCG"}, "--table_metrics: no run has NDCG; there are hit@1, "),
+        ({"table_metrics": "gini@7"}, "--table_metrics: no run has gini@7; there are hit@1, "),
+        ({"table_metrics": "auc_global"}, "--table_metrics: no run has auc_global"),
+        ({"table_metrics": "hallucination_base", "encoder": "none"}, "no run has hallucination_base; there are"),
         ({"table_metrics": "NDCG@10,NDCG@7"}, "--table_metrics: no run has NDCG@7; there are hit@1, "),
     ],
 )
@@ -200,6 +207,7 @@ def test_options_as_typed() -> None:
     assert rest == {"epochs": 3} and options.datasets == ("a", "b") and options.few_shots == (5, None)
     assert options.modes == ("uni9", "full") and options.seeds == (1, 2) and options.alpha == 0.01
     assert options.out == "1"
+    assert split_options({"few_shot": [20, "none"]})[0].few_shots == (20, None)  # as YAML reads [20, none]
     options, rest = split_options({"few_shot": None, "seeds": 3})  # one size is a setting of the runs
     assert options.few_shots is None and options.seeds == (3,) and rest == {"few_shot": None}
 
@@ -225,6 +233,17 @@ def test_every_combination_once(toy: dict[str, Any]) -> None:
     assert (
         len({cell.folder for cell in grid}) == 4 * 2 + 2 * 2
     )  # the entry with a size of its own is asked in two modes
+
+
+def test_a_seed_of_its_own_is_one_run(toy: dict[str, Any]) -> None:
+    """Not the same run once a seed, whose spread would be 0."""
+    options, rest = split_options({**toy, "seeds": "1,2,3", "per_model": {"SASRec": {"seed": 5}}})
+    grid = cells(parse_models("Pop,BPR[seed=7],SASRec"), options, rest)
+    assert [(c.entry.model, c.seed, c.config["seed"]) for c in grid] == [
+        *[("Pop", seed, seed) for seed in (1, 2, 3)],
+        ("BPR", 7, 7),
+        ("SASRec", 5, 5),
+    ]
 
 
 def test_chosen_values_win(toy: dict[str, Any]) -> None:

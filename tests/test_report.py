@@ -186,8 +186,8 @@ def row_of(model: str, baseline: str, verdict: str, p: float = 0.04, difference:
             [row_of("B", "A", "", 0.21)],
             ["A"],
             "It is not told apart from the baseline A (0.2500): difference +0.1000, 95 % interval [+0.0500, +0.1500], "
-            "p = .210 after Holm's correction, 1,200 users. A true difference below about 0.0123 would mostly go "
-            "unseen.",
+            "p = .210 after Holm's correction, 1,200 users. A true difference of 0.0123 would be seen in 4 of 5 "
+            "such studies at best.",
         ),
         (
             [row_of("A", "B", "worse", 0.01, -0.2), row_of("C", "B", "")],
@@ -219,6 +219,29 @@ def test_summary_of_two_best_and_two_baselines(tmp_path: Path) -> None:
     )
     assert "B is significantly better than the baseline A (0.2500): difference +0.2500, 95 % interval [+0.2000," in told
     assert "C is not told apart from the baseline A (0.2500): difference +0.1000" in told
+
+
+def test_summary_of_one_sided_tests(tmp_path: Path) -> None:
+    """What was not asked is not told as an answer."""
+    results = Results(NOT_GIVEN, [line(tmp_path, "A", 0, 0.5), line(tmp_path, "B", 0.5, 0.5)])
+    options = Options(alternative="better")
+    told = found(results, pd.DataFrame([row_of("A", "B", "", 0.9, -0.25)]), ["B"], options)
+    assert told.endswith("B is the baseline; the tests are one-sided, and do not ask whether it is better than others.")
+    told = found(results, pd.DataFrame([row_of("B", "A", "", 0.2)]), ["A"], options)
+    assert "It is not significantly better than the baseline A" in told
+    rows = pd.DataFrame([row_of("B", "A", "better"), row_of("A", "B", "", 0.9, -0.25)])
+    told = found(results, rows, ["A", "B"], options)
+    assert "It is significantly better than the baseline A" in told and told.endswith("B is a baseline itself.")
+    told = found(results, rows[:1], ["A", "B"], Options())  # two-sided they are compared once
+    assert told.endswith("B is a baseline itself.")
+
+
+def test_summary_of_a_metric_without_a_best(tmp_path: Path) -> None:
+    users = pd.DataFrame({"hallucination_base": [0.1, 0.2]}, index=["u1", "u2"])
+    results = Results(NOT_GIVEN, [Line("A", [write_run(tmp_path / "A", users)], [])])
+    told = found(results, pd.DataFrame(), ["A"], Options(table_metrics=("hallucination_base",)))
+    assert told == "hallucination_base says nothing about which model is best."
+    assert found(results, pd.DataFrame(), ["A"], Options()) == "The finished runs share no metric of the table."
 
 
 # In a browser

@@ -16,14 +16,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_llm.errors import UserError
+from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.report import frames
-from recbole_llm.report.entries import Options
+from recbole_llm.report.entries import Options, parse_models
 from recbole_llm.report.formats import html_table, latex, latex_file, latex_text, markdown
 from recbole_llm.report.grid import Setting
 from recbole_llm.report.results import Line, Results, direction, merit, metric_name
-from recbole_llm.report.significance import comparisons
-from recbole_llm.report.table import Table, Value, costs_table, harm_table, p_text, results_table, significance_table
+from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.summary import found
+from recbole_llm.report.table import (
+    Table,
+    Value,
+    accuracy_columns,
+    costs_table,
+    harm_table,
+    p_text,
+    primary_metric,
+    results_table,
+    significance_table,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = r"""A_b & 50% $x^2$ #1 {y} ~ \input{/etc/passwd} <script>alert("1")</script> | `code` é 漢 ](http://x)"""
@@ -139,10 +150,14 @@ def test_best_second_and_told_apart(results: Results) -> None:
 
 
 def test_equal_to_the_digits_shown_is_equal(tmp_path: Path) -> None:
-    values = {"A": 0.50001, "B": 0.49999, "C": 0.4}
+    values = {"A": 0.50001, "B": 0.49999, "C": 0.4, "D": 0.00025, "E": 0.0003}
+    assert f"{0.00025:.4f}" == "0.0003" and np.round(0.00025, 4) == 0.0002  # two ways to round a half
     lines = [Line(n, [record(tmp_path, n, 1, {"ndcg@10": [v, v, v]})], []) for n, v in values.items()]
     table = results_table(Results(Setting(None, None, False, None), lines), pd.DataFrame(), ["A"], Options(), 1)
     assert [cell(table, row, "NDCG@10").place for row in range(3)] == [1, 1, 2]
+    last = Results(Setting(None, None, False, None), lines[3:])
+    table = results_table(last, pd.DataFrame(), ["D"], Options(), 1)
+    assert [cell(table, row, "NDCG@10").place for row in range(2)] == [1, 1]
 
 
 def test_worse_is_marked_below(results: Results) -> None:
@@ -162,6 +177,136 @@ def test_two_baselines_are_one_family(results: Results) -> None:
     assert set(zip(ndcg["model"], ndcg["baseline"], strict=True)) == {("B", "A"), ("C", "A"), ("C", "B")}
     ordered = ndcg.sort_values("p_t")["p_t"].to_numpy()
     assert ndcg["p_holm"].min() == pytest.approx(min(1, 3 * ordered[0]))
+
+
+def made(home: Path, metric: str, **models: list[list[float]]) -> Results:
+    """A line a model, of each seed's values the users' values."""
+    lines = [
+        Line(name, [record(home, name, seed, {metric: values}) for seed, values in enumerate(seeds, 1)], [])
+        for name, seeds in models.items()
+    ]
+    return Results(Setting("toy", None, False, None), lines)
+
+
+def test_the_order_of_seeds_is_no_difference(tmp_path: Path) -> None:
+    """(.1 + .2 + .3) / 3 and (.3 + .2 + .1) / 3 differ in the last digit of a double."""
+    up = [[0.1] * 4, [0.2] * 4, [0.3] * 4]
+    row = comparisons(made(tmp_path, "ndcg@10", A=up, B=up[::-1]), ["A"], Options(resamples=99)).iloc[0]
+    assert (row["wins"], row["ties"], row["losses"]) == (0, 4, 0)
+    assert row["difference"] == row["t"] == row["d"] == 0 and row["p_t"] == 1 and row["verdict"] == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_user_has_no_test(tmp_path: Path) -> None:
+    results = made(tmp_path, "ndcg@10", A=[[0.25]], B=[[0.5]])
+    tests = comparisons(results, ["A"], Options(resamples=99))
+    assert np.isnan(tests["p_holm"][0]) and tests["verdict"][0] == ""
+    texts = [value.text for value in significance_table(results, tests, Options(), 1).rows[0]]
+    assert texts == ["B", "A", "+0.2500", "[+0.2500, +0.2500]", "", "1/0/0", "", "1", "", "not told apart"]
+    told = found(results, tests, ["A"], Options())
+    assert told == "NDCG@10: B is best (0.5000). There is no test of B against the baseline A."
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.3, "better"), (-0.3, "worse"), (0.5, ""), (0.8, "")])
+def test_nearest_to_zero_from_both_sides(tmp_path: Path, shift: float, verdict: str) -> None:
+    """A's lift is -.4: B's -.1 is nearer, -.7 is not; of +.1 and +.4 a test of the difference cannot say."""
+    lift = np.linspace(-0.45, -0.35, 30)
+    moved = lift + shift + np.linspace(-0.01, 0.01, 30)
+    results = made(tmp_path, "popularity_lift@10", A=[lift.tolist()], B=[moved.tolist()])
+    row = comparisons(results, ["A"], Options(resamples=99)).iloc[0]
+    assert row["p_t"] < 1e-6 and row["verdict"] == verdict
+
+
+def test_a_verdict_is_about_the_users_of_the_test(tmp_path: Path) -> None:
+    """B is better for each user that both have a value for; its mean over its own is worse."""
+    results = made(
+        tmp_path,
+        "long_tail@10",
+        A=[[0.10, 0.12, 0.11, 0.13, np.nan, 0.12]],
+        B=[[0.20, 0.23, 0.20, 0.24, 0.00, 0.21]],
+        C=[[0.20, 0.23, 0.20, 0.24, -9.0, 0.21]],
+    )
+    tests = comparisons(results, ["A"], Options(resamples=99))
+    assert tests["verdict"].tolist() == ["better", "better"] and tests["users"].tolist() == [5, 5]
+
+
+def test_two_baselines_are_both_marked(results: Results) -> None:
+    """B is better than A: B's cell says so, and A's too."""
+    chosen = Options(resamples=999)
+    tests = comparisons(results, ["A", "B"], chosen)
+    table = results_table(results, tests, ["A", "B"], chosen, 1)
+    marks = [(v.better, v.worse) for v in (cell(table, row, "NDCG@10") for row in range(3))]
+    assert marks == [("", "b"), ("a", ""), ("", "b")]
+
+
+def test_one_sided_asks_both_baselines(results: Results) -> None:
+    """Whether B is better than A is one question, whether A is better than B another."""
+    for against in (["A", "B"], ["B", "A"]):
+        tests = comparisons(results, against, Options(resamples=999, alternative="better"))
+        ndcg = tests[tests["metric"] == "ndcg@10"].set_index(["model", "baseline"])["verdict"]
+        assert ndcg.to_dict() == {("A", "B"): "", ("B", "A"): "better", ("C", "A"): "", ("C", "B"): ""}
+
+
+def test_more_baselines_than_letters() -> None:
+    entries = parse_models(",".join(f"BPR[epochs={n}]" for n in range(1, 28)))
+    labels = tuple(entry.label for entry in entries)
+    assert baselines(entries, Options(baseline=labels[:26])) == list(labels[:26])
+    with pytest.raises(ConfigError, match="--baseline: names 27 models; at most 26 have a letter"):
+        baselines(entries, Options(baseline=labels))
+    assert baselines(entries, Options(baseline=(labels[0], "x"), names={labels[0]: "x"})) == [labels[0]]
+
+
+def test_seeds_of_the_caption(tmp_path: Path) -> None:
+    """A line of another seed, a seed that failed, and one run a line are said."""
+
+    def told(**seeds: list[int]) -> str:
+        runs = {n: [record(tmp_path, n, s, {"ndcg@10": [0.1, 0.2]}) for s in of] for n, of in seeds.items()}
+        every = Results(Setting("toy", None, False, None), [Line(n, of, []) for n, of in runs.items()])
+        return results_table(every, pd.DataFrame(), ["A"], Options(), 1).caption
+
+    assert "Mean and ± standard deviation over seeds 1, 2." in told(A=[1, 2], B=[1, 2])
+    assert "over seeds 1, 2; other seeds: B 7; C 2." in told(A=[1, 2], B=[7], C=[2])
+    assert "One seed each: A 1, B 2. " in told(A=[1], B=[2]) and "One seed (1)." in told(A=[1], B=[1])
+
+
+def test_captions_name_only_baselines_that_ran(results: Results) -> None:
+    tests, chosen = comparisons(results, ["F_1", "A"], Options(resamples=999)), Options(resamples=999)
+    told = results_table(results, tests, ["F_1", "A"], chosen, 1).caption
+    assert "lowered = worse than (b) A." in told and "F_1" not in told
+
+
+def test_a_pair_is_said(tmp_path: Path) -> None:
+    run = record(tmp_path, "A", 1, {"ndcg@1": [0.0, 1.0]}, mode="uni1")
+    results = Results(Setting("toy", None, False, None), [Line("A", [run], [])])
+    told = results_table(results, pd.DataFrame(), ["A"], Options(), 1).caption
+    assert "2 rows, the next item among one other drawn uniformly (frozen" in told
+
+
+def test_trained_elsewhere_is_said(tmp_path: Path) -> None:
+    """``eval_dataset``: the title and the files name both data sets, the caption what was trained on."""
+    run = record(tmp_path, "A", 1, {"ndcg@10": [0.1, 0.2]}, training_dataset="films")
+    results = Results(Setting("films", None, False, None), [Line("A", [run], [])])
+    table = results_table(results, pd.DataFrame(), ["A"], Options(), 1)
+    assert table.title == "films → toy, all training users, uni9"
+    assert "1,234 training interactions of films." in table.caption
+    assert frames.results_frame([results])["dataset"].tolist() == ["films → toy"]
+
+
+def test_the_metric_that_selects_is_a_column(tmp_path: Path) -> None:
+    """Also where its K is not one of the two largest: it is the one that is tested."""
+    rows = {f"{name}@{k}": [0.1, 0.2, 0.4] for name in ("hit", "ndcg") for k in (1, 5, 10)}
+    run = record(tmp_path, "A", 1, rows, valid_metric="NDCG@1")
+    results = Results(Setting(None, None, False, None), [Line("A", [run], [])])
+    assert accuracy_columns(results, Options()) == ["hit@5", "hit@10", "ndcg@1", "ndcg@5", "ndcg@10"]
+    assert primary_metric(results, Options()) == "ndcg@1"
+
+
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    few, every = (Results(Setting(None, n, True, None), [Line("A", [], ["x"])]) for n in (20, None))
+    run = record(tmp_path, "A", 1, {"ndcg@10": [0.1]}, few_shot=20)
+    few.lines.append(Line("B", [run], []))
+    text = frames.results_frame([few, every]).to_csv(index=False)
+    assert ",20,uni9,A,,1,," in text and ",20,uni9,B,1,0,12345,0.1" in text
 
 
 def test_one_sided_is_said(results: Results) -> None:
@@ -188,11 +333,14 @@ def test_directions() -> None:
 
 def test_p_values_as_printed() -> None:
     assert [p_text(p) for p in (0.0004, 0.001, 0.0496, 0.5, 1.0)] == ["< .001", ".001", ".050", ".500", "1"]
+    assert p_text(float("nan")) == ""  # of a single user
 
 
 def test_columns_asked_for(results: Results) -> None:
     table = tables(results, table_metrics=("NDCG@10", "gini@10"))[0]
     assert table.header == ["Model", "NDCG@10 ↑", "gini@10 ↓"]
+    notes = tables(results, table_metrics=("NDCG@10", "Hallucination@5"))[0].notes
+    assert notes[0] == "Hallucination@5: not every run has it." and len(notes) == 2
 
 
 def test_all_failed() -> None:
@@ -240,7 +388,7 @@ class Tags(HTMLParser):
 def test_any_text_stays_text_in_html(text: str) -> None:
     table = Table("t", text, text, [text], [[Value(text)]], notes=[text])
     parsed = Tags(html_table(table))
-    assert parsed.tags <= set("section h2 div table thead tbody tr th td button ul li p".split())
+    assert parsed.tags <= set("section h2 div table thead tbody tr th td button ul li p wbr".split())
     assert Tags(html_table(hostile_table())).text.count('<script>alert("1")</script>') == 6
 
 
@@ -277,7 +425,7 @@ def test_latex_compiles(results: Results, tmp_path: Path, within: bool) -> None:
 def test_latex_by_hand() -> None:
     table = Table("t", "T", "50 % of A_1", ["Model", "Hit@1 ↑"], [[Value("A"), Value("-0.5", "0.1", 1, "a", "b")]])
     assert latex(table).splitlines()[2:] == [
-        r"\caption{50 \% of A\_1}",
+        r"\caption{T. 50 \% of A\_1}",
         r"\label{tab:t}",
         r"\small",
         r"\sbox0{%",

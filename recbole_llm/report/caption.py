@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_llm.report.entries import Options
-from recbole_llm.report.results import Results, is_harm, metric_name
+from recbole_llm.report.results import Results, is_harm, metric_name, training_data
 
 DRAWN = {"uni": "drawn uniformly", "pop": "drawn by popularity", "low": "that the user rated low"}
 TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
@@ -48,8 +48,10 @@ def protocol_sentences(results: Results) -> list[str]:
     """What was trained on and what was asked."""
     run, records = results.records[0], results.records
     events = _each(f"{r['training_interactions']:,}" for r in records)
+    elsewhere = "" if all(training_data(r) == r["dataset"] for r in records) else " of "
+    elsewhere += _each(map(training_data, records)) if elsewhere else ""
     return [
-        f"{events} training interactions.",
+        f"{events} training interactions{elsewhere}.",
         f"Test: {run['rows']:,} rows, {_asked(run)}; candidates {run['candidate_hash'][:12]}.",
     ]
 
@@ -59,22 +61,35 @@ def _asked(run: dict[str, Any]) -> str:
     target = "the next item" if ahead == 1 else f"the next {ahead} items"
     found = re.fullmatch(r"(uni|pop|low)(\d+)", run["mode"])
     if found:
-        return f"{target} among {found[2]} others {DRAWN[found[1]]} (frozen, the same for every model)"
+        others = "one other" if found[2] == "1" else f"{found[2]} others"
+        return f"{target} among {others} {DRAWN[found[1]]} (frozen, the same for every model)"
     masked = run.get("mask_history", True)
     return f"{target} among all items" + (" that the user has not met" if masked else "")
 
 
 def _seeds(results: Results) -> str:
-    seeds = list(dict.fromkeys(str(run["seed"]) for run in results.records))
+    """Which, and of which lines others."""
+    mine = {line.label: [str(run["seed"]) for run in line.runs] for line in results.finished}
+    seeds = list(dict.fromkeys(seed for of_line in mine.values() for seed in of_line))
     if len(seeds) == 1:
         return f"One seed ({seeds[0]})."
-    return f"Mean and ± standard deviation over seeds {', '.join(seeds)}."
+    if one_run_each(results):
+        return f"One seed each: {', '.join(f'{label} {of_line[0]}' for label, of_line in mine.items())}."
+    most = max(mine.values(), key=len)
+    others = [f"{label} {', '.join(of_line)}" for label, of_line in mine.items() if of_line != most]
+    told = f"; other seeds: {'; '.join(others)}" if others else ""
+    return f"Mean and ± standard deviation over seeds {', '.join(most)}{told}."
+
+
+def one_run_each(results: Results) -> bool:
+    """Whether no line has runs to be told apart by their seeds."""
+    return all(len(line.runs) == 1 for line in results.finished)
 
 
 def tests_caption(results: Results, metric: str, options: Options) -> str:
     """How the columns of a table of tests are to be read."""
     side = "two-sided" if options.alternative == "two-sided" else "one-sided: is the model better?"
-    more = "" if len({run["seed"] for run in results.records}) > 1 else " One seed: how runs vary is not in it."
+    more = " One seed: how runs vary is not in it." if one_run_each(results) else ""
     return (
         f"{metric_name(metric)}: difference of means over users, its 95 % bootstrap interval ({options.resamples:,} "
         "draws of users), Cohen's d of the paired differences, users won / tied / lost, p-values of the paired t-test "
@@ -87,7 +102,7 @@ def harm_caption() -> str:
     """Where the formulas are."""
     return (
         "Popularity bias, long tail, look-alikes of the history, coverage and concentration of the top K; formulas and "
-        "caveats: docs/harm.md. Arrows: which values are good."
+        "caveats: docs/harm.md. Arrows: which values are good. Seeds, tests and marks as in the table of results."
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.harm import HARM
+from recbole_llm.pair_metrics import PAIR_METRICS
 from recbole_llm.report import frames
-from recbole_llm.report.entries import Options, parse_models, split_options
+from recbole_llm.report.entries import Entry, Options, parse_models, split_options
 from recbole_llm.report.formats import html_table, latex_file, markdown
 from recbole_llm.report.grid import Cell, Setting, cells
 from recbole_llm.report.jobs import run_cells
@@ -24,6 +26,7 @@ from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
 from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
 from recbole_llm.run_folder import content_hash, write_json, write_text
+from recbole_llm.transfer import eval_config_of
 
 TUNED = (
     "Every model had as many trials as its space holds, up to the same number, on validation alone (docs/tuning.md)."
@@ -56,6 +59,8 @@ def compare(
     if len(options.datasets or ()) == 1:  # no axis
         dataset, options = options.datasets[0], replace(options, datasets=None)
     against = baselines(entries, options)
+    _check_names(entries, options)
+    _check_out(options)
     grid = cells(entries, options, shared, dataset)
     _check_metrics(grid, options)
     chosen, tuned = tune_all(grid, options)
@@ -65,19 +70,46 @@ def compare(
     return write_comparison(grid, records, against, options, tuned)
 
 
+def _check_names(entries: Sequence[Entry], options: Options) -> None:
+    """Raises ConfigError where two lines of a table would have the same name."""
+    shown = [(options.names or {}).get(entry.label, entry.label) for entry in entries]
+    twice = [name for name in dict.fromkeys(shown) if shown.count(name) > 1]
+    if twice:
+        raise ConfigError([f"--names={options.names!r}: two lines of a table would be called {', '.join(twice)}."])
+
+
+def _check_out(options: Options) -> None:
+    """Raises ConfigError where no folder of tables can be made."""
+    folder = Path(options.out or ".")
+    there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
+    if not there.is_dir():
+        raise ConfigError([f"--out={options.out}: {there} is a file; name a folder."])
+
+
 def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
     """Raises ConfigError for a ``table_metrics`` that no run will have."""
-    config = grid[0].config
-    known = [f"{m.lower()}@{k}" for m in config["metrics"] for k in config["topk"]]
-    known += [m.lower() for m in config["metrics"]]
-    wrong = [
-        m
-        for m in options.table_metrics or ()
-        if m.lower() not in known and m.split("@")[0] not in HARM and not m.startswith(GENERATED)
-    ]
+    known = list(dict.fromkeys(name for cell in grid for name in _metrics_of(eval_config_of(cell.config))))
+    wrong = [m for m in options.table_metrics or () if m.lower() not in known and not m.lower().startswith(GENERATED)]
     if wrong:
-        told = ", ".join(known[: len(known) - len(config["metrics"])])
-        raise ConfigError([f"--table_metrics: no run has {', '.join(wrong)}; there are {told}, {', '.join(HARM)}."])
+        raise ConfigError([f"--table_metrics: no run has {', '.join(wrong)}; there are {', '.join(known)}."])
+
+
+def _metrics_of(config: LLMConfig) -> Iterator[str]:
+    """Names of what a run may measure, those of free answers left out."""
+    for name in map(str.lower, config["metrics"]):
+        yield from [f"{name}@{k}" for k in config["topk"]] if name != "gauc" else [name]
+    mode = config["eval_args"]["mode"]["test"]
+    answers = None if mode == "full" else int(mode[3:]) + config["next_items"]
+    if answers == 2:
+        yield from PAIR_METRICS
+    topk = [k for k in config["topk"] if answers is None or k < answers]
+    for name in HARM:
+        if name.startswith("hallucination") and config["encoder"] == "none":
+            continue
+        if name != "hallucination_base":
+            yield from (f"{name}@{k}" for k in topk)
+        elif answers is not None:
+            yield name
 
 
 def tune_all(

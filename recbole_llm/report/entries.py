@@ -127,10 +127,12 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """``"a,b"``, ``[1, 2]`` or one value -> a list; ``none`` in a text is None."""
+    """``"a,b"``, ``[1, 2]`` or one value -> a list; ``none`` in a text is None, and in a list, where YAML leaves it."""
     if isinstance(value, str):
         return [parse_value(v.strip()) if _mode(v.strip()) else v.strip() for v in split_commas(value)]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)):
+        return [None if isinstance(v, str) and v.lower() == "none" else v for v in value]
+    return [value]
 
 
 def parse_models(text: str | Sequence[str]) -> list[Entry]:

@@ -106,7 +106,7 @@ def latex(table: Table) -> str:
         [
             r"\begin{table}[htbp]",
             r"\centering",
-            rf"\caption{{{latex_text(table.caption)}}}",
+            rf"\caption{{{latex_text(_whole_caption(table))}}}",
             rf"\label{{tab:{table.name}}}",
             r"\small",
             r"\sbox0{%",
@@ -115,6 +115,11 @@ def latex(table: Table) -> str:
             r"\end{table}",
         ]
     )
+
+
+def _whole_caption(table: Table) -> str:
+    """The caption with the title before it, which LaTeX shows nowhere else."""
+    return table.caption if table.caption.startswith(table.title) else f"{table.title}. {table.caption}"
 
 
 def latex_text(text: str) -> str:

@@ -19,7 +19,7 @@ def setting_columns(results: Results) -> dict[str, Any]:
     """What tells this table's rows from those of another."""
     run = results.records[0] if results.records else {}
     return {
-        "dataset": run.get("dataset", results.setting.dataset),
+        "dataset": results.data,
         "few_shot": run.get("few_shot", results.setting.few_shot),
         "mode": run.get("mode", results.setting.mode),
     }
@@ -46,7 +46,7 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
                 row |= found.mean().to_dict()
                 row |= {f"{m} std": s for m, s in found.std(ddof=1).items()} if len(line.runs) > 1 else {}
             rows.append(row)
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).astype({"few_shot": "Int64", "trainable parameters": "Int64"})
     spreads = [c for c in frame.columns if c.endswith(" std")]
     return frame[[c for c in frame.columns if c not in spreads] + spreads]
 

@@ -114,10 +114,11 @@ def cells(
     for setting in settings_of(options, dataset):
         asked = {}
         for entry in entries:
-            tuned = (chosen or {}).get((entry.label, setting), {})
-            for seed in options.seeds or (None,):
-                mine = {**_of_axes(shared, setting, seed), **(options.per_model or {}).get(entry.model, {})}
-                mine |= entry.settings | tuned
+            own = (options.per_model or {}).get(entry.model, {}) | entry.settings
+            own |= (chosen or {}).get((entry.label, setting), {})
+            # A seed of its own is one run, and counts as one.
+            for seed in (own["seed"],) if "seed" in own else options.seeds or (None,):
+                mine = _of_axes(shared, setting, seed) | own
                 try:
                     config = LLMConfig(entry.model, mine.get("dataset", setting.dataset), None, mine)
                     check_recommenders(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,6 +174,7 @@ def short_number(value: float) -> str:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``<name>.png`` and ``<name>.pdf``, each whole or not at all; the same figure gives the same bytes."""
     figure.get_layout_engine().execute(figure)  # once more when it is drawn: a narrower panel has other ticks
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # each font table it drops is told as INFO
     files = []
     without = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
     for kind, metadata in without.items():

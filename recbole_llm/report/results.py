@@ -77,12 +77,25 @@ class Results:
             return self.setting.told()
         run = self.records[0]
         users = list(dict.fromkeys(_users(r) for r in self.records))
-        return f"{run['dataset']}, {' / '.join(users)}, {run['mode']}"
+        return f"{self.data}, {' / '.join(users)}, {run['mode']}"
+
+    @property
+    def data(self) -> str | None:
+        """The data set; with ``eval_dataset`` those that were trained on before it."""
+        if not self.records:
+            return self.setting.dataset
+        ranked, trained = self.records[0]["dataset"], dict.fromkeys(map(training_data, self.records))
+        return ranked if list(trained) == [ranked] else f"{' / '.join(trained)} → {ranked}"
 
     def metrics(self) -> list[str]:
         """What every finished run has, and what of free answers any has, in the order of the first that has it."""
         every = dict.fromkeys(m for run in self.records for m in run["metrics"])
         return [m for m in every if m.startswith(GENERATED) or all(m in run["metrics"] for run in self.records)]
+
+
+def training_data(run: dict[str, Any]) -> str:
+    """The data set that a run was trained on; older records lack it."""
+    return run.get("training_dataset", run["dataset"])
 
 
 def _users(run: dict[str, Any]) -> str:

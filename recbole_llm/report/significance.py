@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,15 @@ from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.results import Line, Results, direction, merit
 
 LEVEL = 0.95  # of intervals
+DIGITS = 12  # behind the point, of differences
+MOST_BASELINES = 26  # each has a letter
 
 
 def baselines(entries: Sequence[Entry], options: Options) -> list[str]:
     """Labels to test against: those given, else the first SASRec, else the first model.
 
     Raises:
-        ConfigError: a label that is none of the entries'.
+        ConfigError: a label that is none of the entries', or more of them than there are letters.
     """
     labels = [entry.label for entry in entries]
     if options.baseline is None:
@@ -28,14 +31,18 @@ def baselines(entries: Sequence[Entry], options: Options) -> list[str]:
     unknown = [b for b in options.baseline if by_name.get(b) not in labels]
     if unknown:
         raise ConfigError([f"--baseline={b}: not one of the models; there are {', '.join(labels)}." for b in unknown])
-    return [by_name[b] for b in options.baseline]
+    found = list(dict.fromkeys(by_name[b] for b in options.baseline))  # a label and its name are one
+    if len(found) > MOST_BASELINES:
+        raise ConfigError([f"--baseline: names {len(found)} models; at most {MOST_BASELINES} have a letter."])
+    return found
 
 
 def comparisons(results: Results, against: Sequence[str], options: Options) -> pd.DataFrame:
     """Tests, intervals and effect sizes of one table.
 
     Differences are the model's mean over seeds minus the baseline's, for each user. Holm's correction is over all
-    comparisons of a metric in this table. A metric whose best value is zero is always tested two-sided.
+    comparisons of a metric in this table. A metric whose best value is zero is always tested two-sided, and has no
+    verdict where one mean lies above zero and the other below: that they differ does not say which is nearer.
 
     Args:
         against: labels of the baselines, as the lines show them.
@@ -45,12 +52,13 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
         ci_low, ci_high`` (95 %), ``t, p_t, p_randomization, p_holm`` (of the test that ``test`` names), ``d, wins,
         ties, losses, detectable`` (see ``stats``) and ``verdict``: better, worse or empty.
     """
-    pairs = _pairs(results.finished, against)
+    pairs = _pairs(results.finished, against, options)
     metrics = [m for m in results.metrics() if pairs and m in pairs[0][0].users and direction(m)]
     rows = [(metric, *pair) for metric in metrics for pair in pairs]
     if not rows:
         return pd.DataFrame()
-    differences = np.stack([ours.users[m].to_numpy() - base.users[m].to_numpy() for m, ours, base in rows])
+    # The same numbers over seeds in another order have another last digit; that is no difference.
+    differences = _stacked(ours.users[m].to_numpy() - base.users[m].to_numpy() for m, ours, base in rows)
     found = pd.DataFrame(
         {
             "metric": [m for m, _, _ in rows],
@@ -61,10 +69,9 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
             "baseline_seeds": [len(base.runs) for _, _, base in rows],
         }
     )
-    found = found.join(_tested(differences, found["metric"], options))
-    gains = np.stack(
-        [merit(m, ours.users[m].to_numpy()) - merit(m, base.users[m].to_numpy()) for m, ours, base in rows]
-    )
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a single user, or none with a value
+        found = found.join(_tested(differences, found["metric"], options))
+    gains = _stacked(merit(m, ours.users[m].to_numpy()) - merit(m, base.users[m].to_numpy()) for m, ours, base in rows)
     found[["wins", "ties", "losses"]] = stats.win_tie_loss(gains)
     chosen = found["p_t" if options.test == "t" else "p_randomization"]
     found["p_holm"] = chosen.groupby(found["metric"]).transform(lambda p: stats.holm(p.to_numpy()))
@@ -72,13 +79,18 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
     return found
 
 
-def _pairs(lines: Sequence[Line], against: Sequence[str]) -> list[tuple[Line, Line]]:
-    """Model and baseline, each pair once, also where both are baselines."""
+def _stacked(differences: Iterable[np.ndarray]) -> np.ndarray:
+    return np.round(np.stack(list(differences)), DIGITS)
+
+
+def _pairs(lines: Sequence[Line], against: Sequence[str], options: Options) -> list[tuple[Line, Line]]:
+    """Model and baseline; where both are baselines once, but one-sided both ways, which are two questions."""
     by_label = {line.label: line for line in lines}
     pairs, met = [], set()
     for name in (n for n in against if n in by_label):
         for line in lines:
-            if line.label != name and frozenset((line.label, name)) not in met:
+            asked = frozenset((line.label, name)) in met and options.alternative == "two-sided"
+            if line.label != name and not asked:
                 met.add(frozenset((line.label, name)))
                 pairs.append((line, by_label[name]))
     return pairs
@@ -114,7 +126,9 @@ def _verdicts(rows: Sequence[tuple[str, Line, Line]], significant: np.ndarray) -
     """What a significant difference means, by the direction of the metric."""
     found = []
     for (metric, ours, base), sure in zip(rows, significant, strict=True):
-        means = np.array([ours.users[metric].mean(), base.users[metric].mean()])
+        both = pd.concat([ours.users[metric], base.users[metric]], axis=1).dropna()  # the users of the test
+        means = both.mean().to_numpy()
         ours_merit, base_merit = merit(metric, means)
-        found.append("" if not sure else "better" if ours_merit > base_merit else "worse")
+        around = direction(metric) == "zero" and means.min() < 0 < means.max()
+        found.append("" if around or not sure else "better" if ours_merit > base_merit else "worse")
     return found

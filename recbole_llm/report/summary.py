@@ -11,7 +11,7 @@ import pandas as pd
 
 from recbole_llm.report.entries import Options
 from recbole_llm.report.grid import Cell
-from recbole_llm.report.results import Results, merit, metric_name
+from recbole_llm.report.results import Results, direction, merit, metric_name
 from recbole_llm.report.table import DIGITS, p_text, primary_metric
 
 
@@ -53,8 +53,10 @@ def found(results: Results, tests: pd.DataFrame, against: Sequence[str], options
     metric = primary_metric(results, options)
     lines = [line for line in results.finished if metric in line.by_seed]
     if not lines:
-        return "No run finished."
-    means = np.round([line.by_seed[metric].mean() for line in lines], DIGITS)
+        return "No run finished." if not results.finished else "The finished runs share no metric of the table."
+    if direction(metric) is None:
+        return f"{metric_name(metric)} says nothing about which model is best."
+    means = np.array([float(f"{line.by_seed[metric].mean():.{DIGITS}f}") for line in lines])
     value = dict(zip([line.label for line in lines], means, strict=True))
     merits = merit(metric, means)
     best = [line.label for line, m in zip(lines, merits, strict=True) if m == merits.max()]
@@ -63,17 +65,22 @@ def found(results: Results, tests: pd.DataFrame, against: Sequence[str], options
     mine = tests[tests["metric"] == metric] if len(tests) else tests
     for baseline in against:
         if baseline in best:
-            told.append(_above_others(mine, baseline))
+            told.append(_above_others(mine, baseline, options))
         else:
-            told += [_against(mine, name, baseline, value, alone=len(best) == 1) for name in best]
+            told += [_against(mine, name, baseline, value, options, alone=len(best) == 1) for name in best]
     return " ".join(told)
 
 
-def _above_others(tests: pd.DataFrame, baseline: str) -> str:
+def _above_others(tests: pd.DataFrame, baseline: str, options: Options) -> str:
     """The best is the baseline: who is told apart from it?"""
     rows = tests[tests["baseline"] == baseline] if len(tests) else tests
+    elsewhere = len(tests) and (tests["model"] == baseline).any()  # against another baseline, told of next
+    if elsewhere and (not len(rows) or options.alternative == "better"):
+        return f"{baseline} is a baseline itself."
     if not len(rows):
         return f"{baseline} is the baseline; there is no other to test."
+    if options.alternative == "better":
+        return f"{baseline} is the baseline; the tests are one-sided, and do not ask whether it is better than others."
     worse = rows.loc[rows["verdict"] == "worse", "model"]
     if len(worse) == len(rows):
         return f"{baseline} is the baseline, and significantly better than {_all(len(rows))}."
@@ -84,12 +91,15 @@ def _above_others(tests: pd.DataFrame, baseline: str) -> str:
     )
 
 
-def _against(tests: pd.DataFrame, model: str, baseline: str, value: dict[str, float], alone: bool) -> str:
+def _against(
+    tests: pd.DataFrame, model: str, baseline: str, value: dict[str, float], options: Options, alone: bool
+) -> str:
     """The best against a baseline; ``alone`` there is no other best."""
     row = _pair(tests, model, baseline)
-    if row is None:
+    if row is None or np.isnan(row["p_holm"]):  # a single user
         return f"There is no test of {model} against the baseline {baseline}."
-    relation = {"better": "significantly better than", "worse": "significantly worse than", "": "not told apart from"}
+    none = "not told apart from" if options.alternative == "two-sided" else "not significantly better than"
+    relation = {"better": "significantly better than", "worse": "significantly worse than", "": none}
     facts = (
         f"difference {row['difference']:+.{DIGITS}f}, 95 % interval [{row['ci_low']:+.{DIGITS}f}, "
         f"{row['ci_high']:+.{DIGITS}f}], {_p(row['p_holm'])} after Holm's correction, {row['users']:,} users"
@@ -97,7 +107,7 @@ def _against(tests: pd.DataFrame, model: str, baseline: str, value: dict[str, fl
     told = f"{'It' if alone else model} is {relation[row['verdict']]} the baseline {baseline} "
     told += f"({value[baseline]:.{DIGITS}f}): {facts}."
     if not row["verdict"]:
-        told += f" A true difference below about {row['detectable']:.{DIGITS}f} would mostly go unseen."
+        told += f" A true difference of {row['detectable']:.{DIGITS}f} would be seen in 4 of 5 such studies at best."
     return told
 
 

@@ -52,16 +52,19 @@ def results_table(
 ) -> Table:
     """Accuracy: mean over seeds, their standard deviation, best and second, who is told from whom."""
     columns = accuracy_columns(results, options)
-    letters = {b: LETTERS[i % len(LETTERS)] for i, b in enumerate(against)}
-    used = letters if not tests.empty and (tests["verdict"] != "").any() else {}
+    letters = {b: LETTERS[i] for i, b in enumerate(against)}
+    tested = [b for b in against if any(line.label == b for line in results.finished)]
+    used = {b: letters[b] for b in tested} if not tests.empty and (tests["verdict"] != "").any() else {}
     body = _metric_columns(results.finished, columns, tests, letters)
     rows = [
         [Value(_lettered(line.label, used)), *(body[line.label] if line.runs else _failed(len(columns)))]
         for line in results.lines
     ]
     header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
-    told = caption(results, tests, against, options, used)
-    return Table(f"results-{number}", results.title, told, header, rows, notes=_notes(results))
+    told = caption(results, tests, tested, options, used)
+    lacks = [m for m in options.table_metrics or () if results.records and m.lower() not in map(str.lower, columns)]
+    notes = [f"{m}: not every run has it." for m in lacks] + _notes(results)
+    return Table(f"results-{number}", results.title, told, header, rows, notes=notes)
 
 
 def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], number: int) -> Table | None:
@@ -69,7 +72,7 @@ def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], nu
     columns = _largest_k([m for m in results.metrics() if is_harm(m)])
     if not columns:
         return None
-    letters = {b: LETTERS[i % len(LETTERS)] for i, b in enumerate(against)}
+    letters = {b: LETTERS[i] for i, b in enumerate(against)}
     body = _metric_columns(results.finished, columns, tests, letters)
     rows = [[Value(line.label), *body[line.label]] for line in results.finished]
     header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
@@ -89,12 +92,12 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
                 Value(row["baseline"]),
                 Value(f"{row['difference']:+.{DIGITS}f}"),
                 Value(f"[{row['ci_low']:+.{DIGITS}f}, {row['ci_high']:+.{DIGITS}f}]"),
-                Value(f"{row['d']:+.2f}"),
+                Value("" if np.isnan(row["d"]) else f"{row['d']:+.2f}"),
                 Value(f"{row['wins']}/{row['ties']}/{row['losses']}"),
                 Value(p_text(row["p_t"])),
                 Value(p_text(row["p_randomization"])),
                 Value(p_text(row["p_holm"]), place=int(row["verdict"] != "")),
-                Value(row["verdict"] or "not told apart"),
+                Value(row["verdict"] or ("not told apart" if options.alternative == "two-sided" else "not better")),
             ]
         )
     header = [
@@ -155,25 +158,33 @@ def frame_table(name: str, title: str, told: str, frame: pd.DataFrame, left: int
 
 
 def accuracy_columns(results: Results, options: Options) -> list[str]:
-    """``table_metrics`` as far as the runs have them; else every accuracy metric at the two largest K."""
+    """``table_metrics`` as far as the runs have them; else every accuracy metric at the two largest K, and what selects
+    epochs."""
     there = results.metrics()
     if options.table_metrics:
         asked = [m.lower() for m in options.table_metrics]
         return [m for a in asked for m in there if m.lower() == a]
     accuracy = [m for m in there if not is_harm(m)]
     largest = sorted({int(m.split("@")[1]) for m in accuracy if "@" in m})[-2:]
-    return [m for m in accuracy if "@" not in m or int(m.split("@")[1]) in largest]
+    selects = _selecting(results)
+    return [m for m in accuracy if "@" not in m or int(m.split("@")[1]) in largest or m in selects]
 
 
 def primary_metric(results: Results, options: Options) -> str | None:
     """The metric that selects epochs, decided before any test; where it is not shown, the last that is."""
     columns = accuracy_columns(results, options)
-    selects = {run.get("valid_metric", "").lower() for run in results.records}
+    selects = _selecting(results)
     return next((c for c in columns if c in selects), columns[-1] if columns else None)
 
 
+def _selecting(results: Results) -> set[str]:
+    return {run.get("valid_metric", "").lower() for run in results.records}
+
+
 def p_text(p: float) -> str:
-    """A p-value as papers print it."""
+    """A p-value as papers print it; empty where there is none (a single user)."""
+    if np.isnan(p):
+        return ""
     return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
@@ -190,6 +201,9 @@ def _metric_columns(
         if tests.empty
         else {(r["model"], r["metric"], r["baseline"]): r["verdict"] for r in tests.to_dict("records")}
     )
+    swapped = {"better": "worse", "worse": "better", "": ""}
+    for (model, metric, baseline), verdict in list(told.items()):  # two baselines are compared once, and both marked
+        told.setdefault((baseline, metric, model), swapped[verdict])
     body: dict[str, list[Value]] = {line.label: [] for line in lines}
     for column in columns:
         means = np.array([line.by_seed[column].mean() if column in line.by_seed else np.nan for line in lines])
@@ -209,7 +223,7 @@ def _metric_columns(
 
 def _places(metric: str, means: np.ndarray) -> list[int]:
     """1 for the best value, 2 for the second, by the digits shown: what looks equal is equal."""
-    merits = merit(metric, np.round(means, DIGITS))
+    merits = merit(metric, np.array([float(f"{mean:.{DIGITS}f}") for mean in means]))
     known = np.unique(merits[~np.isnan(merits)])[::-1]
     return [1 + int(np.searchsorted(-known, -m)) if not np.isnan(m) and m in known[:2] else 0 for m in merits]
 
