@@ -436,8 +436,8 @@ def test_runs_from_end_to_end(toy: dict[str, Any]) -> None:
         folder = Path(result["run_folder"])
         record = json.loads((folder / "result.json").read_text())
         assert record["next_items"] == 4 and record["rows"] == 40
-        results = Results(Setting(None, None, False, None), [Line("A", [record], [])])
-        assert "the next 4 items among 6 others" in protocol_sentences(results)[1]
+        shown = Results(Setting(None, None, False, None), [Line("A", [record], [])])
+        assert "the next 4 items among 6 others" in protocol_sentences(shown)[1]
         assert result["best_valid_score"] == result["best_valid_result"]["map@5"]
         names = [f"{name}@{k}" for name in ("map", "ndcg") for k in (1, 3, 5, 7)]
         assert list(accuracy(result["test_result"])) == names
