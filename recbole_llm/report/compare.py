@@ -183,12 +183,13 @@ def write_comparison(
         spent = [frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)]
     told = "\n".join(markdown(table) for table in tables)
     folder = _out(grid, options)
+    tested = frames.tests_frame(every, tests)
     frame, costs = frames.results_frame(every), "\n".join(map(markdown, [costs_table(every), *spent]))
     texts = {
         "table.md": told,
         "table.tex": latex_file(tables),
         "table.csv": frames.spreadsheet_csv(frame),
-        "tests.csv": frames.spreadsheet_csv(frames.tests_frame(every, tests)),
+        "tests.csv": frames.spreadsheet_csv(tested),
         "table.html": page("Comparison", [html_table(t) for t in tables]),
         "costs.md": costs,
     }
@@ -208,7 +209,7 @@ def write_comparison(
         ) from error
     return {
         "table": frame,
-        "tests": frames.tests_frame(every, tests),
+        "tests": tested,
         "markdown": told,
         "costs": costs,
         "files": [folder / name for name in (*files, "report.html")],

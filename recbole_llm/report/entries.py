@@ -59,14 +59,13 @@ TYPED = {"datasets": "dataset", "few_shots": "few_shot"}
 OPTION_KEYS = {TYPED.get(f.name, f.name) for f in fields(Options)}
 
 
-def _each(check: Check, *, optional: bool = False) -> Check:
+def _each(check: Check) -> Check:
     """Every value of a list passes; repeated values are told."""
 
     def told(values: Any) -> str | None:
         if not values or len(set(map(str, values))) < len(values):
             return "must be one or several different values, separated by commas"
-        wrong = [check(v) for v in values if not (optional and v is None)]
-        return next((w for w in wrong if w), None)
+        return next((wrong for v in values if (wrong := check(v))), None)
 
     return told
 

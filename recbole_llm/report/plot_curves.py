@@ -116,8 +116,7 @@ def training(results: Results, number: int, looks: Styles) -> Iterator[Plot]:
     fallen = plot_data.displaced(steps)
     caption = (
         "Mean over seeds, running mean over a twentieth of the steps. Shift: less the log-prob under the reference. "
-        "Losses of different kinds share no scale. An SFT stage that several losses share is drawn for the run that "
-        "did it."
+        "Losses of different kinds share no scale. An SFT stage that several losses share is drawn for each of them."
     )
     if fallen:
         grid[-1].axhline(0, color=DIM, linewidth=0.8)

@@ -185,7 +185,7 @@ def lifts(results: Results, metric: str, lift: str, resamples: int) -> pd.DataFr
 def training(results: Results) -> pd.DataFrame:
     """Every step of LLM runs, mean over seeds: ``model, stage, step`` and ``CURVES``.
 
-    ``stage`` is SFT or preference, ``step`` counts from 0 in each. A model whose SFT stage another run did has none.
+    ``stage`` is SFT or preference, ``step`` counts from 0 in each. Runs that share an SFT stage have the same of it.
     """
     found = [frame for line in results.finished if (frame := _steps(line)) is not None]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["model", "stage", "step", *CURVES])
