@@ -112,7 +112,7 @@ def test_a_run_that_another_process_does_is_waited_for(toy: dict[str, Any], monk
     real = FileLock.acquire
     monkeypatch.setattr(FileLock, "acquire", acquire)
     monkeypatch.setattr(jobs, "run_or_error", lambda *_: pytest.fail("the run was done twice"))
-    assert jobs._here(cell) is None
+    assert jobs.run_once(cell.folder, "Pop", "toy", cell.settings) is None
 
 
 def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.utils import cached_file
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
+from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.tiny import tiny_llm
 
 
@@ -59,7 +59,7 @@ def load_base(
             module.support_avx512bf16_for_cpu = False  # see the head of this file
     tokenizer = load_tokenizer(llm, where, model)
     config_file = cached_file(where, "config.json", local_files_only=True)
-    return (model if quantization else model.to(device)), tokenizer, fingerprint(Path(config_file).parent)
+    return (model if quantization else model.to(device)), tokenizer, fingerprint(weights_of(Path(config_file).parent))
 
 
 def locate(llm: str) -> Path | str:
@@ -114,20 +114,6 @@ def context_of(model: torch.nn.Module, tokenizer: Any) -> int:
     keys = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
     # Models without absolute positions (ALiBi, state space) set no limit of their own.
     return min(filter(None, (getattr(config, key, None) for key in keys)), default=tokenizer.model_max_length)
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits over size and 256 spread samples of 16 KiB of each weights file: cheap at any size."""
-    sha256 = hashlib.sha256()
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        size = file.stat().st_size
-        sha256.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for k in range(256):
-                stream.seek(size * k // 256)
-                sha256.update(stream.read(1 << 14))
-    return sha256.hexdigest()[:16]
 
 
 @contextmanager
