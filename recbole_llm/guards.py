@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, set_adapter_state
-from recbole_llm.llm.pretrained import LLM
 from recbole_llm.policy import WindowPolicy
 from recbole_llm.stages import Stage
 
@@ -38,25 +38,43 @@ def refuse_loss(
     )
 
 
-def check_moved(llm: LLM, before: str, stage: Stage, steps: int, key: str) -> None:
+@dataclass(frozen=True)
+class Standing:
+    """Where a model is: hash of what is trained, and the scores of one window, nats."""
+
+    weights: str
+    scores: torch.Tensor
+
+    @classmethod
+    def of(cls, model: WindowPolicy, windows: Sequence[Window]) -> Standing:
+        """As it is now, by the shortest of these windows: one pass of one prompt."""
+        (scores,) = model.reference_logps([min(windows, key=model.prompt.window_size)])
+        return cls(digest(adapter_state(model.llm)), torch.tensor(scores))
+
+
+def check_moved(model: WindowPolicy, before: Standing, stage: Stage, steps: int, key: str) -> None:
     """Whether a stage changed what it trained.
 
     Args:
-        before: ``digest`` of the trained tensors when the stage began; of a preference stage, of the SFT adapter.
+        before: when the stage began; of a preference stage, the SFT adapter.
         steps: that it took.
         key: as in ``refuse_loss``.
 
     Raises:
-        UserError: the tensors are equal to the last bit, or LoRA still adds nothing (all its B are zero).
+        UserError: weights or scores are equal to the last bit, or LoRA adds nothing (all its B are zero).
     """
     if not steps or not stage.learning_rate:
         return
-    state = adapter_state(llm)
-    b = [tensor for name, tensor in state.items() if "lora_B" in name]
-    adds_nothing = bool(b) and not any(bool(tensor.any()) for tensor in b)
-    if not adds_nothing and digest(state) != before:
+    b = [tensor for name, tensor in adapter_state(model.llm).items() if "lora_B" in name]
+    now = Standing.of(model, stage.windows)
+    if b and not any(bool(tensor.any()) for tensor in b):
+        found = "LoRA adds nothing, all its B matrices are zero"
+    elif now.weights == before.weights:
+        found = "all weights are as they were before"
+    elif torch.equal(now.scores, before.scores):
+        found = "scores are as they were before, to the last bit"
+    else:
         return
-    found = "LoRA adds nothing, all its B matrices are zero" if adds_nothing else "all weights are as they were before"
     raise UserError(
         f"--{key}={stage.learning_rate:g}: {steps} steps of {stage.loss} trained nothing ({found}), and what was not "
         "trained is not evaluated. The learning rate may be too small for the type of the weights, the windows may "
@@ -72,28 +90,21 @@ def check_saved(model: WindowPolicy, windows: Sequence[Window], folder: Path) ->
     Raises:
         UserError: other tensors or other scores; the model has its own adapter again.
     """
-    llm, shortest = model.llm, min(windows, key=model.prompt.window_size)
-    kept, scores = adapter_state(llm), _scores(model, shortest)
+    llm, kept, before = model.llm, adapter_state(model.llm), Standing.of(model, windows)
     if any("lora_" in name for name in kept):  # of full weights the tensors alone are compared
         set_adapter_state(llm, {name: torch.zeros_like(tensor) for name, tensor in kept.items()})
     try:
         load_adapter(llm, folder)
-        found = adapter_state(llm)
-        same = digest(found) == digest(kept)
-        off = float((_scores(model, shortest) - scores).abs().max())
+        now = Standing.of(model, windows)
     finally:
         set_adapter_state(llm, kept)
+    same, off = now.weights == before.weights, float((now.scores - before.scores).abs().max())
     if not same or not off <= 1e-3:
         raise UserError(
             f"{folder}: the adapter that was saved is not the one that was trained ({'equal' if same else 'other'} "
             f"tensors, scores of its shortest window differ by up to {off:.3g} nats). The run does not count; give the "
             "same command again, with another --checkpoint_dir if it comes again."
         )
-
-
-def _scores(model: WindowPolicy, window: Window) -> torch.Tensor:
-    (logps,) = model.reference_logps([window])
-    return torch.tensor(logps)
 
 
 def standstill(metrics_file: Path, loss: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import load_template
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.guards import check_moved, check_saved, standstill
+from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.llm.logps import decoder_and_head
@@ -139,7 +139,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             f"{steps} steps."
         )
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
-        before = digest(adapter_state(self.model.llm))
+        before = Standing.of(self.model, stage.windows)
         self.tokens, self.displacement = 0, Displacement()
         self.progress = StageProgress(self, stage.folder, self.config["save_every"])
         self.resumed = self.progress.restore() if self.config["resume"] else None
@@ -150,7 +150,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self.bar.update(positions * self.start_epoch)
             best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
         load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
-        check_moved(self.model.llm, before, stage, steps, self.rate_key())
+        check_moved(self.model, before, stage, steps, self.rate_key())
         record = {
             "loss": stage.loss,
             "positions": positions,

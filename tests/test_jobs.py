@@ -22,7 +22,7 @@ from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 SMALL = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1,epochs=3]"
 # What a clock measures is not compared.
 COMPARED = ("table.md", "table.tex", "table.csv", "table.html", "table.json", "tests.csv")

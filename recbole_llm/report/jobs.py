@@ -39,9 +39,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
         UserError: no such cluster.
     """
     whole = WholeRun([(cell.label, cell.config) for cell in cells], jobs)
-    todo = list(
-        {cell.folder: i for i, cell in reversed(list(enumerate(cells))) if not _finished(cell.folder)}.values()
-    )[::-1]
+    last_first = reversed(list(enumerate(cells)))
+    todo = list({cell.folder: i for i, cell in last_first if not _finished(cell.folder)}.values())[::-1]
     errors: dict[int, str | None] = {}
     if cluster:
         with _on_cluster(cluster, cells, todo) as ended:
