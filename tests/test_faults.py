@@ -22,12 +22,10 @@ from huggingface_hub import constants
 
 from recbole_llm import cli, generation, run_log
 from recbole_llm.errors import UserError
-from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.run_files import read_record
 from recbole_llm.llm import hub_access, model_cache
 from recbole_llm.llm.budget import in_halves
-from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.progress import bar
 from recbole_llm.quick_start import run_recbole_llm
@@ -99,7 +97,8 @@ def test_two_commands_at_once(tiny: dict[str, Any], tmp_path: Path, monkeypatch:
 # ---- folders that cannot be written, or are gone
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EACCES])
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
 def test_a_disk_that_turns_read_only_costs_nothing(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -147,7 +146,7 @@ def test_a_run_folder_that_is_removed(
         return real(*args, **how)
 
     monkeypatch.setattr(owner, where, removed)
-    told = refused(capsys, argv((tiny if model == "LLMRanker" else toy) | SMALL, model=model))
+    told = refused(capsys, argv({**tiny, **SMALL} if model == "LLMRanker" else toy, model=model))
     assert "--checkpoint_dir" in told or "holds no adapter" in told
     assert not list(Path(toy["checkpoint_dir"]).glob("*/result.json"))
 
@@ -221,9 +220,10 @@ class Jumps:
 
     def __call__(self) -> float:
         self.calls += 1
-        return 1.7e9 + 86_400 * (-1, 2, 0, 1)[self.calls % 4] * self.calls
+        return 1.7e9 + 86_400 * (-1, 2, 0, 1)[self.calls % 4]
 
 
+@pytest.mark.faults
 def test_a_clock_that_jumps(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Same adapter, rows and steps; as many saves; and no time that is negative or days long."""
     settings = {**tiny, **SMALL, "save_every": 1e-9, "loss": "DMPO"}
@@ -258,8 +258,8 @@ def test_another_run_is_chosen_by_what_it_holds(toy: dict[str, Any], tmp_path: P
         record = {
             "model": "SASRec",
             "candidate_hash": "x",
-            "valid_metric": "ndcg@10",
-            "valid_metrics": {"ndcg@10": score},
+            "valid_metric": "mrr@5",
+            "valid_metrics": {"mrr@5": score},
         }
         (place / "result.json").write_text(json.dumps(record))
         (place / "per_user.csv.gz").write_bytes(gzip.compress(f"user,target,rank\nu,i,{age}\n".encode()))
@@ -310,15 +310,16 @@ def test_pip_does_not_try_for_minutes(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- memory
 
 
+@pytest.mark.faults
 def test_evaluation_in_halves(
     toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A machine that scores three users at a time gives the metrics of one that scores all."""
+    """A machine that scores fifteen users at a time gives the metrics of one that scores all."""
     whole = run_recbole_llm("BPR", config_dict={**toy, "checkpoint_dir": "whole", "state": "WARNING"})["test_result"]
     real = ProtocolEvaluation.score_rows
 
     def small_machine(self: Any, data: Any, rows: Any) -> Any:
-        if len(rows) > 3:
+        if len(rows) > 15:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, data, rows)
 
@@ -346,9 +347,10 @@ def test_halves_of_anything() -> None:
         list(in_halves([1, 2], lambda rows: 1 / 0))
 
 
+@pytest.mark.faults
 def test_generation_in_halves(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt in pieces of what fits gives the answer of the whole prompt."""
-    settings = {**tiny, **SMALL, "generate_users": 4}
+    settings = {**tiny, **SMALL, "generate_users": 2, "token_budget": 128}
     folders = [Path(run_recbole_llm(config_dict={**settings, "checkpoint_dir": "whole"})["run_folder"])]
     real, longest = generation.greedy_text, []
 
