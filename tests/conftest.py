@@ -67,6 +67,14 @@ def case(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     return lambda kind, number=1: record_property(f"case {kind}", number)
 
 
+@pytest.fixture(autouse=True)
+def inputs_counted(request: pytest.FixtureRequest, case: Callable[..., None]) -> None:
+    """The inputs that hypothesis makes for a test."""
+    fuzzed = getattr(request.function, "_hypothesis_internal_use_settings", None)
+    if fuzzed is not None:
+        case("inputs fuzzed", fuzzed.max_examples)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One table of the cases of all tests that passed, whatever process ran them."""
     counts: Counter[str] = Counter()
