@@ -284,8 +284,12 @@ def check_tree(prompt: Prompt | PairPrompt, window: Window, context: int) -> Non
 def test_targets_are_whole_whatever_the_context(data: st.DataObject) -> None:
     """Windows of random catalogues and contexts, from the least that is allowed: every answer stands whole in the tree,
     and none ends behind the context."""
-    words = st.lists(st.sampled_from(["a", "toy", "story", "千", "1995", "!"]), min_size=1, max_size=30)
-    texts = ["", *(" ".join(t) for t in data.draw(st.lists(words, min_size=6, max_size=12, unique_by=tuple)))]
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=6, max_size=12))
+    texts = [
+        "",
+        *(f"{number} {data.draw(st.sampled_from(['toy', '千', '1995']))} " * n for number, n in enumerate(sizes)),
+    ]
+    longest = max(range(1, len(texts)), key=lambda i: len(texts[i]))
     family = data.draw(st.sampled_from(["stream", "instruct", "pair"]))
     prompt = make_prompt(load_template(family, PROPERTIES), texts, TOKENIZER)
     context = prompt.longest(1) + data.draw(st.integers(0, 60))
@@ -296,9 +300,8 @@ def test_targets_are_whole_whatever_the_context(data: st.DataObject) -> None:
         {1: np.array(items)}, prompt, history=history, last=0, most_tokens=context, chosen=chosen
     )
     for window in windows:
-        number = data.draw(st.integers(1, 3))
-        draws = st.lists(st.integers(1, len(texts) - 1), min_size=number, max_size=number, unique=True)
+        others = st.lists(st.integers(1, len(texts) - 1).filter(lambda i: i != longest), min_size=1, max_size=1)
         also = () if isinstance(prompt, PairPrompt) else window.also
-        window = replace(window, rejected=tuple(tuple(data.draw(draws)) for _ in window.targets), also=also)
+        window = replace(window, rejected=tuple((longest, *data.draw(others)) for _ in window.targets), also=also)
         assert all(t >= 1 for t in window.targets)
         check_tree(prompt, window, context)
