@@ -27,6 +27,7 @@ from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
+from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress, stopping
 from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
 from recbole_llm.stages import Stage, base_hash, stages
@@ -102,9 +103,19 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
             best = self._valid_epoch(valid_data, show_progress)
+        if self.config["rerank_weight"] == "auto" and self.model.base is not None:
+            best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
             save_adapter(self.model.llm, self.run_folder)
         return best
+
+    def _choose_weight(self, valid_data: EvalRows) -> tuple[float, dict[str, float]]:
+        """Validation score and result of the mixture at the LLM's best share, which goes to the record."""
+        score, result, scores = choose_weight(self, valid_data)
+        weight = self.model.rerank_weight
+        self.logger.info(f"Share of the LLM in the mixture with {self.config['rerank_model']}: {weight}.")
+        self.facts |= {"rerank_weight": weight, "rerank_weights": {str(w): s for w, s in scores.items()}}
+        return score, result
 
     def stages(self) -> Iterator[Stage]:
         """This run's stages, in order."""

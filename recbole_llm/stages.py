@@ -18,17 +18,27 @@ from recbole_llm.harm import title_vectors
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.recommender import train_recommender
+from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import content_hash, data_hash, versions
 
 # What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
 SFT_KEYS = tuple(
     """
     llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
-    prompt score_norm epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio
-    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH metric_decimal_place
+    prompt epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio clip_grad_norm
+    eval_step seed MAX_ITEM_LIST_LENGTH
 """.split()
 )
-RERANK_KEYS = ("rerank_model", "rerank_topk", "recommender_config")  # where validation selects by a full ranking
+SELECTION_KEYS = ("score_norm", "stopping_step", "valid_metric", "metric_decimal_place")  # where validation selects
+# Where validation selects epochs by a re-ranking.
+RERANK_KEYS = (
+    "rerank_model",
+    "rerank_topk",
+    "rerank_candidates",
+    "rerank_weight",
+    "full_ranking",
+    "recommender_config",
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,8 @@ def base_hash(llm: LLM, texts: list[str]) -> str:
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in (*SFT_KEYS, *_sometimes(config, protocol))}
+    # How the test asks changes nothing here; how validation asks is in the digest of its rows.
+    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
@@ -155,7 +167,6 @@ def _sometimes(config: Config, protocol: Protocol) -> list[str]:
     ``exact`` and ``exact_topk`` select the same epoch. Back ends and passes move the last bits, which no two machines
     share; under dropout they move what is dropped.
     """
-    keys = (
-        [*RERANK_KEYS, "full_ranking"] if protocol.valid.mode == "full" and config["full_ranking"] == "rerank" else []
-    )
+    keys = list(SELECTION_KEYS) if config["eval_step"] else []
+    keys += RERANK_KEYS if config["eval_step"] and reranks(config, protocol.valid.mode) else []
     return keys + (["attention", "token_budget"] if config["lora_dropout"] > 0 else [])
