@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +80,18 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         show_progress: bool = False,
         callback_fn: Any = None,
     ) -> tuple[float, dict[str, float] | None]:
-        """Run the stages; an SFT stage that was finished before, with the same everything, is loaded instead.
+        """Run the stages; one that was finished before, with the same everything, is loaded instead.
 
         Returns:
             Best validation score and result of the last stage.
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
         for stage in self.stages():
-            # The preference stage lies in the folder of the run, which its process holds already.
-            with only_here(stage.folder) if stage.loss == "SFT" else nullcontext():
+            with only_here(stage.folder):
                 done = stage.folder / "stage.json"
-                if stage.loss == "SFT" and done.is_file():
+                if done.is_file():
                     record = json.loads(done.read_text()) | {"reused": True}
-                    self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
+                    self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
                     best = (record["best_valid_score"], record["best_valid_result"])
@@ -126,7 +124,6 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             model.prompt,
             context=model.llm.context,
             base=base_hash(model.llm, model.texts),
-            run_folder=self.run_folder,
             policy=model.reference_logps,
         )
 
@@ -178,8 +175,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         }
         if stage.loss != "SFT":
             record |= {"reference": reference, "displacement": self.displacement.facts()}
-        if stage.folder != self.run_folder:  # runs that share the stage share its curve
-            write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
+        # Runs that share the stage share its curve, and that of the stages before it.
+        write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
         return best, record
