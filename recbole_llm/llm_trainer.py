@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import get_scheduler
 
 from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
@@ -27,9 +26,10 @@ from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
+from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress
 from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
-from recbole_llm.stages import Stage, base_hash, stages
+from recbole_llm.stages import Stage, base_hash, sft_windows, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
 
@@ -73,20 +73,20 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         show_progress: bool = False,
         callback_fn: Any = None,
     ) -> tuple[float, dict[str, float] | None]:
-        """Run the stages; an SFT stage that was finished before, with the same everything, is loaded instead.
+        """Run the stages; one that was finished before, with the same everything, is loaded instead.
 
         Returns:
             Best validation score and result of the last stage.
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
-        stage = None
+        windows: list[Window] = []
         for stage in self.stages():
-            # The preference stage lies in the folder of the run, which its process holds already.
-            with only_here(stage.folder) if stage.loss == "SFT" else nullcontext():
+            windows = stage.windows or windows
+            with only_here(stage.folder):
                 done = stage.folder / "stage.json"
-                if stage.loss == "SFT" and done.is_file():
+                if done.is_file():
                     record = json.loads(done.read_text()) | {"reused": True}
-                    self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
+                    self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
                     best = (record["best_valid_score"], record["best_valid_result"])
@@ -96,11 +96,25 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
             best = self._valid_epoch(valid_data, show_progress)
+        if self.config["rerank_weight"] == "auto" and self.model.base is not None:
+            best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
             save_adapter(self.model.llm, self.run_folder)
-            if stage is not None:
-                check_saved(self.model, stage.windows, self.run_folder)
+            if self.facts["stages"]:
+                check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
+
+    def _sft_windows(self) -> list[Window]:
+        """Something to score where the only stage was finished before, which has no windows."""
+        return sft_windows(self.config, self.protocol, self.model.prompt, self.model.llm.context)
+
+    def _choose_weight(self, valid_data: EvalRows) -> tuple[float, dict[str, float]]:
+        """Validation score and result of the mixture at the LLM's best share, which goes to the record."""
+        score, result, scores = choose_weight(self, valid_data)
+        weight = self.model.rerank_weight
+        self.logger.info(f"Share of the LLM in the mixture with {self.config['rerank_model']}: {weight}.")
+        self.facts |= {"rerank_weight": weight, "rerank_weights": {str(w): s for w, s in scores.items()}}
+        return score, result
 
     def stages(self) -> Iterator[Stage]:
         """This run's stages, in order."""
@@ -111,7 +125,6 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             model.prompt,
             context=model.llm.context,
             base=base_hash(model.llm, model.texts),
-            run_folder=self.run_folder,
             policy=model.reference_logps,
         )
 
@@ -167,8 +180,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             still = standstill(self.metrics_file, stage.loss)
             record |= {"reference": reference, "displacement": self.displacement.facts(), "standstill": still}
             self._tell_standstill(stage, still)
-        if stage.folder != self.run_folder:  # runs that share the stage share its curve
-            write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
+        # Runs that share the stage share its curve, and that of the stages before it.
+        write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
         return best, record

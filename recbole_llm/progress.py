@@ -15,6 +15,7 @@ from tqdm import tqdm as plain_tqdm
 
 from recbole_llm.data.atomic import atomic_file, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
+from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
@@ -160,7 +161,8 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     rounds *= config["eval_step"] > 0
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        answers = int(mode[3:]) + config["next_items"] if mode != "full" else config["rerank_topk"]
+        answers = config["rerank_topk"] if mode == "full" else int(mode[3:]) + config["next_items"]
+        answers = min(answers, config["rerank_topk"]) if reranks(config, mode) else answers
         asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
     trained = 0.0
     if with_sft:

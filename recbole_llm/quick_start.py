@@ -22,6 +22,7 @@ from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.report.card import model_card
+from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import (
     data_hash,
     environment,
@@ -106,17 +107,14 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     title_embeddings(asked.dataset)  # kept for the evaluation
     try_ahead(config, protocol)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
-    ranked_here = (protocol.valid.mode, protocol.test.mode if asked is protocol else None)
-    if "full" in ranked_here:
-        train_base(config, recommender)
+    train_base(config, recommender, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
     clock.lap("data_and_model")
     best_score, best_valid = fit(config, trainer, protocol, saved)
     clock.lap("train")
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
-        if asked.test.mode == "full":
-            train_base(test_config, recommender)
+        train_base(test_config, recommender, asked.test.mode)
     test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)
     clock.lap("test")
@@ -168,9 +166,9 @@ def build_trainer(config: LLMConfig, protocol: Protocol, folder: Path, told: Pat
     return trainer
 
 
-def train_base(config: LLMConfig, recommender: torch.nn.Module) -> None:
-    """For a model that reorders the top of another one in full ranking: that other one."""
-    if hasattr(recommender, "rerank_with") and config["full_ranking"] == "rerank":
+def train_base(config: LLMConfig, recommender: torch.nn.Module, *modes: str) -> None:
+    """For a model that reorders the top of another one where it is asked in one of these modes: that other one."""
+    if hasattr(recommender, "rerank_with") and any(reranks(config, mode) for mode in modes):
         recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
 
 

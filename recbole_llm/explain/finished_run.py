@@ -24,6 +24,7 @@ from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_sta
 from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.recommender import train_recommender
+from recbole_llm.rerank import reranks
 from recbole_llm.run_log import explained
 from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.transfer import eval_config_of
@@ -152,7 +153,8 @@ class FinishedRun(ProtocolEvaluation):
             self._untrained = adapter_state(model.llm)  # of full weights this would be a second LLM
         if self.config["finetune"] != "none":
             load_adapter(model.llm, self.folder)
-        if self.rows.candidates is None and self.config["full_ranking"] == "rerank":
+        model.rerank_weight = self.record.get("rerank_weight", model.rerank_weight)
+        if reranks(self.config, self.rows.mode):
             model.rerank_with(train_recommender(self.asked_config, self.config["rerank_model"]).model)
         return model.eval()
 
