@@ -220,7 +220,7 @@ def test_a_stage_does_not_go_on_over_another_base(tiny: dict[str, Any], monkeypa
     with pytest.raises(Killed):
         run_recbole_llm(config_dict=long)
     alive()
-    (save,) = {file.parent for file in Path(tiny["checkpoint_dir"]).glob("*/progress-*")}
+    (save,) = {file.parent for file in Path(tiny["checkpoint_dir"]).glob("**/progress-*")}
     then = read_save(next(save.glob("progress-*")))[1]["base"]["revision"]
     real = identity
     monkeypatch.setattr("recbole_llm.llm.adapter.check_identity", lambda *_: None)

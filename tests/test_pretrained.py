@@ -166,7 +166,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
     monkeypatch.setattr("recbole_llm.llm.base.AutoConfig.from_pretrained", no_network)
-    with refused("--llm=nobody/nothing could not be loaded: We couldn't connect.*hf download.*=embedded"):
+    with refused("--llm=nobody/nothing could not be loaded: .* cannot be reached.*hf download.*=embedded"):
         load("nobody/nothing")
 
 
