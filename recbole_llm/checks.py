@@ -19,6 +19,7 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
+from recbole_llm.rerank import reranks
 from recbole_llm.wandb_log import wandb_is_installed
 
 # What the data are read with.
@@ -90,11 +91,31 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop."
         )
+    if not ill_typed & {"rerank_candidates", "rerank_weight", "full_ranking"}:
+        problems += _wrong_mixture(settings)
     for key in ("rerank_model", "from_model", "oracle_model"):
         if isinstance(settings[key], str) and settings[key]:
             told = _told(partial(model_class, settings[key]))
             problems += [p.replace("--model", f"--{key}", 1) for p in told]
     return problems
+
+
+def _wrong_mixture(settings: Mapping[str, Any]) -> list[str]:
+    """A share of a mixture that nothing mixes, or that is to be chosen where nothing is mixed."""
+    weight, mode = settings["rerank_weight"], (settings["eval_args"] or {}).get("mode")
+    modes = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}
+    mixed = [split for split, asked in modes.items() if reranks(settings, str(asked))]
+    if weight != 1 and not mixed:
+        return [
+            f"--rerank_weight={weight}: there is no re-ranking to mix in; set --rerank_candidates=True, or ask in mode "
+            "full with --full_ranking=rerank."
+        ]
+    if weight == "auto" and "valid" not in mixed:
+        return [
+            "--rerank_weight=auto: it is chosen on validation, which is not re-ranked; set --rerank_candidates=True, "
+            "or give a number from 0 to 1."
+        ]
+    return []
 
 
 def _wrong_users(settings: Mapping[str, Any]) -> list[str]:

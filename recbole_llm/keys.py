@@ -101,6 +101,8 @@ LLM_KEYS: dict[str, Check] = {
     "full_ranking": one_of("rerank", "exact", "exact_topk"),
     "rerank_model": text,
     "rerank_topk": integer(1),
+    "rerank_candidates": flag,
+    "rerank_weight": or_auto(number(0, 1)),
     "generate_users": integer(),
     "eval_dataset": optional_file_name,
     "eval_config": table,

@@ -16,6 +16,7 @@ from recbole_llm.llm.logps import TARGETS_AT_ONCE
 from recbole_llm.llm.title_trie import TitleTrie, title_trie
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.plan_counts import Work, passes_of, sum_work
+from recbole_llm.rerank import reranks
 from recbole_llm.scoring import candidate_chunks
 
 History = tuple[int, ...]
@@ -41,6 +42,7 @@ def eval_work(
         found = _catalogue_work(config, prompt, name, batches, rounds, search=search)
     else:
         items = rows.candidates.tolist() if rows.mode != "full" else _most_popular(config, rows, popularity)
+        items = [asked[: config["rerank_topk"]] for asked in items] if reranks(config, rows.mode) else items
         asked = [[_asked(fitted[row], items[row]) for row in group] for group in groups]
         found = _ranking_work(config, prompt, name, asked, rounds)
     return [found] + ([_prior_work(config, prompt, name, rows, rounds)] if config["score_norm"] == "pmi" else [])

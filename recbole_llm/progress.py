@@ -15,6 +15,7 @@ from tqdm import tqdm as plain_tqdm
 
 from recbole_llm.data.atomic import atomic_file, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
+from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
@@ -95,7 +96,12 @@ class WholeRun:
 
 
 class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
-    """tqdm whose postfix also says when the whole comparison will end."""
+    """tqdm whose postfix also says when the whole comparison will end, and whose ETA no change of the clock moves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._time = time.monotonic  # tqdm's own is the wall clock
+        self.start_t = self.last_print_t = self._time()
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         """As tqdm's, with the time left of all runs."""
@@ -155,7 +161,8 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     rounds *= config["eval_step"] > 0
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        answers = int(mode[3:]) + config["next_items"] if mode != "full" else config["rerank_topk"]
+        answers = config["rerank_topk"] if mode == "full" else int(mode[3:]) + config["next_items"]
+        answers = min(answers, config["rerank_topk"]) if reranks(config, mode) else answers
         asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
     trained = 0.0
     if with_sft:

@@ -21,6 +21,7 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
+from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import content_hash, only_here, run_hash, write_json
 from recbole_llm.trainer import trainer_class
 
@@ -89,7 +90,7 @@ def needed_recommenders(config: LLMConfig) -> list[str]:
     needed = {
         "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
         "from_model": config["loss"] != "SFT" and "from_model" in config["rejected"].split("+"),
-        "rerank_model": config["full_ranking"] == "rerank" and "full" in config["eval_args"]["mode"].values(),
+        "rerank_model": any(reranks(config, mode) for mode in config["eval_args"]["mode"].values()),
     }
     return [key for key, is_needed in needed.items() if is_needed]
 
@@ -134,6 +135,9 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
     shared = {k: v for k, v in shared_settings(config).items() if k != "log_wandb"}
+    # It is never tested, so how the test asks must not name it: runs that differ in that share it.
+    asked = config["eval_args"]["mode"]["valid"]
+    shared["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
     return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
 
 

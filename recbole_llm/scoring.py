@@ -107,29 +107,3 @@ def normalise(
     if norm == "pmi":
         return logps - prior[torch.as_tensor(items, device=logps.device)]
     return logps
-
-
-def rerank(base: torch.Tensor, llm: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """One list from two models: the base model's top-K in the LLM's order, all others behind in the base's order.
-
-    Args:
-        base: ``[B, n]``, -inf marks what is no answer.
-        llm: scores of the base's top-K ``[B, K]``.
-        top: their columns ``[B, K]``.
-
-    Returns:
-        ``[B, n]`` scores; ties of either model stay ties.
-    """
-    behind = -_dense_rank(-base) - 1.0
-    scores = torch.where(base == -torch.inf, -torch.inf, behind)
-    ahead = _dense_rank(llm).to(scores.dtype)
-    kept = base.gather(1, top) == -torch.inf  # a short list: its fill is no answer
-    return scores.scatter(1, top, torch.where(kept, -torch.inf, ahead))
-
-
-def _dense_rank(values: torch.Tensor) -> torch.Tensor:
-    """0 for the smallest value of each row, equal values alike ``[B, n]``, float32."""
-    ordered, order = values.sort(dim=1)
-    step = (ordered[:, 1:] != ordered[:, :-1]).float().cumsum(1)
-    rank = torch.cat([torch.zeros_like(step[:, :1]) if step.shape[1] else ordered[:, :1] * 0, step], dim=1)
-    return torch.zeros_like(rank).scatter(1, order, rank)

@@ -15,20 +15,37 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
 from recbole_llm.harm import title_vectors
+from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.recommender import train_recommender
-from recbole_llm.run_folder import content_hash, data_hash, versions
+from recbole_llm.rerank import reranks
+from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions
 
 # What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
 SFT_KEYS = tuple(
     """
     llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
-    prompt score_norm epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio
-    clip_grad_norm stopping_step eval_step seed eval_args valid_metric MAX_ITEM_LIST_LENGTH metric_decimal_place
+    prompt epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio clip_grad_norm
+    eval_step seed MAX_ITEM_LIST_LENGTH
 """.split()
 )
-RERANK_KEYS = ("rerank_model", "rerank_topk", "recommender_config")  # where validation selects by a full ranking
+SELECTION_KEYS = ("score_norm", "stopping_step", "valid_metric", "metric_decimal_place")  # where validation selects
+# Where validation selects epochs by a re-ranking.
+RERANK_KEYS = (
+    "rerank_model",
+    "rerank_topk",
+    "rerank_candidates",
+    "rerank_weight",
+    "full_ranking",
+    "recommender_config",
+)
+
+
+# What says how a trained model is asked. Where validation selects epochs, only those of the last line change nothing.
+ASKS = {*SELECTION_KEYS, *RERANK_KEYS} - {"recommender_config"}
+ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", "eval_config", "look_alikes"}
+ASKS_TEST |= {"eval_args", "test_neg_sample_args"}  # both say how validation asks too; its rows have a digest
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,8 @@ def stages(
     *,
     context: int,
     base: str,
-    run_folder: Path,
     policy: Policy,
+    even_finished: bool = False,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
 
@@ -59,9 +76,9 @@ def stages(
 
     Args:
         context: tokens of a prompt with its answer at most.
-        base: fingerprint of the base weights and the item texts, which name the SFT stage together with the settings.
-        run_folder: where the preference stage keeps its best epoch; an SFT stage has a folder that runs share.
+        base: fingerprint of the base LLM and the item texts, which name a stage together with the settings.
         policy: log-probs of windows by the policy.
+        even_finished: make the pairs of a preference stage that was finished before, too; else it has no windows.
     """
     if config["finetune"] == "none":
         return
@@ -70,9 +87,11 @@ def stages(
         folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-        windows, facts = preference_windows(config, protocol, prompt, context, policy)
+        folder, windows, facts = preference_folder(config, protocol, base), [], {}
+        if even_finished or not (folder / "stage.json").is_file():
+            windows, facts = preference_windows(config, protocol, prompt, context, policy)
         rate = config["preference_learning_rate"]
-        yield Stage(config["loss"], config["preference_epochs"], rate, windows, run_folder, facts)
+        yield Stage(config["loss"], config["preference_epochs"], rate, windows, folder, facts)
 
 
 def sft_windows(
@@ -135,18 +154,32 @@ def preference_windows(
 
 
 def base_hash(llm: LLM, texts: list[str]) -> str:
-    """Fingerprint of the base weights, their type and the item texts."""
-    return content_hash([llm.revision, llm.dtype, texts])
+    """Fingerprint of the base weights, their type, how text becomes tokens, and the item texts."""
+    known = identity(llm)
+    return content_hash([llm.dtype, texts, *(known[part] for part in PARTS)])
 
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in (*SFT_KEYS, *_sometimes(config, protocol))}
+    # How the test asks changes nothing here; how validation asks is in the digest of its rows.
+    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
     what = [settings, base, data_hash(config), trained, selected_on, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
+
+
+def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
+    """``<checkpoint_dir>/stages/<loss>-<hash>`` of all settings but those that say how the trained model is asked."""
+    left_out = NOT_IN_HASH | ASKS_TEST | (set() if config["eval_step"] else ASKS)
+    settings = {key: value for key, value in config.final_config_dict.items() if key not in left_out}
+    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
+    template = load_template(config["prompt"], config.properties)
+    users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
+    what = [settings, base, data_hash(config), users, protocol.valid.digest, template, versions()]
+    return Path(config["checkpoint_dir"]) / "stages" / f"{config['loss']}-{content_hash(what)[:12]}"
 
 
 def _sometimes(config: Config, protocol: Protocol) -> list[str]:
@@ -155,7 +188,6 @@ def _sometimes(config: Config, protocol: Protocol) -> list[str]:
     ``exact`` and ``exact_topk`` select the same epoch. Back ends and passes move the last bits, which no two machines
     share; under dropout they move what is dropped.
     """
-    keys = (
-        [*RERANK_KEYS, "full_ranking"] if protocol.valid.mode == "full" and config["full_ranking"] == "rerank" else []
-    )
+    keys = list(SELECTION_KEYS) if config["eval_step"] else []
+    keys += RERANK_KEYS if config["eval_step"] and reranks(config, protocol.valid.mode) else []
     return keys + (["attention", "token_budget"] if config["lora_dropout"] > 0 else [])

@@ -37,7 +37,7 @@ def validate(
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
     folder = trial_folder_of(config)
     try:
-        with writing(config):
+        with writing(config, folder):
             score, result = _validate(config, folder)
     except Exception:  # not when stopped: the next try goes on with what lies there
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,8 +58,7 @@ def _validate(config: LLMConfig, folder: Path) -> tuple[float, dict[str, float]]
     protocol = read_data(config, None)
     trainer = build_trainer(config, protocol, folder, None)
     try_ahead(config, protocol)
-    if protocol.valid.mode == "full":
-        train_base(config, trainer.model)
+    train_base(config, trainer.model, protocol.valid.mode)
     score, result = fit(config, trainer, protocol, saved=False)
     if result is None:
         result = trainer.evaluate(protocol.valid, load_best_model=False, show_progress=config["show_progress"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.explain.other_ranks import OtherRank
+from recbole_llm.rerank import reranks
 
 
 def run_notes(run: FinishedRun, row: int, others: Sequence[OtherRank]) -> list[str]:
@@ -49,9 +50,10 @@ def _ranking(run: FinishedRun, row: int) -> list[str]:
     config, notes = run.config, []
     if isinstance(run.model.prompt, PairPrompt):
         notes.append("Pair prompt: a title's log-prob is that of the answer which puts it before the other one.")
-    if run.rows.candidates is None and config["full_ranking"] == "rerank":
-        told = f"the LLM ordered the top {config['rerank_topk']} of {config['rerank_model']} alone"
-        notes.append(f"Full ranking: {told}; all others stand behind these in its order.")
+    if reranks(config, run.rows.mode):
+        told, weight = f"top {config['rerank_topk']} of {config['rerank_model']}", run.model.rerank_weight
+        who = "the LLM" if weight == 1 else f"a mixture of the LLM ({weight:.0%}) and {config['rerank_model']}"
+        notes.append(f"Re-ranking: {who} ordered the {told} alone; all others stand behind these in its order.")
     if run.rows.candidates is None and config["full_ranking"] == "exact_topk":
         notes.append(f"exact_topk: items behind the best {max(config['topk'])} tie, so their ranks are means.")
     several = int((run.rows.users == run.rows.users[row]).sum())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
-from recbole_llm.scoring import candidate_logps, normalise, rerank
+from recbole_llm.rerank import rerank
+from recbole_llm.scoring import candidate_logps, normalise
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         self.policy = self.llm.model
         self.budget = TokenBudget(config["token_budget"])
         self.base: AbstractRecommender | None = None
+        chosen_later = config["rerank_weight"] == "auto"
+        self.rerank_weight = 1.0 if chosen_later else float(config["rerank_weight"])
+        self._remembered: dict[Any, torch.Tensor] | None = None
         if config["full_ranking"] == "exact_topk":
             if "full" in config["eval_args"]["mode"].values():
                 check_search(config, self.policy)
@@ -154,7 +159,22 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         told = [h[:n] for h, n in zip(histories[firsts].tolist(), lengths[firsts].tolist(), strict=True)]
         items = interaction[self.ITEM_ID].tolist()
         asked = [items[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        if self.base is not None and self.config["rerank_candidates"]:
+            return self._reranked_candidates(interaction[firsts], told, asked)
         return torch.cat(self._scores(told, asked)).to(histories.device)
+
+    def _reranked_candidates(
+        self, interaction: Interaction, histories: Sequence[Sequence[int]], asked: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Scores of each user's own candidates, one user after another ``[C_1 + C_2 + ...]``."""
+        everything = self._base().full_sort_predict(interaction).view(len(interaction), -1).float()
+        rows = [
+            found[torch.as_tensor(items, device=found.device)] for found, items in zip(everything, asked, strict=True)
+        ]
+        tops = [row.topk(min(self.config["rerank_topk"], len(row))).indices for row in rows]
+        llm = self._scores(histories, [[items[i] for i in top] for items, top in zip(asked, tops, strict=True)])
+        lists = zip(rows, llm, tops, strict=True)
+        return torch.cat([rerank(r[None], s.to(r.device)[None], t[None], self.rerank_weight)[0] for r, s, t in lists])
 
     def full_sort_predict(self, interaction: Interaction, hidden: Sequence[np.ndarray] = ()) -> torch.Tensor:
         """Scores of all items ``[B * n_items]``, by ``full_ranking``.
@@ -180,21 +200,43 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
     def _reranked(
         self, interaction: Interaction, histories: Sequence[Sequence[int]], hidden: Sequence[np.ndarray]
     ) -> torch.Tensor:
-        if self.base is None:
-            raise UserError("--rerank_model: full ranking needs a trained base recommender (`rerank_with`).")
-        base = self.base.full_sort_predict(interaction).view(len(interaction), -1).float().clone()
+        base = self._base().full_sort_predict(interaction).view(len(interaction), -1).float().clone()
         base[:, 0] = -torch.inf
         for row, items in enumerate(hidden):
             base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
         top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
         llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
-        return rerank(base, llm, top)
+        return rerank(base, llm, top, self.rerank_weight)
+
+    def _base(self) -> AbstractRecommender:
+        if self.base is None:
+            raise UserError("--rerank_model: re-ranking needs a trained base recommender (`rerank_with`).")
+        return self.base
 
     def rerank_with(self, base: AbstractRecommender) -> None:
-        """Reorder this trained recommender's top items in full ranking."""
+        """Reorder this trained recommender's top items: in full ranking, and with ``rerank_candidates`` everywhere."""
         object.__setattr__(self, "base", base.eval())  # not a submodule: it is neither trained nor saved with us
 
     def _scores(self, histories: Sequence[Sequence[int]], items: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        if self._remembered is None:
+            return self._computed_scores(histories, items)
+        keys = [(tuple(h), tuple(i)) for h, i in zip(histories, items, strict=True)]
+        if any(key not in self._remembered for key in keys):
+            self._remembered.update(zip(keys, self._computed_scores(histories, items), strict=True))
+        return [self._remembered[key] for key in keys]
+
+    @contextmanager
+    def scores_remembered(self) -> Iterator[None]:
+        """Inside, whoever is asked the same list again gets the same scores at once; the weights must stay."""
+        self._remembered = {}
+        try:
+            yield
+        finally:
+            self._remembered = None
+
+    def _computed_scores(
+        self, histories: Sequence[Sequence[int]], items: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
         fitted = [self.prompt.fit(h, self.llm.context) for h in histories]
         logps = self.budget.run(
             lambda tokens: candidate_logps(self.policy, self.prompt, fitted, items, token_budget=tokens)

@@ -13,7 +13,8 @@ from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
 from recbole_llm.report.markdown import fenced, inline
-from recbole_llm.report.runs import name_of
+from recbole_llm.report.runs import name_of, stood_still
+from recbole_llm.rerank import reranks
 
 GIB = 2**30
 VERSIONS = ("recbole", "torch", "transformers", "peft", "python")
@@ -173,15 +174,19 @@ def _limits(config: LLMConfig, record: Mapping[str, Any]) -> list[str]:
             f"Each row ranks {int(mode[3:]) + record['next_items']} candidates ({mode}), not the whole catalogue: the "
             "numbers are above those of full ranking, and stand beside those of the same candidates alone."
         )
-    elif titles and config["full_ranking"] == "rerank":
-        base = config["rerank_model"]
-        limits.append(f"The LLM reorders the top {config['rerank_topk']} of {base}; what {base} misses it cannot find.")
+    if titles and reranks(config, mode):
+        base, weight = config["rerank_model"], record.get("rerank_weight", config["rerank_weight"])
+        mixed = "" if weight == 1 else f", mixed with its scores (share of the LLM {weight})"
+        told = f"The LLM reorders the top {config['rerank_topk']} of {base}{mixed}"
+        limits.append(f"{told}; what {base} misses it cannot find.")
     if config["eval_users"]:
         limits.append(f"A sample of users was asked: {record['rows']:,} rows.")
     if record["few_shot"]:
         limits.append(f"Trained on {record['training_users']} users alone.")
     if not record["valid_metrics"]:
         limits.append("Nothing was validated, so nothing was selected.")
+    for stage in filter(stood_still, record.get("stages", [])):
+        limits.append(f"The {stage['loss']} loss ended where it starts: that stage changed next to nothing.")
     if record.get("llm") == "tiny":
         limits.append("tiny is a random LLM of two layers: its numbers mean nothing.")
     if config["quantization"]:

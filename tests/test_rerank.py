@@ -1,0 +1,135 @@
+"""Re-ranking and mixtures: the LLM on top of another recommender."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import zscore
+
+from recbole_llm.errors import ConfigError
+from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.rerank import WEIGHTS, choose_weight, rerank, standardised
+from recbole_llm.validation import validate
+
+
+def test_standardised_is_scipys_zscore_over_the_answers() -> None:
+    scores = torch.tensor([[3.0, 1.0, 8.0, 99.0], [2.0, 2.0, 2.0, 2.0]])
+    answers = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    found = standardised(scores, answers).numpy()
+    assert np.allclose(found[0, :3], zscore([3.0, 1.0, 8.0])) and found[0, 3] == 0
+    assert (found[1] == 0).all()
+
+
+def test_a_mixture_by_hand() -> None:
+    """Top 3 of 4: base 4, 3, 2 and LLM 0, 1, 5. z(base) = 1.22, 0, -1.22; z(LLM) = -.93, -.46, 1.39."""
+    base, llm, top = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[0, 1, 2]])
+
+    def order(weight: float) -> list[int]:
+        return rerank(base, llm, top, weight)[0].argsort(descending=True).tolist()
+
+    assert order(0.0) == [0, 1, 2, 3] and order(1.0) == [2, 1, 0, 3]
+    # The second and third change places at .398, the first and third at .514, the first and second at .726.
+    assert order(0.39) == [0, 1, 2, 3] and order(0.41) == order(0.5) == [0, 2, 1, 3]
+    assert order(0.52) == order(0.72) == [2, 0, 1, 3] and order(0.73) == [2, 1, 0, 3]
+
+
+def test_hidden_items_stay_hidden_in_a_mixture() -> None:
+    base = torch.tensor([[5.0, -torch.inf, 3.0]])
+    scores = rerank(base, torch.tensor([[0.0, 2.0, 9.0]]), torch.tensor([[0, 2, 1]]), 0.5)
+    assert scores[0, 1] == -torch.inf and torch.isfinite(scores[0, [0, 2]]).all()
+
+
+@pytest.fixture
+def mixed(tiny: dict[str, Any]) -> dict[str, Any]:
+    sasrec = {"epochs": 2, "train_batch_size": 64}
+    return {**tiny, "rerank_candidates": True, "rerank_model": "SASRec", "recommender_config": sasrec}
+
+
+def ranks(result: dict[str, Any]) -> np.ndarray:
+    return pd.read_csv(Path(result["run_folder"]) / "per_user.csv.gz").sort_values("user")["rank"].to_numpy()
+
+
+def test_no_share_is_the_base_and_a_whole_share_of_all_candidates_is_the_llm(mixed: dict[str, Any]) -> None:
+    """Against runs of SASRec and of the LLM alone, through the same evaluation."""
+    everything = {"rerank_topk": 100}
+    base = run_recbole_llm(
+        config_dict={k: v for k, v in mixed.items() if k in SHARED} | mixed["recommender_config"] | {"model": "SASRec"}
+    )
+    none = run_recbole_llm(config_dict={**mixed, **everything, "rerank_weight": 0})
+    assert (ranks(none) == ranks(base)).all()
+    llm = run_recbole_llm(config_dict={**mixed, "rerank_candidates": False})
+    whole = run_recbole_llm(config_dict={**mixed, **everything, "rerank_weight": 1.0})
+    assert (ranks(whole) == ranks(llm)).all()
+    assert (ranks(whole) != ranks(none)).any()
+
+
+def test_what_the_base_puts_behind_stays_in_its_order(mixed: dict[str, Any]) -> None:
+    base = run_recbole_llm(config_dict={**mixed, "rerank_topk": 100, "rerank_weight": 0})
+    top = run_recbole_llm(config_dict={**mixed, "rerank_topk": 3})
+    before, after = ranks(base), ranks(top)
+    assert (after[before > 3] == before[before > 3]).all() and (after[before <= 3] <= 3).all()
+
+
+def test_the_share_is_the_best_on_validation(mixed: dict[str, Any]) -> None:
+    """The chosen share scores as a run with that share given does; the record holds every share's score."""
+    mixed = {**mixed, "eval_step": 0}
+    auto = run_recbole_llm(config_dict={**mixed, "rerank_weight": "auto"})
+    record = json.loads((Path(auto["run_folder"]) / "result.json").read_text())
+    weights = {float(weight): score for weight, score in record["rerank_weights"].items()}
+    assert sorted(weights) == list(WEIGHTS)
+    best = record["rerank_weight"]
+    assert weights[best] == max(weights.values()) == auto["best_valid_score"]
+    assert best == min(weight for weight, score in weights.items() if score == weights[best])
+    given = run_recbole_llm(config_dict={**mixed, "rerank_weight": best})
+    assert given["test_result"] == auto["test_result"]
+    assert validate(config_dict={**mixed, "rerank_weight": best})["best_valid_score"] == weights[best]
+    assert validate(config_dict={**mixed, "rerank_weight": "auto"})["best_valid_score"] == weights[best]
+
+
+def test_the_llm_scores_each_list_once(mixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from recbole_llm.model.llmranker import LLMRanker
+
+    asked, real = [], LLMRanker._computed_scores
+    monkeypatch.setattr(LLMRanker, "_computed_scores", lambda self, h, i: asked.extend(h) or real(self, h, i))
+    monkeypatch.setattr(
+        "recbole_llm.llm_trainer.choose_weight",
+        lambda trainer, valid: (asked.clear(), choose_weight(trainer, valid), users.append(len(valid)))[1],
+    )
+    users: list[int] = []
+    validate(config_dict={**mixed, "eval_step": 0, "rerank_weight": "auto"})
+    assert len(asked) == users[0]
+
+
+def test_all_lines_share_one_sft_stage(mixed: dict[str, Any]) -> None:
+    """Where training validates nothing, how the answers are ranked later does not change what is trained."""
+    plain = {**mixed, "eval_step": 0}
+    runs = [
+        run_recbole_llm(config_dict=plain | changed)
+        for changed in ({"rerank_candidates": False}, {}, {"rerank_weight": 0.5}, {"eval_args": {"mode": "full"}})
+    ]
+    records = [json.loads((Path(run["run_folder"]) / "result.json").read_text()) for run in runs]
+    assert [stage.get("reused", False) for record in records for stage in record["stages"]] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"rerank_weight": 0.5}, "--rerank_weight=0.5: there is no re-ranking"),
+        ({"rerank_weight": "auto", "eval_args": {"mode": {"test": "full"}}}, "chosen on validation"),
+        ({"rerank_weight": 1.5}, "--rerank_weight=1.5"),
+        ({"rerank_candidates": "yes"}, "--rerank_candidates"),
+        ({"rerank_candidates": True, "rerank_model": "LLMRanker"}, "--rerank_model=LLMRanker"),
+    ],
+)
+def test_wrong_mixtures_are_told(tiny: dict[str, Any], given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("(", r"\(")):
+        run_recbole_llm(config_dict={**tiny, **given})
+
+
+SHARED = {"dataset", "data_path", "checkpoint_dir", "eval_args", "seed", "show_progress", "MAX_ITEM_LIST_LENGTH"}
