@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from recbole_llm.report.entries import Options
 from recbole_llm.report.grid import Setting
 from recbole_llm.report.results import Line, Results
 from recbole_llm.report.summary import found
+from recbole_llm.report.tune import Trial, Tuned
 from tests.made_runs import NOT_GIVEN, cell_of, made_grid, made_up, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +89,19 @@ def test_sections(text: str) -> None:
         assert told in page.text
     for told in ("LS valid_and_test, order TO", "c" * 64, "d" * 64, "paired t-test", "Holm", "NDCG@10", "torch "):
         assert told in page.text
+
+
+def test_minutes_of_tuning(tmp_path: Path) -> None:
+    """Beside the costs of the runs, with a link to it: 3 trials of 80 seconds."""
+    cells, records = made_grid(tmp_path / "saved", ["Pop", "BPR"], [NOT_GIVEN], users=10)
+    trials = [Trial(number, {"learning_rate": 0.1}, 0.2, 80.0, None) for number in range(3)]
+    tuned = Tuned({"learning_rate": 0.1}, 0.2, trials, {"learning_rate": "[0.1, 1]"}, "NDCG@10", True)
+    options = Options(out=str(tmp_path / "out"), resamples=99, plots=False)
+    write_comparison(cells, records, ["Pop"], options, [("BPR", "toy", tuned)])
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert {"costs", "tuning-costs", "tuned"} <= set(page.all("section", "id"))
+    assert {link[1:] for link in page.all("a", "href") if link.startswith("#")} == set(page.all("section", "id"))
+    assert re.search(r"Minutes of all trials.*BPR\s*toy\s*3\s*4(\.0*)?(?!\d)", page.text, re.DOTALL)
 
 
 def test_links_lead_to_what_is_there(home: Path, text: str) -> None:

@@ -174,24 +174,26 @@ def write_comparison(
     against = [names.get(label, label) for label in against]
     tests = [comparisons(results, against, options) for results in every]
     tables = _tables(every, tests, against, options)
-    spent = []
+    costs = [costs_table(every)]
     if tuned:
         found = tuned_frame(tuned)
         order = ["model", "data set", "chosen", "trials", "failed", "valid metric", "as given", "best"]
         tables.append(frame_table("tuned", "Chosen values", TUNED, found[order], left=3))
         minutes = found[["model", "data set", "trials", "min"]]
-        spent = [frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)]
+        costs.append(
+            frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)
+        )
     told = "\n".join(markdown(table) for table in tables)
     folder = _out(grid, options)
     tested = frames.tests_frame(every, tests)
-    frame, costs = frames.results_frame(every), "\n".join(map(markdown, [costs_table(every), *spent]))
+    frame, spent = frames.results_frame(every), "\n".join(map(markdown, costs))
     texts = {
         "table.md": told,
         "table.tex": latex_file(tables),
         "table.csv": frames.spreadsheet_csv(frame),
         "tests.csv": frames.spreadsheet_csv(tested),
         "table.html": page("Comparison", [html_table(t) for t in tables]),
-        "costs.md": costs,
+        "costs.md": spent,
     }
     comparison = Comparison(grid, records, every, tests, against, options)
     try:
@@ -201,7 +203,7 @@ def write_comparison(
         write_json(folder / "table.json", frames.as_json(every, tests, options.resamples))
         plots = _plots(every, options, folder)
         files = [*texts, "table.json"]
-        write_text(folder / "report.html", report(comparison, tables, plots, folder, files))
+        write_text(folder / "report.html", report(comparison, tables, costs, plots, folder, files))
     except OSError as error:
         raise UserError(
             f"--out={folder}: could not write the tables ({error}). Free some space, or name another folder, and give "
@@ -211,7 +213,7 @@ def write_comparison(
         "table": frame,
         "tests": tested,
         "markdown": told,
-        "costs": costs,
+        "costs": spent,
         "files": [folder / name for name in (*files, "report.html")],
         "runs": records,
         "results": every,

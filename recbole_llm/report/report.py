@@ -21,7 +21,7 @@ from recbole_llm.report.page import page
 from recbole_llm.report.results import metric_name
 from recbole_llm.report.significance import LEVEL
 from recbole_llm.report.summary import Comparison, compared, found
-from recbole_llm.report.table import Table, Value, costs_table
+from recbole_llm.report.table import Table, Value
 
 if TYPE_CHECKING:  # matplotlib is loaded where something is drawn
     from recbole_llm.report.plot_style import Plot
@@ -30,18 +30,24 @@ PIXELS = 120  # of the screen for an inch of a figure
 
 
 def report(
-    comparison: Comparison, tables: Sequence[Table], plots: Sequence[Plot], folder: Path, files: Iterable[str]
+    comparison: Comparison,
+    tables: Sequence[Table],
+    costs: Sequence[Table],
+    plots: Sequence[Plot],
+    folder: Path,
+    files: Iterable[str],
 ) -> str:
     """The page.
 
     Args:
+        costs: tables of what the runs, and the tuning before them, took.
         plots: already saved in ``folder/plots``.
         folder: where the page will lie; links are relative to it.
         files: names of what lies beside it.
     """
     parts = [
         _summary(comparison),
-        *map(html_table, (*tables, costs_table(comparison.every))),
+        *map(html_table, (*tables, *costs)),
         *(_figure(plot, folder) for plot in plots),
         _protocol(comparison),
         _failed(comparison, folder),
@@ -52,13 +58,14 @@ def report(
     data = dict.fromkeys(run["dataset"] for results in comparison.every for run in results.records)
     return page(
         ": ".join(["Comparison", ", ".join(data)] if data else ["Comparison"]),
-        [_navigation(tables, plots, any("error" in record for record in comparison.records)), *parts],
+        [_navigation(tables, costs, plots, any("error" in record for record in comparison.records)), *parts],
     )
 
 
-def _navigation(tables: Iterable[Table], plots: Iterable[Plot], failed: bool) -> str:
+def _navigation(tables: Iterable[Table], costs: Iterable[Table], plots: Iterable[Plot], failed: bool) -> str:
     """A line of links for the tables of the settings, one for the plots, one for the rest."""
-    rest = ("summary", "costs", "protocol", *(["failed"] if failed else []), "environment", "runs", "files")
+    spent = (table.name for table in costs)
+    rest = ("summary", *spent, "protocol", *(["failed"] if failed else []), "environment", "runs", "files")
     settings: list[str] = []
     for table in tables:
         kind = table.name.partition("-")[0]
@@ -68,7 +75,7 @@ def _navigation(tables: Iterable[Table], plots: Iterable[Plot], failed: bool) ->
         else:
             settings[-1] += f"<small>{link}</small>"
     lines = [
-        "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in rest),
+        "".join(f'<a href="#{name}">{name.replace("-", " ").capitalize()}</a>' for name in rest),
         "Tables: " + "".join(f"<span>{links}</span>" for links in settings),
         "Plots: " + "".join(f'<a href="#plot-{escape(plot.name)}">{escape(plot.title)}</a>' for plot in plots),
     ]
