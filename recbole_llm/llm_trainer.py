@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,22 @@ from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.distributed import (
+    anywhere,
+    from_first,
+    gathered,
+    is_first,
+    own_share,
+    rank,
+    same_everywhere,
+    sum_gradients,
+    world_size,
+)
 from recbole_llm.errors import UserError
+from recbole_llm.evaluator import Ranking
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.logps import decoder_and_head
+from recbole_llm.llm.sharded import even_passes
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
@@ -32,6 +46,8 @@ from recbole_llm.resume import StageProgress, stopping
 from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
 from recbole_llm.stages import Stage, base_hash, stages
 from recbole_llm.trainer import ProtocolEvaluation
+
+ANSWERS = 10  # titles of a history that a row's candidates are taken to cost, to divide rows among processes
 
 
 class LLMTrainer(ProtocolEvaluation, Trainer):
@@ -56,7 +72,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         self.stage: Stage | None = None
         self.global_step = 0  # over all stages
         self.metrics_file = run_folder / "metrics.jsonl"
-        self.metrics_file.unlink(missing_ok=True)
+        if is_first():
+            self.metrics_file.unlink(missing_ok=True)
         llm = self.model.llm
         self.facts = {
             "llm": llm.name,
@@ -67,6 +84,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "prompt": self.config["prompt"],
             "score_norm": self.config["score_norm"],
             "effective_batch": self.config["train_batch_size"],
+            "processes": world_size(),
             "stages": [],
         }
 
@@ -90,9 +108,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         for stage in self.stages():
             # The preference stage lies in the folder of the run, which its process holds already.
             with only_here(stage.folder) if stage.loss == "SFT" else nullcontext():
-                done = stage.folder / "stage.json"
-                if stage.loss == "SFT" and done.is_file():
-                    record = json.loads(done.read_text()) | {"reused": True}
+                if (finished := from_first(partial(_finished, stage))) is not None:
+                    record = finished | {"reused": True}
                     self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
@@ -106,7 +123,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         if self.config["rerank_weight"] == "auto" and self.model.base is not None:
             best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
-            save_adapter(self.model.llm, self.run_folder)
+            from_first(partial(save_adapter, self.model.llm, self.run_folder))
         return best
 
     def _choose_weight(self, valid_data: EvalRows) -> tuple[float, dict[str, float]]:
@@ -139,7 +156,9 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         show_progress: bool,
         callback_fn: Any,
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
-        init_seed(self.config["seed"], self.config["reproducibility"])  # whether or not SFT was trained just now
+        # Whether or not SFT was trained just now. Each process drops (lora_dropout) by draws of its own.
+        init_seed(self.config["seed"] + rank(), self.config["reproducibility"])
+        same_everywhere("training windows", lambda: content_hash([_content(w) for w in stage.windows]))
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
@@ -173,23 +192,30 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
             "seconds": time.perf_counter() - clock,
-            "cpu_seconds": time.process_time() - cpu,
+            "cpu_seconds": sum(gathered(lambda: time.process_time() - cpu)),
             **stage.facts,
         }
         if stage.loss != "SFT":
             record |= {"reference": reference, "displacement": self.displacement.facts()}
+        from_first(partial(self._end_stage, stage, record))
+        return best, record
+
+    def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
         if stage.folder != self.run_folder:  # runs that share the stage share its curve
             write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
-        return best, record
 
     def _take_steps(self, file: Path) -> None:
         """The steps of a stage that was trained before, as if it had been now."""
-        if file.is_file():
-            told = file.read_text(encoding="utf-8")
-            write_text(self.metrics_file, told)
-            self.global_step = len(told.splitlines())
+        self.global_step = from_first(partial(self._copy_steps, file))
+
+    def _copy_steps(self, file: Path) -> int:
+        if not file.is_file():
+            return self.global_step
+        told = file.read_text(encoding="utf-8")
+        write_text(self.metrics_file, told)
+        return len(told.splitlines())
 
     def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, int]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
@@ -228,9 +254,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
                     logged = {name: value / step_count for name, value in logged.items()}
                     self._log_step(epoch_idx, loss_sum / step_count, logged)
                     self._watch(logged)
-                    if stop.asked or self.progress.due():
+                    asked, due = anywhere(stop.asked, self.progress.due())
+                    if asked or due:
                         self.progress.save(epoch_idx, number + 1, total, count)
-                    if stop.asked:
+                    if asked:
                         raise KeyboardInterrupt
                 self.bar.update(sum(len(w.targets) for w in windows))
                 self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
@@ -248,29 +275,42 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
         """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
-        total, logged = self.model.budget.run(lambda tokens: self._gradients(windows, tokens, epoch, number))
+        mine, whole = own_share(windows, [self.model.prompt.window_size(w) for w in windows]), self._count(windows)
+        parts = gathered(
+            lambda: self.model.budget.run(lambda tokens: self._gradients(mine, whole, tokens, epoch, number))
+        )
+        total, logged = sum(loss for loss, _ in parts), _summed(values for _, values in parts)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        sum_gradients(trained)
         if self.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
-            )
+            torch.nn.utils.clip_grad_norm_(trained, **self.clip_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.tokens += sum(map(self.model.prompt.window_size, windows))
-        return total, self._count(windows), logged
+        return total, whole, logged
 
-    def _gradients(self, windows: list[Window], budget: int, epoch: int, number: int) -> tuple[float, dict[str, float]]:
-        """Gradients of a step in passes of ``budget`` tokens; returns the loss and what is logged, summed."""
-        loss_name, whole = self.stage.loss, self._count(windows)
+    def _gradients(
+        self, windows: list[Window], whole: int, budget: int, epoch: int, number: int
+    ) -> tuple[float, dict[str, float]]:
+        """Gradients of this process's windows of a step in passes of ``budget`` tokens.
+
+        Args:
+            whole: what the loss of the whole step is averaged over.
+
+        Returns:
+            The windows' loss and what is logged, summed.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         groups = batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget)
         totals, logged = [], {}
-        for group in groups:
-            part = self.model.window_loss([windows[i] for i in group], loss_name)
-            (part.total / whole).backward()
-            totals.append(part.total.detach())
-            logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
+        with even_passes(self.model.policy):
+            for group in groups:
+                part = self.model.window_loss([windows[i] for i in group], self.stage.loss)
+                (part.total / whole).backward()
+                totals.append(part.total.detach())
+                logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
         # Read once a step: a GPU would stand still after each pass until the next trees are made.
-        found = torch.stack([*totals, *logged.values()]).tolist()
+        found = torch.stack([*totals, *logged.values()]).tolist() if groups else []
         for group, total in zip(groups, found, strict=False):
             if not math.isfinite(total):
                 self._refuse(total, [windows[i] for i in group], epoch, number)
@@ -294,9 +334,10 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
     def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
         values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
-        with open(self.metrics_file, "a", encoding="utf-8") as out:
-            line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
-            out.write(json.dumps(line) + "\n")
+        if is_first():
+            with open(self.metrics_file, "a", encoding="utf-8") as out:
+                line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
+                out.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
         self.wandblogger.log_metrics(values, head=self.stage.loss)
@@ -309,19 +350,53 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         with TokenCount(decoder_and_head(self.model.policy)[0]) as count:
             result = super().evaluate(eval_data, *args, **kwargs)
         if eval_data.split == "test":
-            self.facts["test_tokens"] = count.tokens
+            self.facts["test_tokens"] = sum(gathered(lambda: count.tokens))
         return result
+
+    def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
+        # Something for every process; with many rows the same batches as in a single one.
+        at_once = min(self.model.users_at_once, math.ceil(max(1, len(data)) / world_size()))
+        return data.batches_by_history(at_once, self.config["MAX_ITEM_LIST_LENGTH"])
+
+    def _rank(self, data: EvalRows, batches: Sequence[np.ndarray], show_progress: bool) -> Ranking:
+        """The ranking of all rows, of which each process ranks some batches."""
+        most = self.config["MAX_ITEM_LIST_LENGTH"]
+        mine = own_share(batches, [sum(min(len(data.history[r]), most) + ANSWERS for r in rows) for rows in batches])
+
+        def ranked() -> Ranking:
+            with even_passes(self.model.policy):
+                return ProtocolEvaluation._rank(self, data, mine, show_progress)
+
+        return Ranking.joined(gathered(ranked))
 
     # ---- checkpoints: adapters alone
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        save_adapter(self.model.llm, self.stage.folder)
+        from_first(partial(save_adapter, self.model.llm, self.stage.folder))
         if verbose:
             self.logger.info(f"Saving current: {self.stage.folder}")
 
     def _load_checkpoint(self, model_file: str | None) -> None:
         if self.config["finetune"] != "none":
             load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)
+
+
+def _finished(stage: Stage) -> dict[str, Any] | None:
+    """The record of an SFT stage that was trained before, by this run or another."""
+    done = stage.folder / "stage.json"
+    return json.loads(done.read_text()) if stage.loss == "SFT" and done.is_file() else None
+
+
+def _content(window: Window) -> list[Any]:
+    return [window.user, window.items, window.targets, window.also, window.rejected]
+
+
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sum by name; a process without windows has none."""
+    found: dict[str, float] = {}
+    for part in parts:
+        found |= {name: found.get(name, 0.0) + value for name, value in part.items()}
+    return found
 
 
 def optimizer_steps(windows: Sequence[Window], positions: int, seed: int, epoch: int) -> Iterator[list[Window]]:

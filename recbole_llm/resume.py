@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recbole_llm.distributed import from_first, is_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
 from recbole_llm.run_folder import content_hash, whole
@@ -54,9 +55,17 @@ class StageProgress:
     def save(self, epoch: int, steps: int, total: float, count: float) -> None:
         """Keep the state after ``steps`` steps of an epoch, whose summed loss and count are ``total`` and ``count``.
 
+        Of several processes the first keeps the state, which is the same in all of them but for the random generators.
+
         Raises:
             UserError: the disk is full; the save before this one is untouched.
         """
+        from_first(lambda: self._write(*self._state(epoch, steps, total, count)))
+        self.saved, self.at = self.saved + 1, time.monotonic()
+
+    def _state(
+        self, epoch: int, steps: int, total: float, count: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         trainer, device = self.trainer, self.trainer.device
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter_state(trainer.model.llm).items()}
         for index, values in trainer.optimizer.state_dict()["state"].items():
@@ -77,8 +86,7 @@ class StageProgress:
             "metrics": trainer.metrics_file.read_text(encoding="utf-8") if trainer.metrics_file.is_file() else "",
             "random": random_facts(),
         }
-        self._write({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts)
-        self.saved, self.at = self.saved + 1, time.monotonic()
+        return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts
 
     def _write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         told = json.dumps(facts)
@@ -98,10 +106,10 @@ class StageProgress:
 
     def restore(self) -> dict[str, Any] | None:
         """Put the newest whole save into the trainer; its facts, or None where there is none."""
-        found = [save for name in FILES if (save := read_save(self.folder / name))]
-        if not found:
+        newest = from_first(self._newest)
+        if newest is None:
             return None
-        tensors, facts = max(found, key=lambda save: save[1]["saved"])
+        tensors, facts = newest
         trainer = self.trainer
         adapter = {n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")}
         set_adapter_state(trainer.model.llm, {n: t.to(trainer.device) for n, t in adapter.items()})
@@ -118,11 +126,16 @@ class StageProgress:
         vars(trainer).update(facts["remembered"])
         trainer.train_loss_dict = {int(epoch): loss for epoch, loss in facts["train_loss"]}
         vars(trainer.displacement).update(facts["displacement"])
-        trainer.metrics_file.write_text(facts["metrics"], encoding="utf-8")
-        set_random(tensors, facts["random"], trainer.device)
+        if is_first():
+            trainer.metrics_file.write_text(facts["metrics"], encoding="utf-8")
+            set_random(tensors, facts["random"], trainer.device)  # the others go on with their own
         self.saved = facts["saved"] + 1
         logger.info(f"Stage {trainer.stage.loss}: going on in epoch {facts['epoch']} after step {facts['steps']}.")
         return facts
+
+    def _newest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        found = [save for name in FILES if (save := read_save(self.folder / name))]
+        return max(found, key=lambda save: save[1]["saved"], default=None)
 
     def drop(self) -> None:
         """The stage has ended: nothing is left to go on with."""

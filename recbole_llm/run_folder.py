@@ -23,6 +23,7 @@ from recbole.config import Config
 from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import FAMILIES, load_template
+from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
 
@@ -42,6 +43,7 @@ PACKAGES = (
 ALSO = ("huggingface_hub", "scikit-learn", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
 # What does not change a result, and so does not name a run.
 NOT_IN_HASH = {
+    "fsdp",
     "save_every",
     "resume",
     "checkpoint_dir",
@@ -143,10 +145,14 @@ def only_here(folder: Path) -> Iterator[None]:
     """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
 
     The lock goes with its process, so a killed one holds nothing.
+    Of the processes of one run the first holds it for all.
 
     Raises:
         UserError: the folder cannot be made.
     """
+    if not is_first():
+        yield
+        return
     lock = FileLock(make_stage_folder(folder) / ".lock")
     try:
         lock.acquire(timeout=0)

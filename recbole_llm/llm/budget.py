@@ -22,10 +22,14 @@ class TokenBudget:
     """A number of tokens that shrinks for good where it was too large.
 
     Results do not depend on it: passes are sums of parts.
+
+    Args:
+        tokens: to begin with.
+        shrinks: False where other processes take part in each pass, which cannot be repeated by one of them.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, shrinks: bool = True) -> None:
+        self.tokens, self.shrinks = tokens, shrinks
 
     def run(self, work: Callable[[int], Result]) -> Result:
         """``work(tokens)``, again with half as many whenever memory runs out; ``work`` must be safe to repeat.
@@ -38,6 +42,9 @@ class TokenBudget:
                 return work(self.tokens)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
+                    raise
+                if not self.shrinks:
+                    error.add_note("--token_budget: with --fsdp=True it is not halved by itself; give a lower one.")
                     raise
                 if self.tokens <= LEAST:
                     raise UserError(
