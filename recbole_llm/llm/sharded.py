@@ -45,7 +45,13 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     model.to(device)
     decoder.is_empty_pass = False
     # Before FSDP's own hook: all processes must talk in the same order.
-    decoder.register_forward_pre_hook(lambda module, _: None if module.is_empty_pass else anywhere(True), prepend=True)
+    decoder.register_forward_pre_hook(_announce, prepend=True)
+
+
+def _announce(decoder: torch.nn.Module, _: tuple[object, ...]) -> None:
+    """Before each pass, tell those who are done that there is one more."""
+    if not decoder.is_empty_pass:
+        anywhere(True)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
