@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def run_together(processes: int, settings: dict[str, Any], before: Callable[[int], None] | None = None) -> list[Any]:
-    """What ``run_recbole_llm`` returns in each process, or its ``UserError`` as text.
+    """What ``run_recbole_llm`` returns in each process, its ``UserError`` as text, or None where the process died.
 
     Args:
         before: called with the rank first; changes what the process shall do otherwise. Of a module, to be pickled.
@@ -38,6 +38,8 @@ def run_together(processes: int, settings: dict[str, Any], before: Callable[[int
         forkserver.ensure_running()
     results = Path(settings["checkpoint_dir"]).parent / "returned"
     results.mkdir(exist_ok=True)
+    for stale in results.iterdir():
+        stale.unlink()
     port = free_port()
     started = [
         context.Process(target=_work, args=(rank, processes, port, settings, before, results))
@@ -48,7 +50,8 @@ def run_together(processes: int, settings: dict[str, Any], before: Callable[[int
     for process in started:
         process.join(120)
         process.kill()
-    return [pickle.loads((results / str(rank)).read_bytes()) for rank in range(processes)]
+    files = [results / str(rank) for rank in range(processes)]
+    return [pickle.loads(file.read_bytes()) if file.is_file() else None for file in files]
 
 
 def _work(
