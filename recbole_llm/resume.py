@@ -163,7 +163,8 @@ def read_save(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | No
 
 def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
     """States of torch's generators and numpy's."""
-    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(np.random.get_state()[1].copy())}
+    table = np.random.get_state()[1].view(np.int32).copy()  # torch cannot send tensors of uint32 to other processes
+    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(table)}
     return found | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
@@ -177,7 +178,7 @@ def set_random(tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: 
     """Put back what ``random_tensors`` and ``random_facts`` gave."""
     version, state, gauss = facts["python"]
     random.setstate((version, tuple(state), gauss))
-    np.random.set_state(("MT19937", tensors["random.numpy"].numpy(), *facts["numpy"]))
+    np.random.set_state(("MT19937", tensors["random.numpy"].numpy().view(np.uint32), *facts["numpy"]))
     torch.set_rng_state(tensors["random.torch"])
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
