@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,18 +98,17 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         show_progress: bool = False,
         callback_fn: Any = None,
     ) -> tuple[float, dict[str, float] | None]:
-        """Run the stages; an SFT stage that was finished before, with the same everything, is loaded instead.
+        """Run the stages; one that was finished before, with the same everything, is loaded instead.
 
         Returns:
             Best validation score and result of the last stage.
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
         for stage in self.stages():
-            # The preference stage lies in the folder of the run, which its process holds already.
-            with only_here(stage.folder) if stage.loss == "SFT" else nullcontext():
+            with only_here(stage.folder):
                 if (finished := from_first(partial(_finished, stage))) is not None:
                     record = finished | {"reused": True}
-                    self.logger.info(f"Stage SFT: reusing {stage.folder} (same data, model and settings).")
+                    self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
                     best = (record["best_valid_score"], record["best_valid_result"])
@@ -143,7 +141,6 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             model.prompt,
             context=model.llm.context,
             base=base_hash(model.llm, model.texts),
-            run_folder=self.run_folder,
             policy=model.reference_logps,
         )
 
@@ -201,8 +198,8 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         return best, record
 
     def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
-        if stage.folder != self.run_folder:  # runs that share the stage share its curve
-            write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
+        # Runs that share the stage share its curve, and that of the stages before it.
+        write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
 
@@ -382,9 +379,9 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
 
 
 def _finished(stage: Stage) -> dict[str, Any] | None:
-    """The record of an SFT stage that was trained before, by this run or another."""
+    """The record of a stage that was trained before, by this run or another."""
     done = stage.folder / "stage.json"
-    return json.loads(done.read_text()) if stage.loss == "SFT" and done.is_file() else None
+    return json.loads(done.read_text()) if done.is_file() else None
 
 
 def _content(window: Window) -> list[Any]:

@@ -98,15 +98,16 @@ def _all_work(
         catalogue.prompt,
         context=llm.context,
         base=base_hash(llm, catalogue.texts),
-        run_folder=run_folder_of(config),
         policy=policy,
+        even_finished=True,
     )
     for stage in found:
         parts = stage_work(config, catalogue.prompt, stage)
         if pools:
             parts.insert(0, pass_work(config, catalogue.prompt, f"{stage.loss}: self_hard", pools))
-        if stage.loss == "SFT" and (stage.folder / "stage.json").is_file():
-            parts[0].cached = True
+        if (stage.folder / "stage.json").is_file():
+            for part in parts:
+                part.cached = True
         elif config["eval_step"] > 0:
             validations += stage.epochs // min(config["eval_step"], stage.epochs)
         work += parts

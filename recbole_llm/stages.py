@@ -19,7 +19,7 @@ from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.recommender import train_recommender
 from recbole_llm.rerank import reranks
-from recbole_llm.run_folder import content_hash, data_hash, versions
+from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions
 
 # What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
 SFT_KEYS = tuple(
@@ -41,6 +41,12 @@ RERANK_KEYS = (
 )
 
 
+# What says how a trained model is asked. Where validation selects epochs, only those of the last line change nothing.
+ASKS = {*SELECTION_KEYS, *RERANK_KEYS} - {"recommender_config"}
+ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", "eval_config", "look_alikes"}
+ASKS_TEST |= {"eval_args", "test_neg_sample_args"}  # both say how validation asks too; its rows have a digest
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``; ``facts`` go to its record."""
@@ -60,8 +66,8 @@ def stages(
     *,
     context: int,
     base: str,
-    run_folder: Path,
     policy: Policy,
+    even_finished: bool = False,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
 
@@ -69,9 +75,9 @@ def stages(
 
     Args:
         context: tokens of a prompt with its answer at most.
-        base: fingerprint of the base weights and the item texts, which name the SFT stage together with the settings.
-        run_folder: where the preference stage keeps its best epoch; an SFT stage has a folder that runs share.
+        base: fingerprint of the base weights and the item texts, which name a stage together with the settings.
         policy: log-probs of windows by the policy.
+        even_finished: make the pairs of a preference stage that was finished before, too; else it has no windows.
     """
     if config["finetune"] == "none":
         return
@@ -80,9 +86,11 @@ def stages(
         folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-        windows, facts = preference_windows(config, protocol, prompt, context, policy)
+        folder, windows, facts = preference_folder(config, protocol, base), [], {}
+        if even_finished or not (folder / "stage.json").is_file():
+            windows, facts = preference_windows(config, protocol, prompt, context, policy)
         rate = config["preference_learning_rate"]
-        yield Stage(config["loss"], config["preference_epochs"], rate, windows, run_folder, facts)
+        yield Stage(config["loss"], config["preference_epochs"], rate, windows, folder, facts)
 
 
 def sft_windows(
@@ -159,6 +167,17 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
     what = [settings, base, data_hash(config), trained, selected_on, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
+
+
+def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
+    """``<checkpoint_dir>/stages/<loss>-<hash>`` of all settings but those that say how the trained model is asked."""
+    left_out = NOT_IN_HASH | ASKS_TEST | (set() if config["eval_step"] else ASKS)
+    settings = {key: value for key, value in config.final_config_dict.items() if key not in left_out}
+    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
+    template = load_template(config["prompt"], config.properties)
+    users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
+    what = [settings, base, data_hash(config), users, protocol.valid.digest, template, versions()]
+    return Path(config["checkpoint_dir"]) / "stages" / f"{config['loss']}-{content_hash(what)[:12]}"
 
 
 def _sometimes(config: Config, protocol: Protocol) -> list[str]:

@@ -169,12 +169,31 @@ def test_losses_share_one_sft_stage(tiny: dict[str, Any]) -> None:
     (stage,) = stages.iterdir()
     written = (stage / "stage.json").stat().st_mtime_ns
     done = run_recbole_llm(config_dict=settings)
-    assert [f.name for f in stages.iterdir()] == [stage.name] and (stage / "stage.json").stat().st_mtime_ns == written
+    assert len(list(stages.glob("SFT-*"))) == 1 and (stage / "stage.json").stat().st_mtime_ns == written
     sft, dmpo = json.loads((Path(done["run_folder"]) / "result.json").read_text())["stages"]
     assert sft["reused"] and "reused" not in dmpo  # the record says whose time it was
     assert sft["cpu_seconds"] == json.loads((stage / "stage.json").read_text())["cpu_seconds"] > 0
     run_recbole_llm(config_dict={**settings, "learning_rate": 1e-5})
-    assert len(list(stages.iterdir())) == 2
+    assert len(list(stages.glob("SFT-*"))) == 2
+
+
+def test_a_preference_stage_is_shared_by_all_ways_to_ask(tiny: dict[str, Any]) -> None:
+    """Trained once for two modes of the test, with the adapter and curve of a run of its own; another beta trains."""
+    settings = {**tiny, "loss": "DMPO", "rejected_num": 2, "rejected": "uniform+self_hard"}
+    modes = [{"mode": {"valid": "uni9", "test": test}} for test in ("uni9", "full")]
+    first, again = [
+        run_recbole_llm(config_dict={**settings, "eval_args": mode, "full_ranking": "exact"}) for mode in modes
+    ]
+    alone = {**settings, "eval_args": modes[1], "full_ranking": "exact", "checkpoint_dir": tiny["checkpoint_dir"] + "2"}
+    alone = run_recbole_llm(config_dict=alone)
+    assert again["test_result"] == alone["test_result"] != first["test_result"]
+    files = [Path(run["run_folder"]) / "metrics.jsonl" for run in (first, again, alone)]
+    assert len({file.read_text() for file in files}) == 1
+    record = json.loads((Path(again["run_folder"]) / "result.json").read_text())
+    assert [stage["loss"] for stage in record["stages"] if stage["reused"]] == ["SFT", "DMPO"]
+    changed = run_recbole_llm(config_dict={**settings, "eval_args": modes[0], "full_ranking": "exact", "beta": 0.7})
+    record = json.loads((Path(changed["run_folder"]) / "result.json").read_text())
+    assert [stage["loss"] for stage in record["stages"] if "reused" not in stage] == ["DMPO"]
 
 
 def test_sft_is_shared_by_all_that_does_not_change_it(tiny: dict[str, Any]) -> None:

@@ -175,6 +175,7 @@ def test_a_damaged_part_is_computed_again(settings: dict[str, Any], damage: str)
 
 def test_a_folder_that_cannot_be_written(settings: dict[str, Any]) -> None:
     trainer, stage = preference(settings)
+    stage.folder.mkdir(parents=True)
     (stage.folder / "reference").write_text("")
     with pytest.raises(UserError, match="--checkpoint_dir: reference log-probs could not be kept.*Free some space"):
         filled(trainer, stage)

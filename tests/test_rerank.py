@@ -59,7 +59,7 @@ def test_no_share_is_the_base_and_a_whole_share_of_all_candidates_is_the_llm(mix
     """Against runs of SASRec and of the LLM alone, through the same evaluation."""
     everything = {"rerank_topk": 100}
     base = run_recbole_llm(
-        config_dict={**{k: v for k, v in mixed.items() if k in SHARED}, **mixed["recommender_config"], "model": "SASRec"}
+        config_dict={k: v for k, v in mixed.items() if k in SHARED} | mixed["recommender_config"] | {"model": "SASRec"}
     )
     none = run_recbole_llm(config_dict={**mixed, **everything, "rerank_weight": 0})
     assert (ranks(none) == ranks(base)).all()
