@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
-        if argv[0] != "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # As distributed.world_size, without waiting for torch.
+        if argv[0] != "run" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError([f"`{argv[0]}`: it works in one process; torchrun shares a `run` alone."])
         return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
     except UserError as error:

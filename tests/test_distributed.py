@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file
 
 from recbole_llm import distributed
+from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.distributed import divided, shares
@@ -146,7 +147,12 @@ def test_one_process_talks_to_nobody() -> None:
 # ---- what is refused
 
 
-def test_refused(toy: dict[str, Any], tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused(
+    toy: dict[str, Any],
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(ConfigError, match="--fsdp=True: it spreads .* torchrun --nproc_per_node"):
         run_recbole_llm(config_dict={**tiny, "fsdp": True})
     with pytest.raises(ConfigError, match="use --finetune=lora, or leave --fsdp out"):
@@ -155,6 +161,9 @@ def test_refused(toy: dict[str, Any], tiny: dict[str, Any], monkeypatch: pytest.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--model=SASRec: it trains in one process; leave torchrun out"):
         run_recbole_llm(config_dict={**toy, "model": "SASRec"})
+    assert main(["ls"]) == 2 and "`ls`: it works in one process" in capsys.readouterr().err
+    as_process(monkeypatch, 1, 2)  # the first one tells
+    assert main(["ls"]) == 2 and not capsys.readouterr().err
 
 
 # ---- the rest, which takes longer
