@@ -30,6 +30,7 @@ from recbole_llm.run_folder import (
     data_hash,
     environment,
     make_run_folder,
+    only_here,
     plain,
     run_folder_of,
     versions,
@@ -42,7 +43,7 @@ from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of
 from recbole_llm.wandb_log import wandb_run
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 def run_recbole_llm(
@@ -53,6 +54,8 @@ def run_recbole_llm(
     saved: bool = True,
 ) -> dict[str, Any]:
     """Train and evaluate one model under the protocol; the counterpart of RecBole's ``run_recbole``.
+
+    A second process that is asked for the same run says so and waits until the first has ended.
 
     Args:
         model, dataset, config_file_list, config_dict: as in RecBole.
@@ -67,8 +70,11 @@ def run_recbole_llm(
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
     check_processes(config)
-    with process_group(config["device"]), writing(config), wandb_run(config):
-        return _run(config, saved)
+    for needed in (config, eval_config_of(config)):
+        check_recommenders(needed)
+    folder = run_folder_of(config)
+    with process_group(config["device"]), writing(config, folder), wandb_run(config), only_here(folder):
+        return _run(config, folder, saved)
 
 
 def check_processes(config: LLMConfig) -> None:
@@ -86,11 +92,16 @@ def check_processes(config: LLMConfig) -> None:
 
 
 @contextmanager
-def writing(config: LLMConfig) -> Iterator[None]:
-    """Around all work: a full disk or a folder that cannot be written is told as one."""
+def writing(config: LLMConfig, folder: Path) -> Iterator[None]:
+    """Around all work in a folder: a full disk, or a folder that cannot be written or is gone, is told as one."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
+            raise UserError(
+                f"--checkpoint_dir={config['checkpoint_dir']}: {folder} was removed while the run worked in it. Leave "
+                "it there and give the same command again; finished stages are kept in stages/."
+            ) from error
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(
@@ -99,11 +110,8 @@ def writing(config: LLMConfig) -> Iterator[None]:
         ) from error
 
 
-def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
+def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     test_config = eval_config_of(config)
-    for needed in (config, test_config):
-        check_recommenders(needed)
-    folder = run_folder_of(config)
     same_everywhere("configuration, data and code", lambda: folder.name)
     from_first(partial(make_run_folder, config, folder))
     told = folder if is_first() else None  # where a traceback goes

@@ -25,6 +25,7 @@ from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
+from recbole_llm.llm.identity import local_weights
 from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
 
 PACKAGES = (
@@ -88,6 +89,8 @@ def run_hash(config: Config) -> str:
     for key in FAMILIES:  # a file of that name may change
         if key in config:
             what.append(load_template(config[key], config.properties, key))
+    if "llm" in config and (weights := local_weights(config["llm"])):  # what lies there may change too
+        what.append(weights)
     if other := config["eval_dataset"]:
         given = {**config.external_config_dict, **(config["eval_config"] or {})}
         path = given.get("data_path", config.internal_config_dict["data_path"])
@@ -144,7 +147,7 @@ def make_stage_folder(folder: Path) -> Path:
 def only_here(folder: Path) -> Iterator[None]:
     """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
 
-    The lock goes with its process, so a killed one holds nothing.
+    Who holds it may hold it again. The lock goes with its process, so a killed one holds nothing.
     Of the processes of one run the first holds it for all.
 
     Raises:
@@ -153,7 +156,8 @@ def only_here(folder: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    lock = FileLock(make_stage_folder(folder) / ".lock")
+    # One lock object for each file in a process: it counts how often its thread holds it.
+    lock = FileLock(make_stage_folder(folder).resolve() / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -68,6 +68,14 @@ def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
         ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         ours.setLevel(logging.INFO)
         root.addHandler(ours)
+    for handler in root.handlers:
+        if isinstance(handler, logging.FileHandler):  # a disk that is full ends the run; it prints no tracebacks
+            handler.handleError = _raise
     # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
     root.setLevel(min(root.level, logging.INFO))
     return logging.getLogger()
+
+
+def _raise(record: logging.LogRecord) -> None:
+    """Called in the handler of what went wrong while a line was written."""
+    raise

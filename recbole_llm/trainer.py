@@ -7,6 +7,8 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +27,7 @@ from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import harm_metrics, title_embeddings
+from recbole_llm.llm.budget import in_halves
 from recbole_llm.progress import bar
 from recbole_llm.wandb_log import RunLogger
 
@@ -93,8 +96,8 @@ class ProtocolEvaluation:
         """The ranking of these rows."""
         ranking, topk, count = Ranking(), max(self.config["topk"]), sum(map(len, batches))
         with bar(total=count, desc=f"Evaluate {data.split}", unit="user", disable=not show_progress) as shown:
-            for rows in batches:
-                scores, items = self.score_rows(data, rows)
+            scored = (in_halves(rows, partial(self.score_rows, data)) for rows in batches)
+            for rows, (scores, items) in chain.from_iterable(scored):
                 relevant = torch.as_tensor(data.relevant[rows], device=scores.device)
                 columns = [(items == one[:, None]).int().argmax(1) for one in relevant.T]
                 ranking.add(rows, scores, torch.stack(columns, dim=1), items, topk)

@@ -22,7 +22,7 @@ from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 SMALL = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1,epochs=3]"
 # What a clock measures is not compared.
 COMPARED = ("table.md", "table.tex", "table.csv", "table.html", "table.json", "tests.csv")
@@ -112,7 +112,7 @@ def test_a_run_that_another_process_does_is_waited_for(toy: dict[str, Any], monk
     real = FileLock.acquire
     monkeypatch.setattr(FileLock, "acquire", acquire)
     monkeypatch.setattr(jobs, "run_or_error", lambda *_: pytest.fail("the run was done twice"))
-    assert jobs._here(cell) is None
+    assert jobs.run_once(cell.folder, "Pop", "toy", cell.settings) is None
 
 
 def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:

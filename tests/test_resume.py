@@ -20,7 +20,7 @@ from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.resume import FILES, random_facts, random_tensors, read_save, set_random, stopping
 from tests.conftest import toy_settings, write_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 # Dropout draws from torch's generator at every step; validation after every epoch selects one.
 LONG = {"loss": "DMPO", "epochs": 2, "preference_epochs": 2, "lora_dropout": 0.1, "save_every": 1e-9, "eval_step": 1}
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from recbole.evaluator.register import metrics_dict, smaller_metrics
 
+from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
 from recbole_llm.report.grid import Cell, Setting
@@ -110,10 +111,13 @@ def collect(
     """Records of runs -> one ``Results`` a setting, lines in the order of the entries.
 
     Raises:
-        UserError: runs of one setting were evaluated on different candidates, or two labels have one name.
+        UserError: runs of one setting were evaluated on different candidates, the candidates of a run were changed
+            since, or two labels have one name.
     """
     found: dict[Setting, dict[str, tuple[list[Any], list[str]]]] = {}
     for cell, record in zip(cells, records, strict=True):
+        if "metrics" in record:
+            check_saved_rows(Path(record["run_folder"]), record)
         runs, errors = found.setdefault(cell.setting, {}).setdefault(cell.entry.label, ([], []))
         runs.append(record) if "metrics" in record else errors.append(record["error"])
     shown = {label: (names or {}).get(label, label) for lines in found.values() for label in lines}
