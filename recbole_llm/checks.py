@@ -159,6 +159,10 @@ def _wrong_training(settings: Mapping[str, Any]) -> dict[str, bool]:
         and finetune == "none",
         "--finetune=full: 4-bit weights cannot be trained; use --finetune=lora, or drop --quantization.": quantized
         and finetune == "full",
+        "--fsdp=True spreads frozen weights over processes; use --finetune=lora, or leave --fsdp out.": settings["fsdp"]
+        and finetune == "full",
+        "--fsdp=True: 4-bit weights cannot be spread over processes; drop --quantization, or --fsdp.": settings["fsdp"]
+        and quantized,
         "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings["llm"] == "tiny",
     }
 

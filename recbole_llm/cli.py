@@ -51,16 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
+        # As distributed.world_size, without waiting for torch.
+        if argv[0] != "run" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError([f"`{argv[0]}`: it works in one process; torchrun shares a `run` alone."])
         return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
     except UserError as error:
-        print(f"\nrecbole-llm: {plain(str(error), breaks=True)}", file=sys.stderr)
+        _tell(plain(str(error), breaks=True), alike=isinstance(error, ConfigError) or error.known_to_all)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nrecbole-llm: stopped. Finished runs and stages are kept; the same command goes on there.",
-            file=sys.stderr,
-        )
+        _tell("stopped. Finished runs and stages are kept; the same command goes on there.", alike=True)
         return 130
+
+
+def _tell(text: str, alike: bool) -> None:
+    """What ends a command; of several processes that end alike the first tells it."""
+    process = os.environ.get("RANK", "0")
+    if process == "0" or not alike:
+        print(f"\nrecbole-llm{f' (process {process})' if process != '0' else ''}: {text}", file=sys.stderr)
 
 
 def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]:
@@ -107,12 +114,14 @@ def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]
 
 def run(settings: dict[str, Any]) -> int:
     """Train and evaluate one model; prints where the run folder lies."""
+    from recbole_llm.distributed import is_first
     from recbole_llm.quick_start import run_recbole_llm
 
     files = settings.pop("config_files", None)
     result = run_recbole_llm(settings.pop("model", None), settings.pop("dataset", None), files, settings)
-    print(json.dumps(result["test_result"], indent=2))
-    print(f"run folder: {result['run_folder']}")
+    if is_first():
+        print(json.dumps(result["test_result"], indent=2))
+        print(f"run folder: {result['run_folder']}")
     return 0
 
 

@@ -9,7 +9,7 @@ import yaml
 from recbole.config import Config
 from recbole.utils import ModelType
 
-from recbole_llm import checks, compat, eval_checks, keys
+from recbole_llm import checks, compat, distributed, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import file_name
@@ -112,8 +112,17 @@ class LLMConfig(Config):
         return final
 
     def _init_device(self) -> None:
-        """RecBole's; then what ``auto`` means on the device."""
+        """RecBole's, on the GPU of this process where there are several; then what ``auto`` means on the device."""
+        settings = self.final_config_dict
+        named = settings["gpu_id"]
+        if distributed.world_size() > 1 and "gpu_id" not in self.external_config_dict:
+            settings["gpu_id"] = distributed.visible_gpus()
         super()._init_device()
+        if distributed.world_size() > 1:
+            # What names the run is as in a single process.
+            settings |= {"gpu_id": str(named), "device": distributed.own_device(settings["device"])}
+        if not distributed.is_first():
+            settings |= {"show_progress": False, "log_wandb": False}
         if self.final_config_dict.get("token_budget") == "auto":
             self.final_config_dict["token_budget"] = keys.TOKEN_BUDGET[self.final_config_dict["device"].type]
 

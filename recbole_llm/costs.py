@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ class Clock:
         found = {f"{name}_s": value for name, value in self._wall.items()}
         found |= {f"{name}_cpu_s": value for name, value in self._cpu.items()}
         return found | {"total_s": sum(self._wall.values()), "total_cpu_s": sum(self._cpu.values())}
+
+
+def of_all(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the processes of a run cost together: the first's wall time, all processor time, the largest peak of one.
+
+    Args:
+        costs: ``timings`` and ``peak_memory_bytes`` of each, the first's first.
+    """
+    timings = [one["timings"] for one in costs]
+    total = {name: sum(t[name] for t in timings) if name.endswith("_cpu_s") else s for name, s in timings[0].items()}
+    peaks = [one["peak_memory_bytes"] for one in costs]
+    return {"timings": total, "peak_memory_bytes": None if None in peaks else max(peaks)}
 
 
 class Peak:

@@ -9,7 +9,12 @@ class UserError(Exception):
     """Something the user can mend: says what is wrong, what was found, which key, and what to do.
 
     The command line prints the message and exits with status 2.
+
+    Attributes:
+        known_to_all: whether every process of the run raises the same one.
     """
+
+    known_to_all = False
 
 
 class ConfigError(UserError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,11 @@ class Ranking:
     def whole(self, name: str) -> np.ndarray:
         """One of the attributes over all rows, in their order."""
         return np.concatenate(getattr(self, name))[np.argsort(np.concatenate(self.rows))]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ranking]) -> Ranking:
+        """The ranking of all rows, from parts that ranked some each."""
+        return cls(**{f.name: [array for part in parts for array in getattr(part, f.name)] for f in fields(cls)})
 
     def add(
         self,

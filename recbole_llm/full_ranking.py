@@ -14,6 +14,7 @@ from recbole_llm.data.prompt import Prompt
 from recbole_llm.errors import UserError
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.budget import TokenBudget
+from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import TitleScores, title_scores
@@ -67,7 +68,8 @@ class ExactRanking:
     def __init__(self, config: Config, model: torch.nn.Module, prompt: Prompt) -> None:
         self.kind, self.norm, self.k = config["full_ranking"], config["score_norm"], max(config["topk"])
         self.model, self.prompt = model, prompt
-        self.budget = TokenBudget(config["token_budget"])  # its own: what a search lacks, training passes may have
+        # Its own: what a search lacks, training passes may have.
+        self.budget = TokenBudget(config["token_budget"], shrinks=not is_sharded(model))
         self.trie = title_trie(prompt.answers)
         self.packs = model.config._attn_implementation in NAMES.values()
         self.stats: SearchStats | None = None

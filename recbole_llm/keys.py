@@ -60,6 +60,7 @@ LLM_KEYS: dict[str, Check] = {
     "finetune": one_of("lora", "full", "none"),
     "attention": one_of("auto", "blocks", "flex", "sdpa", "eager"),
     "fast_linears": flag,
+    "fsdp": flag,
     "gradient_checkpointing": flag,
     "save_every": number(),
     "resume": flag,
@@ -220,7 +221,7 @@ REFUSED = {
     "benchmark_filename": "pre-split files are not supported; give one .inter file",
     **dict.fromkeys(
         ("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
-        "a run is one process here; leave it out",
+        "torchrun sets it (torchrun --nproc_per_node=2 -m recbole_llm run ...); leave it out",
     ),
     **dict.fromkeys(
         ("save_dataset", "save_dataloaders", "dataset_save_path", "dataloaders_save_path"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from recbole_llm.data.prompt import Window
+from recbole_llm.distributed import anywhere, gathered, is_first, own_share, sum_gradients
 from recbole_llm.guards import refuse_loss
+from recbole_llm.llm.sharded import even_passes
 from recbole_llm.llm.token_tree import batches_by_budget
 from recbole_llm.preference import Displacement
 from recbole_llm.resume import stopping
@@ -52,9 +54,10 @@ class WindowSteps:
                     logged = {name: value / step_count for name, value in logged.items()}
                     self._log_step(epoch_idx, loss_sum / step_count, logged)
                     self._watch(logged)
-                    if stop.asked or self.progress.due():
+                    asked, due = anywhere(stop.asked, self.progress.due())
+                    if asked or due:
                         self.progress.save(epoch_idx, number + 1, total, count)
-                    if stop.asked:
+                    if asked:
                         raise KeyboardInterrupt
                 self.bar.update(sum(len(w.targets) for w in windows))
                 self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
@@ -72,29 +75,42 @@ class WindowSteps:
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
         """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
-        total, logged = self.model.budget.run(lambda tokens: self._gradients(windows, tokens, epoch, number))
+        mine, whole = own_share(windows, [self.model.prompt.window_size(w) for w in windows]), self._count(windows)
+        parts = gathered(
+            lambda: self.model.budget.run(lambda tokens: self._gradients(mine, whole, tokens, epoch, number))
+        )
+        total, logged = sum(loss for loss, _ in parts), _summed(values for _, values in parts)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        sum_gradients(trained)
         if self.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
-            )
+            torch.nn.utils.clip_grad_norm_(trained, **self.clip_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.tokens += sum(map(self.model.prompt.window_size, windows))
-        return total, self._count(windows), logged
+        return total, whole, logged
 
-    def _gradients(self, windows: list[Window], budget: int, epoch: int, number: int) -> tuple[float, dict[str, float]]:
-        """Gradients of a step in passes of ``budget`` tokens; returns the loss and what is logged, summed."""
-        loss_name, whole = self.stage.loss, self._count(windows)
+    def _gradients(
+        self, windows: list[Window], whole: int, budget: int, epoch: int, number: int
+    ) -> tuple[float, dict[str, float]]:
+        """Gradients of this process's windows of a step in passes of ``budget`` tokens.
+
+        Args:
+            whole: what the loss of the whole step is averaged over.
+
+        Returns:
+            The windows' loss and what is logged, summed.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         groups = batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget)
         totals, logged = [], {}
-        for group in groups:
-            part = self.model.window_loss([windows[i] for i in group], loss_name)
-            (part.total / whole).backward()
-            totals.append(part.total.detach())
-            logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
+        with even_passes(self.model.policy):
+            for group in groups:
+                part = self.model.window_loss([windows[i] for i in group], self.stage.loss)
+                (part.total / whole).backward()
+                totals.append(part.total.detach())
+                logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
         # Read once a step: a GPU would stand still after each pass until the next trees are made.
-        found = torch.stack([*totals, *logged.values()]).tolist()
+        found = torch.stack([*totals, *logged.values()]).tolist() if groups else []
         for group, total in zip(groups, found, strict=False):
             if not math.isfinite(total):
                 refuse_loss(
@@ -110,13 +126,22 @@ class WindowSteps:
 
     def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
         values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
-        with open(self.metrics_file, "a", encoding="utf-8") as out:
-            line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
-            out.write(json.dumps(line) + "\n")
+        if is_first():
+            with open(self.metrics_file, "a", encoding="utf-8") as out:
+                line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
+                out.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
         self.wandblogger.log_metrics(values, head=self.stage.loss)
         self.global_step += 1
+
+
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sum by name; a process without windows has none."""
+    found: dict[str, float] = {}
+    for part in parts:
+        found |= {name: found.get(name, 0.0) + value for name, value in part.items()}
+    return found
 
 
 def optimizer_steps(windows: Sequence[Window], positions: int, seed: int, epoch: int) -> Iterator[list[Window]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.distributed import from_first, gathered, is_first, own_share, rank, same_everywhere, world_size
+from recbole_llm.evaluator import Ranking
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.llm.logps import decoder_and_head
+from recbole_llm.llm.sharded import even_passes
 from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
@@ -31,6 +36,8 @@ from recbole_llm.resume import StageProgress
 from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
 from recbole_llm.stages import Stage, base_hash, sft_windows, stages
 from recbole_llm.trainer import ProtocolEvaluation
+
+ANSWERS = 10  # titles of a history that a row's candidates are taken to cost, to divide rows among processes
 
 
 class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
@@ -47,7 +54,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.stage: Stage | None = None
         self.global_step = 0  # over all stages
         self.metrics_file = run_folder / "metrics.jsonl"
-        self.metrics_file.unlink(missing_ok=True)
+        if is_first():
+            self.metrics_file.unlink(missing_ok=True)
         llm = self.model.llm
         self.facts = {
             "llm": llm.name,
@@ -59,6 +67,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "score_norm": self.config["score_norm"],
             "prompt_hash": prompt_hash(self.model.prompt),
             "effective_batch": self.config["train_batch_size"],
+            "processes": world_size(),
             "stages": [],
         }
 
@@ -83,9 +92,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         for stage in self.stages():
             windows = stage.windows or windows
             with only_here(stage.folder):
-                done = stage.folder / "stage.json"
-                if done.is_file():
-                    record = json.loads(done.read_text()) | {"reused": True}
+                if (finished := from_first(partial(_finished, stage))) is not None:
+                    record = finished | {"reused": True}
                     self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
@@ -99,7 +107,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         if self.config["rerank_weight"] == "auto" and self.model.base is not None:
             best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
-            save_adapter(self.model.llm, self.run_folder)
+            from_first(partial(save_adapter, self.model.llm, self.run_folder))
             if self.facts["stages"]:
                 check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
@@ -137,7 +145,9 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         show_progress: bool,
         callback_fn: Any,
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
-        init_seed(self.config["seed"], self.config["reproducibility"])  # whether or not SFT was trained just now
+        # Whether or not SFT was trained just now. Each process drops (lora_dropout) by draws of its own.
+        init_seed(self.config["seed"] + rank(), self.config["reproducibility"])
+        same_everywhere("training windows", lambda: content_hash([_content(w) for w in stage.windows]))
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
@@ -173,18 +183,21 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
             "seconds": time.perf_counter() - clock,
-            "cpu_seconds": time.process_time() - cpu,
+            "cpu_seconds": sum(gathered(lambda: time.process_time() - cpu)),
             **stage.facts,
         }
         if stage.loss != "SFT":
-            still = standstill(self.metrics_file, stage.loss)
+            still = from_first(partial(standstill, self.metrics_file, stage.loss))
             record |= {"reference": reference, "displacement": self.displacement.facts(), "standstill": still}
             self._tell_standstill(stage, still)
+        from_first(partial(self._end_stage, stage, record))
+        return best, record
+
+    def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
         # Runs that share the stage share its curve, and that of the stages before it.
         write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
-        return best, record
 
     def _tell_standstill(self, stage: Stage, still: dict[str, Any]) -> None:
         if still["stood_still"]:
@@ -196,10 +209,14 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
 
     def _take_steps(self, file: Path) -> None:
         """The steps of a stage that was trained before, as if it had been now."""
-        if file.is_file():
-            told = file.read_text(encoding="utf-8")
-            write_text(self.metrics_file, told)
-            self.global_step = len(told.splitlines())
+        self.global_step = from_first(partial(self._copy_steps, file))
+
+    def _copy_steps(self, file: Path) -> int:
+        if not file.is_file():
+            return self.global_step
+        told = file.read_text(encoding="utf-8")
+        write_text(self.metrics_file, told)
+        return len(told.splitlines())
 
     def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, int]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
@@ -225,16 +242,42 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         with TokenCount(decoder_and_head(self.model.policy)[0]) as count:
             result = super().evaluate(eval_data, *args, **kwargs)
         if eval_data.split == "test":
-            self.facts["test_tokens"] = count.tokens
+            self.facts["test_tokens"] = sum(gathered(lambda: count.tokens))
         return result
+
+    def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
+        # Something for every process; with many rows the same batches as in a single one.
+        at_once = min(self.model.users_at_once, math.ceil(max(1, len(data)) / world_size()))
+        return data.batches_by_history(at_once, self.config["MAX_ITEM_LIST_LENGTH"])
+
+    def _rank(self, data: EvalRows, batches: Sequence[np.ndarray], show_progress: bool) -> Ranking:
+        """The ranking of all rows, of which each process ranks some batches."""
+        most = self.config["MAX_ITEM_LIST_LENGTH"]
+        mine = own_share(batches, [sum(min(len(data.history[r]), most) + ANSWERS for r in rows) for rows in batches])
+
+        def ranked() -> Ranking:
+            with even_passes(self.model.policy):
+                return ProtocolEvaluation._rank(self, data, mine, show_progress)
+
+        return Ranking.joined(gathered(ranked))
 
     # ---- checkpoints: adapters alone
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        save_adapter(self.model.llm, self.stage.folder)
+        from_first(partial(save_adapter, self.model.llm, self.stage.folder))
         if verbose:
             self.logger.info(f"Saving current: {self.stage.folder}")
 
     def _load_checkpoint(self, model_file: str | None) -> None:
         if self.config["finetune"] != "none":
             load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)
+
+
+def _finished(stage: Stage) -> dict[str, Any] | None:
+    """The record of a stage that was trained before, by this run or another."""
+    done = stage.folder / "stage.json"
+    return json.loads(done.read_text()) if done.is_file() else None
+
+
+def _content(window: Window) -> list[Any]:
+    return [window.user, window.items, window.targets, window.also, window.rejected]

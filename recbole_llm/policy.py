@@ -10,8 +10,10 @@ from recbole.config import Config
 
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.distributed import divided
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.logps import batch_logps, completion_logps
+from recbole_llm.llm.sharded import even_passes
 from recbole_llm.loss import sft_loss
 from recbole_llm.preference import preference_loss
 
@@ -72,7 +74,11 @@ class WindowPolicy:
         The model is left in evaluation mode: dropout would blur what the loss is measured against.
         """
         self.eval()
+        return divided(windows, [self.prompt.window_size(w) for w in windows], self._own_logps)
+
+    def _own_logps(self, windows: Sequence[Window]) -> list[list[list[float]]]:
         trees = [self.prompt.window_tree(w) for w in windows]
-        logps = self.budget.run(lambda tokens: completion_logps(self.policy, trees, token_budget=tokens))
+        with even_passes(self.policy):
+            logps = self.budget.run(lambda tokens: completion_logps(self.policy, trees, token_budget=tokens))
         by_target = [p.view(len(w.targets), -1) for p, w in zip(logps, windows, strict=True)]
         return [self.prompt.combined(p).tolist() for p in by_target]

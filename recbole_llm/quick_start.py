@@ -7,19 +7,22 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from recbole.utils import init_seed
 
-from recbole_llm import keys
+from recbole_llm import distributed, keys
 from recbole_llm.config import LLMConfig
-from recbole_llm.costs import Clock, Peak
+from recbole_llm.costs import Clock, Peak, of_all
 from recbole_llm.data.protocol import Protocol, prepare_data
-from recbole_llm.errors import UserError
+from recbole_llm.distributed import from_first, gathered, is_first, process_group, same_everywhere
+from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
+from recbole_llm.llm.sharded import even_passes
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.report.card import model_card
 from recbole_llm.rerank import reranks
@@ -66,11 +69,26 @@ def run_recbole_llm(
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+    check_processes(config)
     for needed in (config, eval_config_of(config)):
         check_recommenders(needed)
     folder = run_folder_of(config)
-    with writing(config, folder), wandb_run(config), only_here(folder):
+    with process_group(config["device"]), writing(config, folder), wandb_run(config), only_here(folder):
         return _run(config, folder, saved)
+
+
+def check_processes(config: LLMConfig) -> None:
+    """Whether the run can be shared by as many processes as there are.
+
+    Raises:
+        ConfigError: a model that trains in one process, or ``fsdp`` in a single one.
+    """
+    alone = distributed.world_size() == 1
+    if not alone and not keys.ranks_titles(config):
+        name = config["model"]
+        raise ConfigError([f"--model={name}: it trains in one process; leave torchrun out: recbole-llm run -m {name}"])
+    if alone and keys.ranks_titles(config) and config["fsdp"]:
+        raise ConfigError([f"--fsdp=True: it spreads the LLM over processes; start several: {distributed.TORCHRUN}"])
 
 
 @contextmanager
@@ -94,15 +112,18 @@ def writing(config: LLMConfig, folder: Path) -> Iterator[None]:
 
 def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     test_config = eval_config_of(config)
-    make_run_folder(config, folder)
+    same_everywhere("configuration, data and code", lambda: folder.name)
+    from_first(partial(make_run_folder, config, folder))
+    told = folder if is_first() else None  # where a traceback goes
     logger = start_log(config, folder)
     clock, peak = Clock(), Peak(config["device"])
-    asked = protocol = read_data(config, folder)
+    asked = protocol = read_data(config, told)
     if test_config is not config:
-        with explained(test_config, folder, "reading the data to be ranked"):
+        with explained(test_config, told, "reading the data to be ranked"):
             asked = prepare_data(test_config)
+    same_everywhere("evaluation rows", lambda: f"{protocol.candidate_hash} {asked.candidate_hash}")
     _tell(logger, config, protocol, asked, folder)
-    trainer = build_trainer(config, protocol, folder, folder)
+    trainer = build_trainer(config, protocol, folder, told)
     recommender = trainer.model
     title_embeddings(asked.dataset)  # kept for the evaluation
     try_ahead(config, protocol)
@@ -128,8 +149,8 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     }
     logger.info(f"best valid : {best_valid}")
     logger.info(f"test result: {test_result}")
-    costs = {"timings": clock.timings(), "peak_memory_bytes": peak.bytes()}
-    save_run(folder, config, protocol, asked, trainer, result, costs, samples)
+    costs = of_all(gathered(lambda: {"timings": clock.timings(), "peak_memory_bytes": peak.bytes()}))
+    from_first(lambda: save_run(folder, config, protocol, asked, trainer, result, costs, samples))
     return result
 
 
@@ -193,7 +214,9 @@ def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dic
     """Free answers of some test users, counted into the result; none where ``generate_users`` is 0."""
     if not config["generate_users"]:
         return []
-    counted, samples = generated_answers(trainer.model, asked.test, config["generate_users"], config["candidate_seed"])
+    with torch.no_grad(), even_passes(trainer.model.policy):
+        count, seed = config["generate_users"], config["candidate_seed"]
+        counted, samples = generated_answers(trainer.model, asked.test, count, seed)
     test_result.update(counted)
     return samples
 

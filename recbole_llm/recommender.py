@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recbole.utils import ModelType, init_seed
 from recbole_llm import checks, keys
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
+from recbole_llm.distributed import from_first
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
 from recbole_llm.rerank import reranks
@@ -161,16 +163,22 @@ def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = N
     folder = _folder(own, protocol, users)
     trainer = trainer_class(own["MODEL_TYPE"], own["model"])(own, model)
     trainer.start(protocol, folder)
+    score = from_first(partial(_fit_once, trainer, protocol, own, folder))
+    trainer._load_checkpoint(None)
+    logging.getLogger().info(f"{name} in {folder}: validation {score:.4f}")
+    init_seed(config["seed"], config["reproducibility"])
+    return Recommender(model.eval(), own, protocol)
+
+
+def _fit_once(trainer: Any, protocol: Protocol, config: LLMConfig, folder: Path) -> float:
+    """Validation score of the model, whose checkpoint lies in its folder then."""
     done = folder / "stage.json"
     with only_here(folder):
         if not done.is_file():
             with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
-                score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=own["show_progress"])
-            write_json(done, {"model": name, "best_valid_score": score})
-    trainer._load_checkpoint(None)
-    logging.getLogger().info(f"{name} in {folder}: validation {json.loads(done.read_text())['best_valid_score']:.4f}")
-    init_seed(config["seed"], config["reproducibility"])
-    return Recommender(model.eval(), own, protocol)
+                score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=config["show_progress"])
+            write_json(done, {"model": config["model"], "best_valid_score": score})
+    return json.loads(done.read_text())["best_valid_score"]
 
 
 def _folder(config: LLMConfig, protocol: Protocol, users: np.ndarray | None) -> Path:

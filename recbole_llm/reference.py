@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_llm.data.prompt import Window
+from recbole_llm.distributed import from_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
 from recbole_llm.progress import bar
@@ -48,18 +50,22 @@ def fill_reference(
         part = windows[first : first + WINDOWS_AT_ONCE]
         pairs = [[w.user, w.items, w.targets, w.also, w.rejected] for w in part]
         file = folder / f"{content_hash([policy, pairs])[:32]}.safetensors"
-        reference = _read(file, part)
+        reference = from_first(partial(_read, file, part))
         positions["computed" if reference is None else "read"] += sum(len(w.targets) for w in part)
         if reference is None:
             reference = logps(part)
-            _write(file, reference)
+            from_first(partial(_write, file, reference))
         windows[first : first + WINDOWS_AT_ONCE] = [
             replace(w, reference=r) for w, r in zip(part, reference, strict=True)
         ]
         kept.add(file)
-    for stale in set(folder.glob("*.safetensors*")) - kept:
-        stale.unlink()
+    from_first(partial(_forget, set(folder.glob("*.safetensors*")) - kept))
     return positions
+
+
+def _forget(stale: set[Path]) -> None:
+    for file in stale:
+        file.unlink()
 
 
 def _write(file: Path, reference: list[list[list[float]]]) -> None:

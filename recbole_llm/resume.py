@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recbole_llm.distributed import from_first, is_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
 from recbole_llm.llm.identity import check_identity, identity
@@ -55,9 +56,17 @@ class StageProgress:
     def save(self, epoch: int, steps: int, total: float, count: float) -> None:
         """Keep the state after ``steps`` steps of an epoch, whose summed loss and count are ``total`` and ``count``.
 
+        Of several processes the first keeps the state, which is the same in all of them but for the random generators.
+
         Raises:
             UserError: the disk is full; the save before this one is untouched.
         """
+        from_first(lambda: self._write(*self._state(epoch, steps, total, count)))
+        self.saved, self.at = self.saved + 1, time.monotonic()
+
+    def _state(
+        self, epoch: int, steps: int, total: float, count: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         trainer, device = self.trainer, self.trainer.device
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter_state(trainer.model.llm).items()}
         for index, values in trainer.optimizer.state_dict()["state"].items():
@@ -79,8 +88,7 @@ class StageProgress:
             "metrics": trainer.metrics_file.read_text(encoding="utf-8") if trainer.metrics_file.is_file() else "",
             "random": random_facts(),
         }
-        self._write({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts)
-        self.saved, self.at = self.saved + 1, time.monotonic()
+        return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts
 
     def _write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         told = json.dumps(facts)
@@ -104,10 +112,10 @@ class StageProgress:
         Raises:
             UserError: it was made over other base weights, another tokenizer or chat template.
         """
-        found = [save for name in FILES if (save := read_save(self.folder / name))]
-        if not found:
+        newest = from_first(self._newest)
+        if newest is None:
             return None
-        tensors, facts = max(found, key=lambda save: save[1]["saved"])
+        tensors, facts = newest
         trainer = self.trainer
         check_identity(
             facts["base"],
@@ -130,11 +138,16 @@ class StageProgress:
         vars(trainer).update(facts["remembered"])
         trainer.train_loss_dict = {int(epoch): loss for epoch, loss in facts["train_loss"]}
         vars(trainer.displacement).update(facts["displacement"])
-        trainer.metrics_file.write_text(facts["metrics"], encoding="utf-8")
-        set_random(tensors, facts["random"], trainer.device)
+        if is_first():
+            trainer.metrics_file.write_text(facts["metrics"], encoding="utf-8")
+            set_random(tensors, facts["random"], trainer.device)  # the others go on with their own
         self.saved = facts["saved"] + 1
         logger.info(f"Stage {trainer.stage.loss}: going on in epoch {facts['epoch']} after step {facts['steps']}.")
         return facts
+
+    def _newest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        found = [save for name in FILES if (save := read_save(self.folder / name))]
+        return max(found, key=lambda save: save[1]["saved"], default=None)
 
     def drop(self) -> None:
         """The stage has ended: nothing is left to go on with."""
@@ -162,7 +175,8 @@ def read_save(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | No
 
 def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
     """States of torch's generators and numpy's."""
-    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(np.random.get_state()[1].copy())}
+    table = np.random.get_state()[1].view(np.int32).copy()  # torch cannot send tensors of uint32 to other processes
+    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(table)}
     return found | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
@@ -176,7 +190,7 @@ def set_random(tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: 
     """Put back what ``random_tensors`` and ``random_facts`` gave."""
     version, state, gauss = facts["python"]
     random.setstate((version, tuple(state), gauss))
-    np.random.set_state(("MT19937", tensors["random.numpy"].numpy(), *facts["numpy"]))
+    np.random.set_state(("MT19937", tensors["random.numpy"].numpy().view(np.uint32), *facts["numpy"]))
     torch.set_rng_state(tensors["random.torch"])
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

@@ -23,6 +23,7 @@ from recbole.config import Config
 from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import FAMILIES, load_template
+from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.identity import local_weights
 from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
@@ -43,6 +44,7 @@ PACKAGES = (
 ALSO = ("huggingface_hub", "scikit-learn", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
 # What does not change a result, and so does not name a run.
 NOT_IN_HASH = {
+    "fsdp",
     "save_every",
     "resume",
     "checkpoint_dir",
@@ -146,10 +148,14 @@ def only_here(folder: Path) -> Iterator[None]:
     """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
 
     Who holds it may hold it again. The lock goes with its process, so a killed one holds nothing.
+    Of the processes of one run the first holds it for all.
 
     Raises:
         UserError: the folder cannot be made.
     """
+    if not is_first():
+        yield
+        return
     # One lock object for each file in a process: it counts how often its thread holds it.
     lock = FileLock(make_stage_folder(folder).resolve() / ".lock", is_singleton=True)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from recbole.utils import init_logger
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import write_text
 
@@ -56,6 +58,10 @@ def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
         if isinstance(handler, logging.FileHandler) or type(handler) is logging.StreamHandler:
             root.removeHandler(handler)
             handler.close()
+    if not is_first():  # of several processes the first tells what happens
+        root.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        return root
     init_logger(config)
     if folder is not None:
         ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")

@@ -14,6 +14,7 @@ from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
+from recbole_llm.distributed import from_first
 from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
@@ -88,7 +89,7 @@ def stages(
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
         folder, windows, facts = preference_folder(config, protocol, base), [], {}
-        if even_finished or not (folder / "stage.json").is_file():
+        if even_finished or not from_first((folder / "stage.json").is_file):
             windows, facts = preference_windows(config, protocol, prompt, context, policy)
         rate = config["preference_learning_rate"]
         yield Stage(config["loss"], config["preference_epochs"], rate, windows, folder, facts)

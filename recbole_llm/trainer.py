@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
+from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
@@ -20,6 +23,7 @@ from scipy.sparse import csc_matrix, csr_matrix, lil_matrix
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import harm_metrics, title_embeddings
@@ -41,6 +45,11 @@ class ProtocolEvaluation:
 
     protocol: Protocol
     per_user: pd.DataFrame | None = None
+
+    def __init__(self, config: Config, model: torch.nn.Module) -> None:
+        # RecBole opens a TensorBoard file in every process; only the first one writes.
+        with nullcontext() if is_first() else patch("recbole.trainer.trainer.get_tensorboard", NoTensorboard):
+            super().__init__(config, model)
 
     def start(self, protocol: Protocol, run_folder: Path) -> None:
         """Where the data come from and where the checkpoint goes."""
@@ -70,16 +79,8 @@ class ProtocolEvaluation:
         if load_best_model:
             self._load_checkpoint(model_file)
         self.model.eval()
-        ranking, topk = Ranking(), max(self.config["topk"])
-        shown = bar(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", disable=not show_progress)
-        with random_state_kept(self.device), shown:  # evaluation must not move training
-            scored = (in_halves(rows, partial(self.score_rows, eval_data)) for rows in self._batches(eval_data))
-            for rows, (scores, items) in chain.from_iterable(scored):
-                relevant = torch.as_tensor(eval_data.relevant[rows], device=scores.device)
-                columns = [(items == one[:, None]).int().argmax(1) for one in relevant.T]
-                ranking.add(rows, scores, torch.stack(columns, dim=1), items, topk)
-                shown.update(len(rows))
-                shown.set_postfix_str()
+        with random_state_kept(self.device):  # evaluation must not move training
+            ranking = self._rank(eval_data, list(self._batches(eval_data)), show_progress)
         counter = self.protocol.item_counter
         num_items = self.protocol.dataset.item_num
         result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
@@ -90,6 +91,19 @@ class ProtocolEvaluation:
             self.per_user = self.per_user.join(by_row).assign(**_traits(eval_data, self.protocol.popularity))
             self.wandblogger.log_eval_metrics(result, head="eval")
         return result
+
+    def _rank(self, data: EvalRows, batches: Sequence[np.ndarray], show_progress: bool) -> Ranking:
+        """The ranking of these rows."""
+        ranking, topk, count = Ranking(), max(self.config["topk"]), sum(map(len, batches))
+        with bar(total=count, desc=f"Evaluate {data.split}", unit="user", disable=not show_progress) as shown:
+            scored = (in_halves(rows, partial(self.score_rows, data)) for rows in batches)
+            for rows, (scores, items) in chain.from_iterable(scored):
+                relevant = torch.as_tensor(data.relevant[rows], device=scores.device)
+                columns = [(items == one[:, None]).int().argmax(1) for one in relevant.T]
+                ranking.add(rows, scores, torch.stack(columns, dim=1), items, topk)
+                shown.update(len(rows))
+                shown.set_postfix_str()
+        return ranking
 
     def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and item ids of some rows, both ``[B, C]``; -inf marks what is no answer."""
@@ -175,6 +189,22 @@ class ProtocolEvaluation:
             raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
         self.model.load_state_dict(state["state_dict"])
         self.model.load_other_parameter(state["other_parameter"])
+
+
+class NoTensorboard:
+    """In TensorBoard's place where nothing is written."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        pass
+
+    def add_scalar(self, *args: object) -> None:
+        pass
+
+    def add_hparams(self, *args: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _traits(rows: EvalRows, popularity: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recbole_llm.distributed import from_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.identity import check_identity, identity
 
@@ -75,12 +76,17 @@ def save_adapter(llm: LLM, folder: Path) -> None:
 
 
 def load_adapter(llm: LLM, folder: Path) -> None:
-    """Put a saved adapter into a model that was loaded with the same settings.
+    """Put a saved adapter into a model that was loaded with the same settings; of several processes the first reads it.
 
     Raises:
         UserError: no adapter, a damaged one, one of another base model, tokenizer or chat template, or of other LoRA
             settings.
     """
+    set_adapter_state(llm, from_first(lambda: _checked(llm, folder)))
+
+
+def _checked(llm: LLM, folder: Path) -> dict[str, torch.Tensor]:
+    """A saved adapter that fits the model, or ``UserError``."""
     try:
         base = json.loads((folder / "adapter_base.json").read_text(encoding="utf-8"))
         check_identity(base, llm, f"the adapter in {folder}", "Give the model it was trained over, unchanged.")
@@ -89,13 +95,12 @@ def load_adapter(llm: LLM, folder: Path) -> None:
             wanted = llm.model.peft_config["default"].lora_alpha
             if saved != wanted:
                 raise UserError(f"--lora_alpha={wanted}: the adapter in {folder} was trained with {saved}.")
-        state = _read(folder / _file(llm))
+        return _read(folder / _file(llm))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} holds no adapter that can be read ({error!r}): adapter_base.json and {_file(llm)} are "
             "needed, as a training with the same --finetune writes them. Remove the folder and train again."
         ) from error
-    set_adapter_state(llm, state)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

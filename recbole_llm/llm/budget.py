@@ -22,10 +22,14 @@ class TokenBudget:
     """A number of tokens that shrinks for good where it was too large.
 
     Results do not depend on it: passes are sums of parts.
+
+    Args:
+        tokens: to begin with.
+        shrinks: False where other processes take part in each pass, which cannot be repeated by one of them.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, shrinks: bool = True) -> None:
+        self.tokens, self.shrinks = tokens, shrinks
 
     def run(self, work: Callable[[int], Result]) -> Result:
         """``work(tokens)``, again with half as many whenever memory runs out; ``work`` must be safe to repeat.
@@ -39,6 +43,12 @@ class TokenBudget:
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                if not self.shrinks:
+                    # Nobody shall try again: the others are in the middle of this pass, and end when this process does.
+                    raise SystemExit(
+                        f"recbole-llm: --token_budget={self.tokens}: memory does not suffice ({error}), and with "
+                        "--fsdp=True it is not halved by itself. Give a lower one."
+                    ) from error
                 if self.tokens <= LEAST:
                     raise UserError(
                         "--token_budget: memory does not suffice for the smallest pass, one user's prompt and titles "

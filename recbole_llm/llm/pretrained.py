@@ -19,6 +19,7 @@ from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.base import context_of, explained_load, load_base
 from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.half_precision import keep_half_inputs
+from recbole_llm.llm.sharded import shard
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -56,6 +57,7 @@ def load_llm(
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     fast_linears: bool = True,
+    fsdp: bool = False,
     seed: int,
 ) -> LLM:
     """Load an LLM in evaluation mode; torch's global generator is left as it was.
@@ -75,6 +77,7 @@ def load_llm(
         gradient_checkpointing: compute activations again in the backward pass.
         fast_linears: on a CPU in float32, use the faster of two libraries for products with frozen weights; the two
             are timed once on a machine.
+        fsdp: spread the layers of the frozen model over the processes of the run.
         seed: of the adapters' first values.
 
     Raises:
@@ -94,16 +97,19 @@ def load_llm(
     # Not torch.manual_seed: it would seed every GPU as well, and peft fills new adapters on the CPU.
     with torch.random.fork_rng(devices=[]), explained_load(llm):
         torch.default_generator.manual_seed(seed)
-        model, tokenizer, revision = load_base(llm, device, getattr(torch, dtype), quantization)
+        where = torch.device("cpu") if fsdp else device
+        model, tokenizer, revision = load_base(llm, where, getattr(torch, dtype), quantization)
         model.config.use_cache = False
+        model.requires_grad_(finetune == "full")
+        kernels = {"layers": DEFAULT, "head": DEFAULT}
+        if fast_linears and not quantization and device.type == "cpu":
+            kernels = speed_up_linears(model)
+        if fsdp:
+            shard(model, device)
         choose_attention(model, attention, llm, trained=finetune != "none")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         context = context_of(model, tokenizer)
-        model.requires_grad_(finetune == "full")
-        kernels = {"layers": DEFAULT, "head": DEFAULT}
-        if fast_linears and not quantization:
-            kernels = speed_up_linears(model)
         if finetune == "lora":
             lora = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             model = add_lora(model, {**lora, "target_modules": lora_target_modules})

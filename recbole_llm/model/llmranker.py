@@ -18,10 +18,12 @@ from recbole.utils import InputType
 from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
+from recbole_llm.distributed import world_size
 from recbole_llm.errors import UserError
 from recbole_llm.full_ranking import ExactRanking, check_search
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.pretrained import load_llm
+from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
 from recbole_llm.rerank import rerank
@@ -84,10 +86,11 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
             attention=config["attention"],
             gradient_checkpointing=config["gradient_checkpointing"],
             fast_linears=config["fast_linears"],
+            fsdp=config["fsdp"] and world_size() > 1,
             seed=config["seed"],
         )
         self.policy = self.llm.model
-        self.budget = TokenBudget(config["token_budget"])
+        self.budget = TokenBudget(config["token_budget"], shrinks=not is_sharded(self.policy))
         self.base: AbstractRecommender | None = None
         chosen_later = config["rerank_weight"] == "auto"
         self.rerank_weight = 1.0 if chosen_later else float(config["rerank_weight"])
