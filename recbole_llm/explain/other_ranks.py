@@ -52,9 +52,9 @@ def other_ranks(
         return [_rank(baseline, other, user, target)]
     newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in sorted(folder.parent.glob("*/result.json"), key=lambda file: -file.stat().st_mtime):
-        other = _asked_the_same(file, record)
-        if other is not None:
-            newest.setdefault(other["model"], (file.parent, other))
+        found = _asked_the_same(file, record)
+        if found is not None:
+            newest.setdefault(found["model"], (file.parent, found))
     names = sorted(newest, key=lambda name: (name != "SASRec", name))
     return [_rank(*newest[name], user, target) for name in names]
 
