@@ -97,7 +97,8 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str) -> str
         stop: ends the text where it appears, and stands in it; empty = nothing but the end-of-text token ends it.
     """
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
-    feed, cache, written, text = torch.tensor([trunk], device=device), None, [], ""
+    written: list[int] = []
+    feed, cache, text = torch.tensor([trunk], device=device), None, ""
     while len(written) < most:
         with autocast(model.policy):
             out = model.policy(input_ids=feed, past_key_values=cache, use_cache=True)

@@ -150,14 +150,16 @@ def read_save(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | No
 
 def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
     """States of torch's generators and numpy's."""
-    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(np.random.get_state()[1].copy())}
+    numpys: Any = np.random.get_state()
+    found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(numpys[1].copy())}
     return found | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def random_facts() -> dict[str, Any]:
     """States of Python's generator, and what numpy's has beside its table."""
     version, state, gauss = random.getstate()
-    return {"python": [version, list(state), gauss], "numpy": list(np.random.get_state()[2:])}
+    numpys: Any = np.random.get_state()
+    return {"python": [version, list(state), gauss], "numpy": list(numpys[2:])}
 
 
 def set_random(tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:

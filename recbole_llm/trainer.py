@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,10 @@ MATRICES = [csc_matrix, csr_matrix, lil_matrix, np.matrix, np.ndarray, np.dtype,
 MATRICES += [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "object")]
 
 
-class ProtocolEvaluation:
+_Trainer: Any = object  # to a type checker a mixin has whatever the class has that it is mixed into
+
+
+class ProtocolEvaluation(_Trainer):
     """Mixed in before a RecBole trainer: ``evaluate`` takes frozen rows, checkpoints hold no pickled objects.
 
     Set ``protocol`` and ``run_folder`` before ``fit``.
@@ -88,7 +92,7 @@ class ProtocolEvaluation:
             self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 
-    def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_rows(self, data: EvalRows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and item ids of some rows, both ``[B, C]``; -inf marks what is no answer."""
         visible = data.visible[torch.as_tensor(rows)].to(self.device)
         if data.candidates is not None:
@@ -104,8 +108,8 @@ class ProtocolEvaluation:
         if getattr(self.model, "ranks_candidates", False):
             scores = self.model.full_sort_predict(visible, hidden).view(items.shape)
         else:
-            scores = self._full_sort(visible)
-            scores = self._predict(visible, items) if scores is None else scores
+            every = self._full_sort(visible)
+            scores = self._predict(visible, items) if every is None else every
         scores = scores.clone()
         scores[:, 0] = -torch.inf  # RecBole's padding item
         for row, answers_not in enumerate(hidden):
