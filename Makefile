@@ -15,8 +15,8 @@ test: .venv/.ready-dev ## set up with the test tools, then run the tests: two at
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone and not faults"
 	$(BIN)/python -m pytest -q -m alone
 
-test-faults: .venv/.ready-dev ## the long part: runs, comparisons and workers killed in the middle (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m faults
+test-faults: .venv/.ready-dev ## kills, faults and fuzzed inputs, the long ones too, and how many were survived (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "faults or injects"
 
 test-bounds: ## some tests with the lowest and the newest versions of what we need, in .venv-bounds (minutes)
 	scripts/test_bounds.sh "$(PYTHON)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.item_text import clean
 from recbole_llm.data.prompt import load_template
 from recbole_llm.llm.half_precision import autocast
+from recbole_llm.llm.sampling import plain_attention
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run of another model need not wait
     from recbole_llm.model.llmranker import LLMRanker
@@ -43,7 +45,9 @@ def generated_answers(
     model.eval()
     for row in np.sort(drawn):
         trunk = model.prompt.trunk(_history(model, rows, row))
-        answer = answer_text(greedy_text(model, trunk, min(most, model.llm.context - len(trunk)), after), before, after)
+        room = min(most, model.llm.context - len(trunk))
+        text = model.budget.run(partial(greedy_text, model, trunk, room, after))
+        answer = answer_text(text, before, after)
         item = item_of.get(answer)
         samples.append(
             {
@@ -88,25 +92,28 @@ def answer_text(text: str, before: str, after: str) -> str:
 
 
 @torch.no_grad()
-def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str) -> str:
+def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str, token_budget: int) -> str:
     """The likeliest next token again and again, as text.
 
     Args:
         trunk: tokens of the prompt.
         most: tokens that are written at most.
         stop: ends the text where it appears, and stands in it; empty = nothing but the end-of-text token ends it.
+        token_budget: tokens of the prompt that go through the model at a time.
     """
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
-    written: list[int] = []
-    feed, cache, text = torch.tensor([trunk], device=device), None, ""
-    while len(written) < most:
-        with autocast(model.policy):
+    *before, feed = torch.tensor([trunk], device=device).split(token_budget, dim=1)
+    cache, written, text = None, [], ""
+    with plain_attention(model.policy), autocast(model.policy):
+        for part in before:
+            cache = model.policy(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+        while len(written) < most:
             out = model.policy(input_ids=feed, past_key_values=cache, use_cache=True)
-        feed, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-        if int(feed) == tokenizer.eos_token_id:
-            break
-        written.append(int(feed))
-        text = tokenizer.decode(written, clean_up_tokenization_spaces=False)
-        if stop and stop in text:
-            break
+            feed, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            if int(feed) == tokenizer.eos_token_id:
+                break
+            written.append(int(feed))
+            text = tokenizer.decode(written, clean_up_tokenization_spaces=False)
+            if stop and stop in text:
+                break
     return text

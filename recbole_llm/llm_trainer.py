@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,23 @@ from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.errors import UserError
+from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
+from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.llm.logps import decoder_and_head
-from recbole_llm.llm.token_tree import batches_by_budget
+from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
 from recbole_llm.rerank import choose_weight
-from recbole_llm.resume import StageProgress, stopping
+from recbole_llm.resume import StageProgress
 from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
-from recbole_llm.stages import Stage, base_hash, stages
+from recbole_llm.stages import Stage, base_hash, sft_windows, stages
 from recbole_llm.trainer import ProtocolEvaluation
 
 
-class LLMTrainer(ProtocolEvaluation, Trainer):
-    """RecBole's trainer (epochs, early stopping on validation, TensorBoard) over stages of token-tree windows.
-
-    An optimizer step covers ``train_batch_size`` supervised positions, split into passes of ``token_budget`` tokens;
-    the loss does not depend on the split.
-    """
-
-    # Keys that a user would change, told where a stage goes wrong.
-    rate_keys = {"SFT": "learning_rate", "preference": "preference_learning_rate"}
-    against_collapse = "raise --beta, lower --preference_learning_rate, or set --sft_weight=1"
+class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
+    """RecBole's trainer (epochs, early stopping on validation, TensorBoard) over stages of token-tree windows."""
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -65,6 +57,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             "loss": self.config["loss"],
             "prompt": self.config["prompt"],
             "score_norm": self.config["score_norm"],
+            "prompt_hash": prompt_hash(self.model.prompt),
             "effective_batch": self.config["train_batch_size"],
             "stages": [],
         }
@@ -86,7 +79,9 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             Best validation score and result of the last stage.
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
+        windows: list[Window] = []
         for stage in self.stages():
+            windows = stage.windows or windows
             with only_here(stage.folder):
                 done = stage.folder / "stage.json"
                 if done.is_file():
@@ -105,7 +100,13 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
             save_adapter(self.model.llm, self.run_folder)
+            if self.facts["stages"]:
+                check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
+
+    def _sft_windows(self) -> list[Window]:
+        """Something to score where the only stage was finished before, which has no windows."""
+        return sft_windows(self.config, self.protocol, self.model.prompt, self.model.llm.context)
 
     def _choose_weight(self, valid_data: EvalRows) -> tuple[float, dict[str, float]]:
         """Validation score and result of the mixture at the LLM's best share, which goes to the record."""
@@ -151,6 +152,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             f"{steps} steps."
         )
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
+        before = Standing.of(self.model, stage.windows)
         self.tokens, self.displacement = 0, Displacement()
         self.progress = StageProgress(self, stage.folder, self.config["save_every"])
         self.resumed = self.progress.restore() if self.config["resume"] else None
@@ -161,6 +163,7 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             self.bar.update(positions * self.start_epoch)
             best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
         load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
+        check_moved(self.model, before, stage, steps, self.rate_key())
         record = {
             "loss": stage.loss,
             "positions": positions,
@@ -174,12 +177,22 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
             **stage.facts,
         }
         if stage.loss != "SFT":
-            record |= {"reference": reference, "displacement": self.displacement.facts()}
+            still = standstill(self.metrics_file, stage.loss)
+            record |= {"reference": reference, "displacement": self.displacement.facts(), "standstill": still}
+            self._tell_standstill(stage, still)
         # Runs that share the stage share its curve, and that of the stages before it.
         write_text(stage.folder / self.metrics_file.name, self.metrics_file.read_text(encoding="utf-8"))
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
         return best, record
+
+    def _tell_standstill(self, stage: Stage, still: dict[str, Any]) -> None:
+        if still["stood_still"]:
+            self.logger.warning(
+                f"Stage {stage.loss}: at its end the loss is still what it is before any training, to "
+                f"{still['loss_from_start']:.1g} nats a pair: the preference stage changed next to nothing. Raise "
+                f"--{self.rate_key()} ({stage.learning_rate:g}), or train more steps."
+            )
 
     def _take_steps(self, file: Path) -> None:
         """The steps of a stage that was trained before, as if it had been now."""
@@ -192,113 +205,18 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
         model = self.model
         template = load_template(self.config["prompt"], self.config.properties)
-        weights = [digest(adapter_state(model.llm)), model.llm.revision, model.llm.dtype]
+        weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
         settings = [self.config["quantization"], self.config["lora_alpha"]]
         counts = fill_reference(
             stage.windows,
             model.reference_logps,
             folder=stage.folder / "reference",
-            policy=content_hash([weights, settings, template, model.texts, versions()]),
+            policy=content_hash([weights, settings, template, versions()]),
             show_progress=show_progress,
         )
         if counts["read"]:
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
         return counts
-
-    # ---- steps
-
-    def _steps(self, epoch: int) -> Iterator[list[Window]]:
-        return optimizer_steps(self.stage.windows, self.config["train_batch_size"], self.config["seed"], epoch)
-
-    def _train_epoch(
-        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
-    ) -> float:
-        """One pass over the stage's windows; returns the mean loss (nats a token for SFT, a pair for the others)."""
-        self.model.train()
-        done, self.resumed = self.resumed or {"steps": 0, "total": 0.0, "count": 0.0}, None
-        total, count = done["total"], done["count"]
-        with stopping() as stop:
-            for number, windows in enumerate(self._steps(epoch_idx)):
-                if number >= done["steps"]:
-                    loss_sum, step_count, logged = self._step(windows, epoch_idx, number)
-                    total, count = total + loss_sum, count + step_count
-                    logged = {name: value / step_count for name, value in logged.items()}
-                    self._log_step(epoch_idx, loss_sum / step_count, logged)
-                    self._watch(logged)
-                    if stop.asked or self.progress.due():
-                        self.progress.save(epoch_idx, number + 1, total, count)
-                    if stop.asked:
-                        raise KeyboardInterrupt
-                self.bar.update(sum(len(w.targets) for w in windows))
-                self.bar.set_postfix_str(f"epoch {epoch_idx} loss {total / count:.4f}")
-        return total / count
-
-    def _watch(self, logged: dict[str, float]) -> None:
-        """Warn once a stage when the chosen titles' log-prob collapses."""
-        if self.stage.loss == "SFT" or not self.displacement.add(logged["logps/chosen_shift"]):
-            return
-        self.logger.warning(
-            f"Stage {self.stage.loss}: the chosen titles have become e^{-Displacement.LEAST:.0f} times less likely "
-            "than under the reference, on average over the last steps. The margin may grow all the same, and the "
-            f"ranking suffer: {self.against_collapse}."
-        )
-
-    def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
-        """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
-        total, logged = self.model.budget.run(lambda tokens: self._gradients(windows, tokens, epoch, number))
-        if self.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm
-            )
-        self.optimizer.step()
-        self.scheduler.step()
-        self.tokens += sum(map(self.model.prompt.window_size, windows))
-        return total, self._count(windows), logged
-
-    def _gradients(self, windows: list[Window], budget: int, epoch: int, number: int) -> tuple[float, dict[str, float]]:
-        """Gradients of a step in passes of ``budget`` tokens; returns the loss and what is logged, summed."""
-        loss_name, whole = self.stage.loss, self._count(windows)
-        self.optimizer.zero_grad(set_to_none=True)
-        groups = batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget)
-        totals: list[torch.Tensor] = []
-        logged: dict[str, Any] = {}
-        for group in groups:
-            part = self.model.window_loss([windows[i] for i in group], loss_name)
-            (part.total / whole).backward()
-            totals.append(part.total.detach())
-            logged = {name: logged.get(name, 0.0) + value for name, value in part.logged.items()}
-        # Read once a step: a GPU would stand still after each pass until the next trees are made.
-        found = torch.stack([*totals, *logged.values()]).tolist()
-        for group, total in zip(groups, found, strict=False):
-            if not math.isfinite(total):
-                self._refuse(total, [windows[i] for i in group], epoch, number)
-        return sum(found[: len(groups)]), dict(zip(logged, found[len(groups) :], strict=True))
-
-    def _refuse(self, total: float, windows: Sequence[Window], epoch: int, number: int) -> None:
-        """Raises ``UserError`` for a loss that is no number; the adapters are still those of the step before."""
-        dataset = self.protocol.dataset
-        users = sorted({str(dataset.id2token(dataset.uid_field, window.user)) for window in windows})
-        key = self.rate_keys["SFT" if self.stage.loss == "SFT" else "preference"]
-        raise UserError(
-            f"--{key}: the {self.stage.loss} loss became {total} in epoch {epoch}, step {number} "
-            f"(users {', '.join(users[:5])}). Lower it; the last good epoch is in {self.stage.folder}."
-        )
-
-    def _count(self, windows: Sequence[Window]) -> int:
-        """What a step's loss is averaged over: title tokens (SFT) or pairs."""
-        if self.stage.loss != "SFT":
-            return sum(len(w.targets) for w in windows)
-        return sum(sum(self.model.prompt.chosen_lengths(w)) for w in windows)
-
-    def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
-        values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
-        with open(self.metrics_file, "a", encoding="utf-8") as out:
-            line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}
-            out.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
-        self.wandblogger.log_metrics(values, head=self.stage.loss)
-        self.global_step += 1
 
     # ---- evaluation
 
@@ -320,17 +238,3 @@ class LLMTrainer(ProtocolEvaluation, Trainer):
     def _load_checkpoint(self, model_file: str | None) -> None:
         if self.config["finetune"] != "none":
             load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)
-
-
-def optimizer_steps(windows: Sequence[Window], positions: int, seed: int, epoch: int) -> Iterator[list[Window]]:
-    """Windows in a seeded order, grouped into optimizer steps of at least so many supervised positions."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(windows))
-    step, found = [], 0
-    for index in order:
-        step.append(windows[index])
-        found += len(windows[index].targets)
-        if found >= positions:
-            yield step
-            step, found = [], 0
-    if step:
-        yield step

@@ -10,7 +10,7 @@ from recbole.config import Config
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.llm.token_tree import batches_by_budget
-from recbole_llm.llm_trainer import optimizer_steps
+from recbole_llm.llm_steps import optimizer_steps
 from recbole_llm.reference import WINDOWS_AT_ONCE
 from recbole_llm.stages import Stage
 

@@ -59,6 +59,8 @@ class WindowPolicy(_Module):
         smoothing = [e for w in windows for e in w.smoothing]
         given = torch.tensor(smoothing, device=logps.device) if smoothing else None
         result, logged = preference_loss(self.config, loss, logps, reference, given)
+        start, _ = preference_loss(self.config, loss, reference, reference, given)
+        logged["loss/from_start"] = (result.loss - start.loss).detach()
         total = result.loss.sum()
         if self.config["sft_weight"]:
             lengths = torch.tensor([n for w in windows for n in self.prompt.chosen_lengths(w)], device=logps.device)

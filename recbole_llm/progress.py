@@ -96,7 +96,12 @@ class WholeRun:
 
 
 class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
-    """tqdm whose postfix also says when the whole comparison will end."""
+    """tqdm whose postfix also says when the whole comparison will end, and whose ETA no change of the clock moves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._time = time.monotonic  # tqdm's own is the wall clock
+        self.start_t = self.last_print_t = self._time()
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         """As tqdm's, with the time left of all runs."""

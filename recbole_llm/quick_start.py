@@ -26,6 +26,7 @@ from recbole_llm.run_folder import (
     data_hash,
     environment,
     make_run_folder,
+    only_here,
     plain,
     run_folder_of,
     versions,
@@ -38,7 +39,7 @@ from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of
 from recbole_llm.wandb_log import wandb_run
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 def run_recbole_llm(
@@ -49,6 +50,8 @@ def run_recbole_llm(
     saved: bool = True,
 ) -> dict[str, Any]:
     """Train and evaluate one model under the protocol; the counterpart of RecBole's ``run_recbole``.
+
+    A second process that is asked for the same run says so and waits until the first has ended.
 
     Args:
         model, dataset, config_file_list, config_dict: as in RecBole.
@@ -62,16 +65,24 @@ def run_recbole_llm(
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
-    with writing(config), wandb_run(config):
-        return _run(config, saved)
+    for needed in (config, eval_config_of(config)):
+        check_recommenders(needed)
+    folder = run_folder_of(config)
+    with writing(config, folder), wandb_run(config), only_here(folder):
+        return _run(config, folder, saved)
 
 
 @contextmanager
-def writing(config: LLMConfig) -> Iterator[None]:
-    """Around all work: a full disk or a folder that cannot be written is told as one."""
+def writing(config: LLMConfig, folder: Path) -> Iterator[None]:
+    """Around all work in a folder: a full disk, or a folder that cannot be written or is gone, is told as one."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
+            raise UserError(
+                f"--checkpoint_dir={config['checkpoint_dir']}: {folder} was removed while the run worked in it. Leave "
+                "it there and give the same command again; finished stages are kept in stages/."
+            ) from error
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(
@@ -80,11 +91,9 @@ def writing(config: LLMConfig) -> Iterator[None]:
         ) from error
 
 
-def _run(config: LLMConfig, saved: bool) -> dict[str, Any]:
+def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     test_config = eval_config_of(config)
-    for needed in (config, test_config):
-        check_recommenders(needed)
-    folder = make_run_folder(config, run_folder_of(config))
+    make_run_folder(config, folder)
     logger = start_log(config, folder)
     clock, peak = Clock(), Peak(config["device"])
     asked = protocol = read_data(config, folder)

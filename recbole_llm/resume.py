@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
+from recbole_llm.llm.identity import check_identity, identity
 from recbole_llm.run_folder import content_hash, whole
 
 FILES = ("progress-0.safetensors", "progress-1.safetensors")  # written in turn
@@ -64,6 +65,7 @@ class StageProgress:
         tensors |= random_tensors(device)
         schedule = trainer.scheduler.state_dict()
         facts = {
+            "base": identity(trainer.model.llm),
             "epoch": epoch,
             "steps": steps,
             "total": total,
@@ -97,12 +99,22 @@ class StageProgress:
             ) from error
 
     def restore(self) -> dict[str, Any] | None:
-        """Put the newest whole save into the trainer; its facts, or None where there is none."""
+        """Put the newest whole save into the trainer; its facts, or None where there is none.
+
+        Raises:
+            UserError: it was made over other base weights, another tokenizer or chat template.
+        """
         found = [save for name in FILES if (save := read_save(self.folder / name))]
         if not found:
             return None
         tensors, facts = max(found, key=lambda save: save[1]["saved"])
         trainer = self.trainer
+        check_identity(
+            facts["base"],
+            trainer.model.llm,
+            f"the stage that is to go on in {self.folder}",
+            "Give the model that it began with, unchanged, or begin the stage anew with --resume=False.",
+        )
         adapter = {n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")}
         set_adapter_state(trainer.model.llm, {n: t.to(trainer.device) for n, t in adapter.items()})
         state: dict[int, dict[str, torch.Tensor]] = {}

@@ -24,6 +24,7 @@ from recbole_llm import __version__
 from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.errors import UserError
+from recbole_llm.llm.identity import local_weights
 from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
 
 PACKAGES = (
@@ -86,6 +87,8 @@ def run_hash(config: Config) -> str:
     for key in FAMILIES:  # a file of that name may change
         if key in config:
             what.append(load_template(config[key], config.properties, key))
+    if "llm" in config and (weights := local_weights(config["llm"])):  # what lies there may change too
+        what.append(weights)
     if other := config["eval_dataset"]:
         given = {**config.external_config_dict, **(config["eval_config"] or {})}
         path = given.get("data_path", config.internal_config_dict["data_path"])
@@ -142,12 +145,13 @@ def make_stage_folder(folder: Path) -> Path:
 def only_here(folder: Path) -> Iterator[None]:
     """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
 
-    The lock goes with its process, so a killed one holds nothing.
+    Who holds it may hold it again. The lock goes with its process, so a killed one holds nothing.
 
     Raises:
         UserError: the folder cannot be made.
     """
-    lock = FileLock(make_stage_folder(folder) / ".lock")
+    # One lock object for each file in a process: it counts how often its thread holds it.
+    lock = FileLock(make_stage_folder(folder).resolve() / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -62,6 +62,19 @@ def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
         ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         ours.setLevel(logging.INFO)
         root.addHandler(ours)
+    for handler in root.handlers:
+        if isinstance(handler, logging.FileHandler):
+            _end_at_failure(handler)
     # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
     root.setLevel(min(root.level, logging.INFO))
     return logging.getLogger()
+
+
+def _end_at_failure(handler: logging.Handler) -> None:
+    """A line that cannot be written raises, once; Python's logging would print a traceback for every line."""
+
+    def fail(record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(handler)
+        raise  # what was raised while the line was written
+
+    handler.handleError = fail

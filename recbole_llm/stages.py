@@ -15,6 +15,7 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
 from recbole_llm.harm import title_vectors
+from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.recommender import train_recommender
@@ -75,7 +76,7 @@ def stages(
 
     Args:
         context: tokens of a prompt with its answer at most.
-        base: fingerprint of the base weights and the item texts, which name a stage together with the settings.
+        base: fingerprint of the base LLM and the item texts, which name a stage together with the settings.
         policy: log-probs of windows by the policy.
         even_finished: make the pairs of a preference stage that was finished before, too; else it has no windows.
     """
@@ -154,8 +155,9 @@ def preference_windows(
 
 
 def base_hash(llm: LLM, texts: list[str]) -> str:
-    """Fingerprint of the base weights, their type and the item texts."""
-    return content_hash([llm.revision, llm.dtype, texts])
+    """Fingerprint of the base weights, their type, how text becomes tokens, and the item texts."""
+    known = identity(llm)
+    return content_hash([llm.dtype, texts, *(known[part] for part in PARTS)])
 
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:

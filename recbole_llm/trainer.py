@@ -6,6 +6,8 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import harm_metrics, title_embeddings
+from recbole_llm.llm.budget import in_halves
 from recbole_llm.progress import bar
 from recbole_llm.wandb_log import RunLogger
 
@@ -74,8 +77,8 @@ class ProtocolEvaluation(_Trainer):
         ranking, topk = Ranking(), max(self.config["topk"])
         shown = bar(total=len(eval_data), desc=f"Evaluate {eval_data.split}", unit="user", disable=not show_progress)
         with random_state_kept(self.device), shown:  # evaluation must not move training
-            for rows in self._batches(eval_data):
-                scores, items = self.score_rows(eval_data, rows)
+            scored = (in_halves(rows, partial(self.score_rows, eval_data)) for rows in self._batches(eval_data))
+            for rows, (scores, items) in chain.from_iterable(scored):
                 relevant = torch.as_tensor(eval_data.relevant[rows], device=scores.device)
                 columns = [(items == one[:, None]).int().argmax(1) for one in relevant.T]
                 ranking.add(rows, scores, torch.stack(columns, dim=1), items, topk)

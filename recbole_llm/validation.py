@@ -37,7 +37,7 @@ def validate(
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
     folder = trial_folder_of(config)
     try:
-        with writing(config):
+        with writing(config, folder):
             score, result = _validate(config, folder)
     except Exception:  # not when stopped: the next try goes on with what lies there
         shutil.rmtree(folder, ignore_errors=True)

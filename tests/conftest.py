@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,33 @@ def write_dataset(
             "\n".join(["item_id:token\ttitle:token_seq\trelease_year:token", *rows]) + "\n", encoding="utf-8"
         )
     return folder
+
+
+@pytest.fixture
+def case(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """``case("kills")`` counts a kill, a fault or an input that this test has survived; all are told at the end."""
+    return lambda kind, number=1: record_property(f"case {kind}", number)
+
+
+@pytest.fixture(autouse=True)
+def inputs_counted(request: pytest.FixtureRequest, case: Callable[..., None]) -> None:
+    """The inputs that hypothesis makes for a test."""
+    fuzzed = getattr(request.function, "_hypothesis_internal_use_settings", None)
+    if fuzzed is not None:
+        case("inputs fuzzed", fuzzed.max_examples)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One table of the cases of all tests that passed, whatever process ran them."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, number in report.user_properties:
+            if name.startswith("case ") and report.when == "call":
+                counts[name.removeprefix("case ")] += int(number)
+    if counts:
+        terminalreporter.section("cases")
+        for kind, number in sorted(counts.items()):
+            terminalreporter.write_line(f"{kind:<18}{number:>8,}")
 
 
 @pytest.fixture

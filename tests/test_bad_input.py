@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 SMALL = {"few_shot": 6, "eval_users": 6}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
+
+
+@pytest.fixture(autouse=True)
+def counted(case: Callable[..., None]) -> None:
+    """Each test gives one bad input or breaks one disk, at least."""
+    case("faults injected")
 
 
 def argv(settings: dict[str, Any], **changes: Any) -> list[str]:

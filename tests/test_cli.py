@@ -330,6 +330,7 @@ ANY = (
 COMMAND = st.sampled_from([*cli.COMMANDS, None])
 
 
+@pytest.mark.injects
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(COMMAND, st.booleans(), st.lists(ANY, max_size=5))
 def test_any_words_end_well(toy: dict[str, Any], command: str | None, whole: bool, words: list[str]) -> None:

@@ -28,7 +28,7 @@ def says(monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> list[tuple[Any,
     """Let the LLM write these texts, one a row; returns what it was asked."""
     asked: list[tuple[Any, ...]] = []
 
-    def written(model: LLMRanker, trunk: list[int], most: int, stop: str) -> str:
+    def written(model: LLMRanker, trunk: list[int], most: int, stop: str, token_budget: int) -> str:
         asked.append((model.llm.tokenizer.decode(trunk), most, stop))
         return answers[len(asked) - 1]
 
@@ -46,7 +46,7 @@ def test_greedy_is_the_argmax_of_every_step(tiny: dict[str, Any], prompt: str) -
             torch.nn.init.normal_(weight, std=0.1)
     tokenizer = model.llm.tokenizer
     texts = []
-    for history in ([1, 2, 3], [7], [20, 4, 9, 11, 30]):
+    for history, pass_tokens in (([1, 2, 3], 2048), ([7], 5), ([20, 4, 9, 11, 30], 7)):  # a prompt in pieces too
         ids = model.prompt.trunk(history)
         for _ in range(12):
             with torch.no_grad():
@@ -56,9 +56,11 @@ def test_greedy_is_the_argmax_of_every_step(tiny: dict[str, Any], prompt: str) -
             ids.append(token)
         written = ids[len(model.prompt.trunk(history)) :]
         grown = [tokenizer.decode(written[:n]) for n in range(1, len(written) + 1)]
-        assert greedy_text(model, model.prompt.trunk(history), 12, "") == grown[-1]
+        assert greedy_text(model, model.prompt.trunk(history), 12, "", pass_tokens) == grown[-1]
         stop = grown[1][len(grown[0]) :]  # the second token, which may be the first again
-        assert greedy_text(model, model.prompt.trunk(history), 12, stop) == next(t for t in grown if stop in t)
+        assert greedy_text(model, model.prompt.trunk(history), 12, stop, pass_tokens) == next(
+            t for t in grown if stop in t
+        )
         texts.append(grown[-1])
     assert len(set(texts)) == 3 and all(texts)
     assert not model.policy.config.use_cache
@@ -82,7 +84,7 @@ def test_the_end_of_text_ends_an_answer(tiny: dict[str, Any], monkeypatch: pytes
         return Out(written[len(fed) - 1])
 
     monkeypatch.setattr(model.policy, "forward", policy)
-    assert greedy_text(model, [5, 6], 50, "") == "red cat"
+    assert greedy_text(model, [5, 6], 50, "", 2048) == "red cat"
     assert fed == [[5, 6], *([token] for token in written[: len(fed) - 1])]
     assert len(fed) == len(tokenizer("red cat")["input_ids"]) + 1
 

@@ -48,7 +48,7 @@ from tests.test_encoder import write_bert
 from tests.test_item_text import texts_of
 from tests.test_report import NOT_GIVEN, Page, browse, in_a_browser, written
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 
 FORMULAS = ["=1+1", "+1", "-2+3", "@SUM(A1)", '=HYPERLINK("http://x","y")', "＝1+1"]
 SYNTAX = ["{title}", "{history}", "{{ 7 * 7 }}", "{% raw %}", "{0.__class__}", "%(title)s", "$title", "[INST]", "\\n"]

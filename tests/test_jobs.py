@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 SMALL = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1,epochs=3]"
 # What a clock measures is not compared.
 COMPARED = ("table.md", "table.tex", "table.csv", "table.html", "table.json", "tests.csv")
@@ -59,8 +60,11 @@ def test_processes_give_the_same_tables(toy: dict[str, Any], tmp_path: Path) -> 
     assert len(list((tmp_path / "other").glob("*/console.log"))) == 3 and first["failed"] == second["failed"]
 
 
-def test_a_process_that_is_killed_is_a_failed_run(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_killed_is_a_failed_run(
+    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, case: Callable[..., None]
+) -> None:
     """As the kernel does when memory runs out."""
+    case("kills survived")
     (cell,) = grid_of(toy, "Pop")
     command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     real = subprocess.Popen
@@ -71,8 +75,9 @@ def test_a_process_that_is_killed_is_a_failed_run(toy: dict[str, Any], monkeypat
 
 
 @pytest.mark.faults
-def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path, case: Callable[..., None]) -> None:
     """The comparison is killed; its run does not go on alone, holding the processor and the folder."""
+    case("kills survived")
     long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
     code = f"from recbole_llm.report.compare import compare; compare('BPR', None, {long!r})"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -112,7 +117,7 @@ def test_a_run_that_another_process_does_is_waited_for(toy: dict[str, Any], monk
     real = FileLock.acquire
     monkeypatch.setattr(FileLock, "acquire", acquire)
     monkeypatch.setattr(jobs, "run_or_error", lambda *_: pytest.fail("the run was done twice"))
-    assert jobs._here(cell) is None
+    assert jobs.run_once(cell.folder, "Pop", "toy", cell.settings) is None
 
 
 def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:
@@ -124,8 +129,9 @@ def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_killed_three_times(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_three_times(toy: dict[str, Any], tmp_path: Path, case: Callable[..., None]) -> None:
     """kill -9 at random moments, then the same command: byte-equal to a comparison that was left alone."""
+    case("kills survived", 3)
     shared = [f"--{key}={value}" for key, value in toy.items() if key not in ("checkpoint_dir", "epochs")]
     tiny = "LLMRanker[loss=DMPO,llm=tiny,train_batch_size=32]"
     models = f"--models=Pop,BPR[epochs=3],{SMALL},{tiny}"
@@ -155,8 +161,9 @@ def test_killed_three_times(toy: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_a_cluster_loses_a_worker(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cluster_loses_a_worker(toy: dict[str, Any], tmp_path: Path, case: Callable[..., None]) -> None:
     """A scheduler and two workers in processes of their own; one is killed in the middle of a run."""
+    case("kills survived")
     pytest.importorskip("distributed")
     models, seeds = f"{SMALL.replace('epochs=3', 'epochs=25')},BPR[epochs=40]", {"seeds": "1,2"}
     compare(models, None, {**toy, **seeds, "checkpoint_dir": str(tmp_path / "alone"), "out": "alone"})

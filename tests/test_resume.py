@@ -20,7 +20,7 @@ from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.resume import FILES, random_facts, random_tensors, read_save, set_random, stopping
 from tests.conftest import toy_settings, write_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.injects]
 # Dropout draws from torch's generator at every step; validation after every epoch selects one.
 LONG = {"loss": "DMPO", "epochs": 2, "preference_epochs": 2, "lora_dropout": 0.1, "save_every": 1e-9, "eval_step": 1}
 
@@ -77,7 +77,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, where: str = "_step") ->
     return lambda: monkeypatch.setattr(LLMTrainer, where, real)
 
 
-def test_kills_at_random_steps(long: dict[str, Any], unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_at_random_steps(
+    long: dict[str, Any], unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, case: Callable[..., None]
+) -> None:
     """Killed again and again after a few more steps, through both stages: adapter, rows and every step are equal."""
     draw, kills = random.Random(int.from_bytes(os.urandom(4))), 0
     while True:
@@ -91,6 +93,7 @@ def test_kills_at_random_steps(long: dict[str, Any], unbroken: dict[str, Any], m
             alive()
     found = left(Path(result["run_folder"]))
     assert kills >= 4
+    case("kills survived", kills)
     assert found["adapter"] == unbroken["left"]["adapter"] and found["rows"] == unbroken["left"]["rows"]
     assert found["steps"] == unbroken["left"]["steps"]
     assert found["stages"] == unbroken["left"]["stages"]
@@ -99,9 +102,14 @@ def test_kills_at_random_steps(long: dict[str, Any], unbroken: dict[str, Any], m
 
 @pytest.mark.parametrize("where", ["_valid_epoch", "_save_checkpoint"])
 def test_kills_around_validation(
-    long: dict[str, Any], unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str
+    long: dict[str, Any],
+    unbroken: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    case: Callable[..., None],
+    where: str,
 ) -> None:
     """After the last step of an epoch, before its validation and before the best epoch is kept."""
+    case("kills survived")
     alive = kill_at(monkeypatch, 1, where)
     with pytest.raises(Killed):
         run_recbole_llm(config_dict=long)
@@ -112,8 +120,13 @@ def test_kills_around_validation(
 
 
 def test_a_damaged_save_is_told_and_the_one_before_is_used(
-    long: dict[str, Any], unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    long: dict[str, Any],
+    unbroken: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    case: Callable[..., None],
 ) -> None:
+    case("kills survived", 3), case("faults injected", 3)
     for damage in (lambda data: data[: len(data) // 2], lambda data: data[:-4] + b"\0\1\2\3", lambda data: b""):
         alive = kill_at(monkeypatch, 2)
         with pytest.raises(Killed):
@@ -179,7 +192,9 @@ def test_the_second_ctrl_c_is_as_always() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_full_disk(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch, case: Callable[..., None]) -> None:
+    case("faults injected")
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from recbole_llm.data.dataset import POSITION, Events
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
 from recbole_llm.run_folder import whole
+
+RESTORE = "Restore the file, or remove that folder and give the run's command again."
 
 
 @dataclass
@@ -128,7 +131,7 @@ def freeze_rows(
         rows.hidden = [h[~np.isin(h, r)] if masked else h[:0] for h, r in zip(rows.history, relevant, strict=True)]
     else:
         rows.candidates = _draw(config, rows, positions, events, train_ends)
-    rows.digest = _digest(rows, config["mask_history"])
+    rows.digest = _digest(rows.records(), split, mode, config["mask_history"])
     return rows
 
 
@@ -193,9 +196,30 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
     return drawn
 
 
-def _digest(rows: EvalRows, mask_history: bool) -> str:
-    told = hashlib.sha256(json.dumps([rows.split, rows.mode, mask_history if rows.mode == "full" else None]).encode())
-    for record in rows.records():
+def check_saved_rows(folder: Path, record: Mapping[str, Any]) -> None:
+    """Whether the test rows that a finished run left are those that its ``result.json`` names; no file, no fault.
+
+    Raises:
+        UserError: the file cannot be read, or was changed.
+    """
+    file = folder / "candidates-test.jsonl.gz"
+    if not file.is_file():
+        return
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            found = _digest(map(json.loads, lines), "test", record["mode"], record.get("mask_history"))
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({error!r}). {RESTORE}") from None
+    if found != record["candidate_hash"]:
+        raise UserError(
+            f"{file}: its rows have the hash {found[:12]}, and the run ranked {record['candidate_hash'][:12]}: the "
+            f"file or result.json was changed since. {RESTORE}"
+        )
+
+
+def _digest(records: Iterable[dict[str, Any]], split: str, mode: str, mask_history: bool | None) -> str:
+    told = hashlib.sha256(json.dumps([split, mode, mask_history if mode == "full" else None]).encode())
+    for record in records:
         if record["candidates"] is not None:
             record["candidates"] = sorted(record["candidates"])
         told.update(json.dumps(record, sort_keys=True).encode())

@@ -32,13 +32,13 @@ def training_windows(
         most_tokens: tokens of a prompt with its answer at most; oldest items go first.
         chosen: items chosen for each position, the target and those after it; positions with fewer are left out.
     """
-    windows: list[Window] = []
-    for user, sequence in sequences.items():
-        all_items = tuple(int(i) for i in sequence)
+    windows, longest = [], max(map(len, prompt.answers))
+    for user, all_items in sequences.items():
+        all_items = tuple(int(i) for i in all_items)
         items = all_items[: max(0, len(all_items) - chosen + 1)]
         first = max(1, len(items) - last) if last else 1
         if prompt.every_position:
-            windows += _stretches(user, items, first, history, prompt, most_tokens, all_items, chosen)
+            windows += _stretches(user, items, first, history, prompt, most_tokens - longest, all_items, chosen)
         else:
             for target in range(first, len(items)):
                 kept = prompt.fit(items[max(0, target - history) : target], most_tokens)
@@ -53,16 +53,16 @@ def _stretches(
     first: int,
     history: int,
     prompt: Prompt | PairPrompt,
-    most_tokens: int,
-    all_items: tuple[int, ...],
+    room: int,
+    all_items: Sequence[int],
     chosen: int,
 ) -> list[Window]:
     windows, end = [], len(items) - 1
     # From the end backwards: the latest titles, closest to what is asked later, get the longest histories.
     while end >= first:
         start = max(0, end - history)
-        # The last title of a stretch is its last answer, so the trunk must hold all of them.
-        while start < end - 1 and len(prompt.trunk(items[start : end + 1])) > most_tokens:
+        # After the last title but one there must be room for any answer: the last title, or one that is rejected.
+        while start < end - 1 and len(prompt.trunk(items[start:end])) > room:
             start += 1
         targets = tuple(t for t in range(1, end - start + 1) if start + t >= first)
         also = tuple(all_items[start + t + 1 : start + t + chosen] for t in targets)

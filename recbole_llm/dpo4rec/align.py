@@ -16,7 +16,8 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.question import item_template
 from recbole_llm.dpo4rec.reasoning import Asked
 from recbole_llm.llm.adapter import adapter_state, digest
-from recbole_llm.llm.budget import TokenBudget
+from recbole_llm.llm.budget import TokenBudget, in_halves
+from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, Written, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
@@ -96,11 +97,19 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         state = adapter_state(self.llm)
         untuned = all(not weight.any() for name, weight in state.items() if "lora_B" in name)
         adapter = "untuned" if untuned else digest(state)
-        return content_hash([self.llm.revision, self.llm.dtype, self.config["quantization"], adapter, versions()])
+        known = [identity(self.llm)[part] for part in PARTS]
+        return content_hash([known, self.llm.dtype, self.config["quantization"], adapter, versions()])
 
     def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
-        """Texts after each prompt of tokens."""
-        return sample_texts(self.llm, [list(one.prompt) for one in asked], sampling, seed)
+        """Texts after each prompt of tokens; where memory does not suffice for all at once, in halves of them.
+
+        Sampled texts are then other draws, as good as those would have been.
+        """
+
+        def sample(part: Sequence[Asked]) -> list[list[Written]]:
+            return sample_texts(self.llm, [list(one.prompt) for one in part], sampling, seed)
+
+        return [texts for _, found in in_halves(asked, sample) for texts in found]
 
     def answer(self, text: Written) -> list[int]:
         """A text as tokens, with the end-of-text token where the LLM ended it."""

@@ -21,6 +21,7 @@ from recbole_llm.explain.history_logps import History, answer_token_logps
 from recbole_llm.explain.ranked import Ranked
 from recbole_llm.explain.run_files import read_per_user, read_record, run_settings, runs_there_are
 from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_state
+from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.recommender import train_recommender
 from recbole_llm.rerank import reranks
@@ -125,14 +126,26 @@ class FinishedRun(ProtocolEvaluation):
         """The ranker with the run's adapter, in evaluation mode; loaded when it is first asked for.
 
         Raises:
-            UserError: the base model is another than the run's, or the adapter cannot be read.
+            UserError: the base model is another than the run's or cannot be had, titles or tokenizer have changed, or
+                the adapter cannot be read.
         """
-        with explained(self.config, None, "building the model"):
-            model = LLMRanker(self.config, self.trained_on.train_data._dataset).to(self.device)
+        try:
+            with explained(self.config, None, "building the model"):
+                model = LLMRanker(self.config, self.trained_on.train_data._dataset).to(self.device)
+        except UserError as error:
+            ran_over = f"{self.record['llm']} with weights {self.record['llm_revision']}"
+            raise UserError(f"{self.folder}: it ran over {ran_over}, which must be there again: {error}") from error
         if model.llm.revision != self.record["llm_revision"]:
             raise UserError(
                 f"{self.folder}: it ran over {self.record['llm']} with weights {self.record['llm_revision']}; "
                 f"--llm={model.llm.name} has others ({model.llm.revision}). Name the model it ran over."
+            )
+        # Runs of older versions did not keep it.
+        if self.record.get("prompt_hash", now := prompt_hash(model.prompt)) != now:
+            raise UserError(
+                f"{self.folder}: its titles are other tokens today ({now}) than when it was trained "
+                f"({self.record['prompt_hash']}): the .item file, the tokenizer, its chat template or the prompt file "
+                "has changed. Restore it, or run it again."
             )
         if self.asked_config is not self.config:
             model.rank_items_of(model.read_items(self.asked_config, self.protocol.dataset))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recbole.evaluator.register import smaller_metrics
+
+from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.explain.run_files import read_per_user, read_record
 
@@ -31,7 +35,9 @@ class OtherRank:
 def other_ranks(
     folder: Path, record: dict[str, Any], user: str, target: str, baseline: Path | None = None
 ) -> list[OtherRank]:
-    """The target's rank under RecBole's models, SASRec first; of several runs of a model the newest.
+    """The target's rank under RecBole's models, SASRec first.
+
+    Of several runs of a model it is the one with as many training users, then with the best validation score.
 
     Args:
         folder, record: the run that is explained.
@@ -50,13 +56,20 @@ def other_ranks(
                 "--candidate_seed."
             )
         return [_rank(baseline, other, user, target)]
-    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for file in sorted(folder.parent.glob("*/result.json"), key=lambda file: -file.stat().st_mtime):
-        found = _asked_the_same(file, record)
-        if found is not None:
-            newest.setdefault(found["model"], (file.parent, found))
-    names = sorted(newest, key=lambda name: (name != "SASRec", name))
-    return [_rank(*newest[name], user, target) for name in names]
+    found = [(file.parent, _asked_the_same(file, record)) for file in sorted(folder.parent.glob("*/result.json"))]
+    best: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for place, other in sorted(((p, o) for p, o in found if o), key=lambda one: _preferred(one[1], record)):
+        best.setdefault(other["model"], (place, other))
+    names = sorted(best, key=lambda name: (name != "SASRec", name))
+    return [_rank(*best[name], user, target) for name in names]
+
+
+def _preferred(other: dict[str, Any], record: dict[str, Any]) -> tuple[bool, float]:
+    """By what a run holds, never by when it was written: clocks are set back."""
+    metric = other.get("valid_metric", "")
+    score = (other.get("valid_metrics") or {}).get(metric, -math.inf)
+    worse = score if metric.split("@")[0] in smaller_metrics else -score
+    return other.get("training_users") != record.get("training_users"), worse
 
 
 def _asked_the_same(file: Path, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -70,6 +83,7 @@ def _asked_the_same(file: Path, record: dict[str, Any]) -> dict[str, Any] | None
 
 
 def _rank(folder: Path, record: dict[str, Any], user: str, target: str) -> OtherRank:
+    check_saved_rows(folder, record)
     table = read_per_user(folder)
     mine = table[(table["user"] == user) & (table["target"] == target)]
     if mine.empty:

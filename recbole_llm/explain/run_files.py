@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_llm.config import read_yaml
+from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import ConfigError, UserError
 
 # What RecBole derives from the other settings, and refuses to be told.
@@ -32,7 +33,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """``result.json`` of a finished run.
 
     Raises:
-        UserError: no such folder, or no finished run in it.
+        UserError: no such folder, no finished run in it, or test rows that were changed since.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. {runs_there_are(folder.parent)}")
@@ -44,6 +45,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: no finished run, its result.json cannot be read ({type(error).__name__}). Give its "
             f"`recbole-llm run` command again; finished stages are kept. {runs_there_are(folder.parent)}"
         ) from None
+    check_saved_rows(folder, record)
     return record
 
 

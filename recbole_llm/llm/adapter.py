@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_llm.errors import UserError
+from recbole_llm.llm.identity import check_identity, identity
 
 if TYPE_CHECKING:
     from recbole_llm.llm.pretrained import LLM
@@ -53,7 +54,7 @@ def save_adapter(llm: LLM, folder: Path) -> None:
         UserError: nothing is trained, the disk is full, or what was written cannot be read back.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _trainable(llm).items()}
-    base = {"llm": llm.name, "revision": llm.revision}
+    base = identity(llm)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -77,15 +78,12 @@ def load_adapter(llm: LLM, folder: Path) -> None:
     """Put a saved adapter into a model that was loaded with the same settings.
 
     Raises:
-        UserError: no adapter, a damaged one, one of another base model or of other LoRA settings.
+        UserError: no adapter, a damaged one, one of another base model, tokenizer or chat template, or of other LoRA
+            settings.
     """
     try:
         base = json.loads((folder / "adapter_base.json").read_text(encoding="utf-8"))
-        if base["revision"] != llm.revision:
-            raise UserError(
-                f"the adapter in {folder} was trained over {base['llm']} (weights {base['revision']}); "
-                f"--llm={llm.name} has other weights ({llm.revision}). Give the model it was trained over."
-            )
+        check_identity(base, llm, f"the adapter in {folder}", "Give the model it was trained over, unchanged.")
         if isinstance(llm.model, PeftModel):
             saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
             wanted = llm.model.peft_config["default"].lora_alpha

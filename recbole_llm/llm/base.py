@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from transformers.utils import cached_file
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
+from recbole_llm.llm.hub_access import hub_answers
+from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.types import CausalLM
 
@@ -39,8 +40,10 @@ def load_base(
         revision = digest(model.state_dict())[:16]
         return model.to(device, dtype), tokenizer, revision
     where = locate(llm)
-    check_causal(llm, AutoConfig.from_pretrained(where, trust_remote_code=False))
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    offline = isinstance(where, str) and not hub_answers()
+    plain: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
+    check_causal(llm, AutoConfig.from_pretrained(where, **plain))
+    options: dict[str, Any] = {"dtype": dtype, **plain}
     if quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("--quantization=4bit needs bitsandbytes: pip install 'recbole-llm[qlora]'")
@@ -58,9 +61,9 @@ def load_base(
     if quantization and device.type == "cpu":
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False  # see the head of this file
-    tokenizer = load_tokenizer(llm, where, model)
+    tokenizer = load_tokenizer(llm, where, model, offline)
     config_file = cached_file(where, "config.json", local_files_only=True)
-    return (model if quantization else model.to(device)), tokenizer, fingerprint(Path(config_file).parent)
+    return (model if quantization else model.to(device)), tokenizer, fingerprint(weights_of(Path(config_file).parent))
 
 
 def locate(llm: str) -> Path | str:
@@ -94,9 +97,9 @@ def check_causal(llm: str, config: Any) -> None:
         )
 
 
-def load_tokenizer(llm: str, where: Path | str, model: CausalLM) -> Any:
+def load_tokenizer(llm: str, where: Path | str, model: torch.nn.Module, offline: bool = False) -> Any:
     """A fast tokenizer with end-of-text and padding tokens, whose tokens the model has; ``UserError`` otherwise."""
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     if not tokenizer.is_fast:
         raise UserError(f"--llm={llm}: its tokenizer has no fast version (tokenizer.json), which is needed.")
     if tokenizer.eos_token is None:
@@ -117,20 +120,6 @@ def context_of(model: CausalLM, tokenizer: Any) -> int:
     return min(filter(None, (getattr(config, key, None) for key in keys)), default=tokenizer.model_max_length)
 
 
-def fingerprint(folder: Path) -> str:
-    """16 hex digits over size and 256 spread samples of 16 KiB of each weights file: cheap at any size."""
-    sha256 = hashlib.sha256()
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        size = file.stat().st_size
-        sha256.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for k in range(256):
-                stream.seek(size * k // 256)
-                sha256.update(stream.read(1 << 14))
-    return sha256.hexdigest()[:16]
-
-
 @contextmanager
 def explained_load(llm: str) -> Iterator[None]:
     """Around the loading of an LLM: what libraries raise becomes a ``UserError`` that says what to do."""
@@ -145,6 +134,8 @@ def explained_load(llm: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         if "connect to" in reason and constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set and the hub's cache on this machine does not hold it"
+        elif "connect to" in reason:
+            reason = f"{constants.ENDPOINT} cannot be reached and the hub's cache on this machine does not hold it"
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which is never run here"
         if isinstance(error, UnpicklingError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,14 +45,44 @@ class TokenBudget:
                         f"({error}). Use a smaller --llm, a lower --MAX_ITEM_LIST_LENGTH or --rejected_num, "
                         "--gradient_checkpointing=True in training, or --quantization=4bit on a GPU."
                     ) from error
-            # Not in the handler: there the error still holds the tensors of the pass that failed.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _let_go()  # not in the handler: there the error still holds the tensors of the pass that failed
             self.tokens = max(LEAST, self.tokens // 2)
             logging.getLogger(__name__).warning(
                 f"--token_budget: out of memory; going on with {self.tokens} tokens a pass. The results are the same."
             )
+
+
+def in_halves(rows: Sequence[Any], work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
+    """``work`` on all rows; where memory does not suffice, on each half of them, and so on. Yields rows and result.
+
+    Raises:
+        UserError: memory does not suffice for one row.
+    """
+    result: list[Result] = []
+    try:
+        result.append(work(rows))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            raise UserError(
+                f"Memory does not suffice for one user at a time ({error}). Use a smaller model, fewer candidates or "
+                "--samples, or a machine with more memory."
+            ) from error
+    if result:
+        yield rows, result[0]
+        return
+    _let_go()
+    half = (len(rows) + 1) // 2
+    logging.getLogger(__name__).warning(f"Out of memory with {len(rows)} users at a time; going on with {half}.")
+    yield from in_halves(rows[:half], work)
+    yield from in_halves(rows[half:], work)
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from recbole_llm.errors import UserError
+from recbole_llm.llm.hub_access import hub_answers
 from recbole_llm.llm.model_cache import (
     cache_root,
     cached_folder,
@@ -154,18 +155,21 @@ def _locate(encoder: str) -> tuple[Path | str, str]:
         return path, " ".join(f"{file.name} {file_sha256(file)}" for file in files)
     if path.exists() or encoder.startswith((".", "/", "~")) or encoder.count("/") > 1:
         raise UserError(f"--encoder={encoder}: no such folder. Give minilm, tfidf, none, a hub id or a model's folder.")
-    return encoder, Path(cached_file(encoder, "config.json")).parent.name  # of the hub's cache: the commit
+    config_file = cached_file(encoder, "config.json", local_files_only=not hub_answers())
+    return encoder, Path(config_file).parent.name  # of the hub's cache: the commit
 
 
-def _load(encoder: str, where: Path | str) -> tuple[Any, CausalLM]:
-    model, found = AutoModel.from_pretrained(
-        where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
+def _load(encoder: str, where: Path | str) -> tuple[Any, torch.nn.Module]:
+    plain: dict[str, Any] = {
+        "trust_remote_code": False,
+        "local_files_only": isinstance(where, str) and not hub_answers(),
+    }
+    model, found = AutoModel.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **plain)
     lacks = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if lacks or model.config.is_encoder_decoder:
         reason = f"it lacks {', '.join(lacks[:3])}" if lacks else "it has a decoder"
         raise UserError(f"--encoder={encoder} is no complete BERT-like encoder: {reason}.")
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(where, **plain)
     return tokenizer, model.eval()
 
 

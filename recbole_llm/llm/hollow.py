@@ -14,12 +14,12 @@ from recbole_llm.llm.base import (
     check_causal,
     context_of,
     explained_load,
-    fingerprint,
     load_base,
     load_tokenizer,
     locate,
 )
 from recbole_llm.llm.fast_linears import DEFAULT
+from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.pretrained import LLM, add_lora, dtype_of
 from recbole_llm.llm.types import CausalLM
 
@@ -65,4 +65,4 @@ def _hollow_base(name: str, dtype: torch.dtype) -> tuple[CausalLM, object, str, 
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
     folder = Path(cached_file(where, "config.json")).parent
     has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return model, load_tokenizer(name, where, model), fingerprint(folder), has_weights
+    return model, load_tokenizer(name, where, model), fingerprint(weights_of(folder)), has_weights

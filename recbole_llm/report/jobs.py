@@ -18,7 +18,7 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.grid import Cell
-from recbole_llm.run_folder import only_here
+from recbole_llm.run_folder import make_stage_folder, only_here
 
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died
@@ -39,7 +39,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
         UserError: no such cluster.
     """
     whole = WholeRun([(cell.label, cell.config) for cell in cells], jobs)
-    todo = list({cell.folder: i for i, cell in reversed(list(enumerate(cells))) if not _finished(cell)}.values())[::-1]
+    last_first = reversed(list(enumerate(cells)))
+    todo = list({cell.folder: i for i, cell in last_first if not _finished(cell.folder)}.values())[::-1]
     errors: dict[int, str | None] = {}
     if cluster:
         with _on_cluster(cluster, cells, todo) as ended:
@@ -47,20 +48,21 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
     elif jobs == 1:
         for i in todo:
             with whole.running(i):
-                errors[i] = _here(cells[i])
+                cell = cells[i]
+                errors[i] = run_once(cell.folder, cell.entry.model, cell.setting.dataset, cell.settings)
     else:
         errors.update(_told(_in_processes(cells, todo, jobs), cells, whole))
     by_folder = {cells[i].folder: error for i, error in errors.items()}  # two labels may be one run
     return [_record(cell, by_folder.get(cell.folder)) for cell in cells]
 
 
-def _finished(cell: Cell) -> bool:
-    return (cell.folder / "result.json").is_file()
+def _finished(folder: Path) -> bool:
+    return (folder / "result.json").is_file()
 
 
 def _record(cell: Cell, error: str | None) -> dict[str, Any]:
     base = {"label": cell.entry.label, "run_hash": cell.folder.name, "asked_seed": cell.seed}
-    if error is None and not _finished(cell):
+    if error is None and not _finished(cell.folder):
         error = f"the run left no {cell.folder / 'result.json'}; do the workers see this folder?"
     if error is not None:
         logging.getLogger().error(f"{cell.label} failed: {error}")
@@ -81,17 +83,16 @@ def run_or_error(model: str, dataset: str | None, settings: dict[str, Any]) -> s
     return None
 
 
-def _in_a_line(error: UserError) -> str:
+def _in_a_line(error: UserError | OSError) -> str:
     return "; ".join(error.problems) if isinstance(error, ConfigError) else str(error).splitlines()[0]
 
 
-def _here(cell: Cell) -> str | None:
+def run_once(folder: Path, model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
+    """Do a run unless another process does it meanwhile, which is waited for; what went wrong in one line, or None."""
     try:
-        with only_here(cell.folder):  # another comparison may have done it meanwhile
-            if _finished(cell):
-                return None
-            return run_or_error(cell.entry.model, cell.setting.dataset, cell.settings)
-    except UserError as error:  # no folder
+        with only_here(folder):
+            return None if _finished(folder) else run_or_error(model, dataset, settings)
+    except (UserError, OSError) as error:  # no folder, or none that can be written
         return _in_a_line(error)
 
 
@@ -108,7 +109,9 @@ def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:
 
 
 def run_apart(asked: dict[str, Any]) -> str | None:
-    """Do one run in a process of its own: what it holds in memory ends with it. Its output goes to ``console.log``.
+    """Do one run in a process of its own: what it holds in memory, and its folder, it holds no longer than it lives.
+
+    Its output goes to ``console.log``.
 
     Args:
         asked: as ``_asked`` gives it.
@@ -120,21 +123,24 @@ def run_apart(asked: dict[str, Any]) -> str | None:
     environment = dict(os.environ)
     if asked["threads"]:
         environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
-    with only_here(folder), tempfile.TemporaryDirectory() as between:
-        if (folder / "result.json").is_file():
-            return None
+    if _finished(folder):
+        return None
+    try:
+        console = open(make_stage_folder(folder) / "console.log", "ab")
+    except (UserError, OSError) as error:
+        return _in_a_line(error)
+    with console as log, tempfile.TemporaryDirectory() as between:
         question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
         words = [sys.executable, "-m", "recbole_llm.report.one_run", str(question), str(outcome)]
-        with open(folder / "console.log", "wb") as log:
-            # The pipe is never written to: the run ends when it closes, so when this process is killed.
-            with subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
-            ) as child:
-                try:
-                    child.wait()
-                finally:
-                    child.kill()
+        # The pipe is never written to: the run ends when it closes, so when this process is killed.
+        with subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
+        ) as child:
+            try:
+                child.wait()
+            finally:
+                child.kill()
         if not outcome.is_file():
             killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
             return f"its process ended {killed} ({folder / 'console.log'} may say why; out of memory is likely)"

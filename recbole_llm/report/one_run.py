@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.report.jobs import run_or_error
+from recbole_llm.report.jobs import run_once
 from recbole_llm.run_folder import write_json
 
 
@@ -20,7 +20,8 @@ def main(asked: Path, outcome: Path) -> None:
     """Do the run that ``asked`` describes; write what went wrong, or nothing, to ``outcome``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     told: dict[str, Any] = json.loads(asked.read_text(encoding="utf-8"))
-    write_json(outcome, {"error": run_or_error(told["model"], told["dataset"], told["settings"])})
+    error = run_once(Path(told["folder"]), told["model"], told["dataset"], told["settings"])
+    write_json(outcome, {"error": error})
 
 
 def _end_with_parent() -> None:

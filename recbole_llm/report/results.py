@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from recbole.evaluator.register import metrics_dict, smaller_metrics
 
+from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
 from recbole_llm.report.grid import Cell, Setting
@@ -110,17 +111,17 @@ def collect(
     """Records of runs -> one ``Results`` a setting, lines in the order of the entries.
 
     Raises:
-        UserError: runs of one setting were evaluated on different candidates, or two labels have one name.
+        UserError: runs of one setting were evaluated on different candidates, or the candidates of a run were changed
+            since.
     """
     found: dict[Setting, dict[str, tuple[list[Any], list[str]]]] = {}
     for cell, record in zip(cells, records, strict=True):
+        if "metrics" in record:
+            check_saved_rows(Path(record["run_folder"]), record)
         runs, errors = found.setdefault(cell.setting, {}).setdefault(cell.entry.label, ([], []))
         runs.append(record) if "metrics" in record else errors.append(record["error"])
-    shown = {label: (names or {}).get(label, label) for lines in found.values() for label in lines}
-    if len(set(shown.values())) < len(shown):
-        raise UserError(f"--names={names!r}: two lines of a table would have the same name.")
     every = [
-        Results(setting, [Line(shown[label], *both) for label, both in lines.items()])
+        Results(setting, [Line((names or {}).get(label, label), *both) for label, both in lines.items()])
         for setting, lines in found.items()
     ]
     for results in every:

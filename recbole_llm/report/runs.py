@@ -58,6 +58,11 @@ def name_of(run: Mapping[str, Any]) -> str:
     return f"{run['model']} ({run['loss'] if run['stages'] else 'zero-shot'})"
 
 
+def stood_still(stage: dict[str, Any]) -> bool:
+    """Whether a preference stage's loss never left its start; older records do not tell."""
+    return stage.get("standstill", {}).get("stood_still", False)
+
+
 def _dataset(run: dict[str, Any]) -> str:
     trained, ranked = run.get("training_dataset", run["dataset"]), run["dataset"]
     return ranked if trained == ranked else f"{trained} -> {ranked}"

@@ -12,6 +12,7 @@ import pandas as pd
 from recbole_llm.report.caption import caption, harm_caption, tests_caption
 from recbole_llm.report.entries import Options
 from recbole_llm.report.results import Line, Results, direction, is_harm, merit, metric_name
+from recbole_llm.report.runs import stood_still
 
 DIGITS = 4
 ARROWS = {"larger": " ↑", "smaller": " ↓", "zero": " → 0", None: ""}
@@ -245,6 +246,12 @@ def _notes(results: Results) -> list[str]:
         for error in dict.fromkeys(line.errors):
             count = f"{len(line.errors)} of {len(line.errors) + len(line.runs)} runs " if line.runs else ""
             notes.append(f"{line.label}: {count}failed: {' '.join(error.split())}")
+        still = [s["loss"] for run in line.runs for s in run.get("stages", []) if stood_still(s)]
+        if still:
+            notes.append(
+                f"{line.label}: in {len(still)} of {len(line.runs)} runs the {still[0]} loss ended where it starts: "
+                "that stage changed next to nothing."
+            )
     return notes
 
 
