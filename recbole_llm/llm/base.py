@@ -97,7 +97,7 @@ def check_causal(llm: str, config: Any) -> None:
         )
 
 
-def load_tokenizer(llm: str, where: Path | str, model: torch.nn.Module, offline: bool = False) -> Any:
+def load_tokenizer(llm: str, where: Path | str, model: CausalLM, offline: bool = False) -> Any:
     """A fast tokenizer with end-of-text and padding tokens, whose tokens the model has; ``UserError`` otherwise."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     if not tokenizer.is_fast:
