@@ -5,6 +5,8 @@ Source: Xi et al., Towards open-world recommendation with knowledge augmentation
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class HybridExperts(nn.Module):
 
     def forward(self, texts: Tensor, side: str) -> Tensor:
         """Text vectors ``[B, d]`` -> ``[B, width_out]``."""
-        found = torch.stack([expert(texts) for expert in (*self.shared, *self.own[side])], dim=1)
+        found = torch.stack([expert(texts) for expert in (*self.shared, *cast(nn.ModuleList, self.own[side]))], dim=1)
         share = self.gate[side](texts).softmax(-1)
         return (share[..., None] * found).sum(1)
 

@@ -125,13 +125,14 @@ def exact_topk(
         most_nodes=min(most_nodes, most_kept),
         most_kept=most_kept,
     )
-    found = search.run()
-    for user, prompt in enumerate(prompts):
-        if found[user] is None:
+    found: list[Found] = []
+    for user, (prompt, mine) in enumerate(zip(prompts, search.run(), strict=True)):
+        if mine is None:
             every = exact_scores(model, prompt, trie, scores, token_budget=token_budget).numpy()
-            found[user] = _best(every, k, hidden[user])
+            mine = _best(every, k, hidden[user])
             search.stats.expansions[user] += len(trie.inner)
             search.stats.head_rows += len(trie.inner) + 1
+        found.append(mine)
     return found, search.stats
 
 

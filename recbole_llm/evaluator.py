@@ -143,6 +143,8 @@ class PerUserEvaluator(Evaluator):
         """
         above, tied, answers = (ranking.whole(name) for name in ("above", "tied", "answers"))
         several = rows.relevant.shape[1] > 1
+        hits: Any
+        distinct: Any
         hits, distinct, best = (ranking.whole(n) if several else 1 for n in ("hits", "distinct", "best"))
         table = pd.DataFrame(
             {

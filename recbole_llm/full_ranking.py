@@ -16,6 +16,7 @@ from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.llm.types import CausalLM
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import TitleScores, title_scores
 from recbole_llm.topk_search import Found, SearchStats
@@ -36,7 +37,7 @@ def users_at_once(token_budget: int, longest: int, device: torch.device) -> int:
     return max(1, min(USERS_AT_ONCE["cuda" if device.type == "cuda" else "cpu"], KEPT * token_budget // 2 // longest))
 
 
-def check_search(config: Config, model: torch.nn.Module) -> None:
+def check_search(config: Config, model: CausalLM) -> None:
     """Whether exact_topk can work with the attention back end that the model was loaded with.
 
     Raises:
@@ -65,7 +66,7 @@ class ExactRanking:
         UserError: exact_topk with an attention back end that cannot go on from what is kept of a prompt.
     """
 
-    def __init__(self, config: Config, model: torch.nn.Module, prompt: Prompt) -> None:
+    def __init__(self, config: Config, model: CausalLM, prompt: Prompt) -> None:
         self.kind, self.norm, self.k = config["full_ranking"], config["score_norm"], max(config["topk"])
         self.model, self.prompt = model, prompt
         # Its own: what a search lacks, training passes may have.

@@ -103,7 +103,8 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str, token_
     """
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
     *before, feed = torch.tensor([trunk], device=device).split(token_budget, dim=1)
-    cache, written, text = None, [], ""
+    written: list[int] = []
+    cache, text = None, ""
     with plain_attention(model.policy), autocast(model.policy):
         for part in before:
             cache = model.policy(input_ids=part, past_key_values=cache, use_cache=True).past_key_values

@@ -307,6 +307,10 @@ def _unlike_default(key: str, value: Any, default: Any) -> str | None:
         return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number"
     if isinstance(default, float):
         return number(-math.inf)(value)
-    kinds = {str: "text", dict: "a table, for example {'key': 'value'}", list: "a list, for example [1, 2]"}
+    kinds: dict[type, str] = {
+        str: "text",
+        dict: "a table, for example {'key': 'value'}",
+        list: "a list, for example [1, 2]",
+    }
     told = kinds.get(type(default))
     return None if told is None or value is None or isinstance(value, type(default)) else f"must be {told}"

@@ -19,8 +19,10 @@ from recbole_llm.preference import Displacement
 from recbole_llm.resume import stopping
 from recbole_llm.stages import Stage
 
+_Trainer: Any = object  # to a type checker a mixin has whatever the class has that it is mixed into
 
-class WindowSteps:
+
+class WindowSteps(_Trainer):
     """Mixed into a RecBole trainer whose model is a ``WindowPolicy``: an epoch over the windows of ``stage``.
 
     An optimizer step covers ``train_batch_size`` supervised positions, split into passes of ``token_budget`` tokens;
@@ -28,6 +30,7 @@ class WindowSteps:
     """
 
     stage: Stage
+    resumed: dict[str, Any] | None
     # Keys that a user would change, told where a stage goes wrong.
     rate_keys = {"SFT": "learning_rate", "preference": "preference_learning_rate"}
     against_collapse = "raise --beta, lower --preference_learning_rate, or set --sft_weight=1"
@@ -102,7 +105,8 @@ class WindowSteps:
         """
         self.optimizer.zero_grad(set_to_none=True)
         groups = batches_by_budget([self.model.prompt.window_size(w) for w in windows], budget)
-        totals, logged = [], {}
+        totals: list[torch.Tensor] = []
+        logged: dict[str, Any] = {}
         with even_passes(self.model.policy):
             for group in groups:
                 part = self.model.window_loss([windows[i] for i in group], self.stage.loss)

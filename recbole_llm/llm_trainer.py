@@ -51,7 +51,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         """Where the data come from and where adapters and step metrics go."""
         super().start(protocol, run_folder)
         self.run_folder = run_folder
-        self.stage: Stage | None = None
+        self.stage: Stage  # the one that is being trained
         self.global_step = 0  # over all stages
         self.metrics_file = run_folder / "metrics.jsonl"
         if is_first():
@@ -104,7 +104,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
             best = self._valid_epoch(valid_data, show_progress)
-        if self.config["rerank_weight"] == "auto" and self.model.base is not None:
+        if self.config["rerank_weight"] == "auto" and self.model.base is not None and valid_data:
             best = self._choose_weight(valid_data)
         if self.config["finetune"] != "none":
             from_first(partial(save_adapter, self.model.llm, self.run_folder))
@@ -151,7 +151,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
-        self.train_loss_dict = {}  # RecBole keeps it by epoch, and each stage counts its own
+        self.train_loss_dict: dict[int, float] = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
         steps = stage.epochs * sum(1 for _ in self._steps(0))
         warmup = int(steps * self.config["warmup_ratio"])

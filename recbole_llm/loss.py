@@ -24,6 +24,7 @@ finite, or a row keeps nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -302,7 +303,7 @@ def _mean(values: Tensor, kept: Tensor) -> Tensor:
     return values.masked_fill(~kept, 0).sum(dim=1) / kept.sum(dim=1)
 
 
-PREFERENCE_LOSSES = {
+PREFERENCE_LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "DPO": dpo_loss,
     "DMPO": dmpo_loss,
     "SDPO": sdpo_loss,

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recbole_llm.llm.logps import base_model, decoder_and_head, head_rows_at_once
+from recbole_llm.llm.types import CausalLM
 from recbole_llm.machine import machine_bytes
 
 GIB = 2**30
@@ -94,7 +95,7 @@ class Pass:
     work: int
 
 
-def body_bytes(model: torch.nn.Module, tokens: int, *, trained: bool, checkpointing: bool = False) -> Pass:
+def body_bytes(model: CausalLM, tokens: int, *, trained: bool, checkpointing: bool = False) -> Pass:
     """Measure one pass over a row of tokens; weights and their gradients are not counted.
 
     Args:
@@ -121,7 +122,7 @@ def body_bytes(model: torch.nn.Module, tokens: int, *, trained: bool, checkpoint
 
 
 @torch.no_grad()
-def kept_bytes(model: torch.nn.Module) -> int:
+def kept_bytes(model: CausalLM) -> int:
     """Bytes of the keys and values of one token, all layers together."""
     decoder, _ = decoder_and_head(model)
     sizes = []
@@ -136,7 +137,7 @@ def kept_bytes(model: torch.nn.Module) -> int:
 
 
 @contextmanager
-def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterator[None]:
+def _mode(model: CausalLM, trained: bool, checkpointing: bool) -> Iterator[None]:
     base = base_model(model)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers renames these in version 6
         if checkpointing:
@@ -151,7 +152,7 @@ def _mode(model: torch.nn.Module, trained: bool, checkpointing: bool) -> Iterato
         model.eval()
 
 
-def head_bytes(model: torch.nn.Module, rows: int, device: torch.device, *, trained: bool) -> int:
+def head_bytes(model: CausalLM, rows: int, device: torch.device, *, trained: bool) -> int:
     """Bytes of the LM head over some rows: a chunk of logits, its float32 copy in half precision, and each row's own.
 
     A row's own are its hidden state, the gradient that is computed beside its logits, and the float32 products with the
@@ -163,7 +164,7 @@ def head_bytes(model: torch.nn.Module, rows: int, device: torch.device, *, train
     return min(rows, head_rows_at_once(device)) * head.shape[0] * logits + rows * head.shape[1] * own
 
 
-def weight_bytes(model: torch.nn.Module, config: Config) -> dict[str, int]:
+def weight_bytes(model: CausalLM, config: Config) -> dict[str, int]:
     """Bytes of the base's weights, adapters, gradients and optimizer state.
 
     Args:
@@ -186,7 +187,7 @@ def weight_bytes(model: torch.nn.Module, config: Config) -> dict[str, int]:
     return {"weights": base, "adapters": adapters, "gradients": trained, "optimizer": states * trained}
 
 
-def unpacked_bytes(model: torch.nn.Module, config: Config) -> int:
+def unpacked_bytes(model: CausalLM, config: Config) -> int:
     """Bytes of the largest linear layer as it is unpacked for a product; 0 without quantisation."""
     if config["quantization"] != "4bit":
         return 0

@@ -124,7 +124,7 @@ def calibrate(judges: Sequence[Recommender], fold_of: np.ndarray, rows: EvalRows
     places = []
     for row in range(len(rows)):
         others = _negatives(rows, row, seed)
-        places.append((int(rows.users[row]), rows.history[row], [int(rows.targets[row]), *others]))
+        places.append((int(rows.users[row]), rows.history[row].tolist(), [int(rows.targets[row]), *others]))
     scores = judged(judges, fold_of, places)
     lead = np.concatenate([s[0] - s[1:] for s in scores])
     unit = max(float(np.std(lead)), 1e-9)

@@ -215,7 +215,7 @@ def _probe(
     if device.type == "cpu":
         parts["process"] = memory.process_bytes() - parts["weights"] - parts["adapters"]
     timed: dict[tuple[bool, float], Pace] = {}
-    expected = 0
+    expected = 0.0
     with PeakMemory(device) as peak:
         for part in (w for w in work if w.sample and not w.cached):
             share = part.head_rows / part.tokens

@@ -41,7 +41,7 @@ def eval_work(
         batches = [[(fitted[row], seen[row]) for row in group] for group in groups]
         found = _catalogue_work(config, prompt, name, batches, rounds, search=search)
     else:
-        items = rows.candidates.tolist() if rows.mode != "full" else _most_popular(config, rows, popularity)
+        items = rows.candidates.tolist() if rows.candidates is not None else _most_popular(config, rows, popularity)
         items = [asked[: config["rerank_topk"]] for asked in items] if reranks(config, rows.mode) else items
         asked = [[_asked(fitted[row], items[row]) for row in group] for group in groups]
         found = _ranking_work(config, prompt, name, asked, rounds)

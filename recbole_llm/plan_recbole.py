@@ -53,15 +53,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def batch_seconds(model: torch.nn.Module, batches: Iterable[Interaction], count: int = 5) -> float:
+def batch_seconds(model: Any, batches: Iterable[Interaction], count: int = 5) -> float:
     """Seconds of a training step of a RecBole model, the median of a few after one that warms up."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=0.0) if weights else None
     clocks = []
     for batch in islice(batches, count + 1):
         clock = time.perf_counter()
-        loss = model.calculate_loss(batch.to(model.device))
-        loss = sum(loss) if isinstance(loss, tuple) else loss
+        parts = model.calculate_loss(batch.to(model.device))
+        loss: Any = sum(parts) if isinstance(parts, tuple) else parts
         if optimizer is not None:
             optimizer.zero_grad()
             loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from recbole.config import Config
@@ -33,7 +34,10 @@ class LossSum:
     logged: dict[str, torch.Tensor]
 
 
-class WindowPolicy:
+_Module: Any = object  # to a type checker a mixin has whatever the class has that it is mixed into
+
+
+class WindowPolicy(_Module):
     """Mixed into a module whose ``policy`` is trained on windows of its ``prompt``."""
 
     config: Config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from recbole_llm.config import LLMConfig
@@ -148,11 +150,12 @@ def _titles(model: LLMRanker, window: Window) -> list[str]:
 def _pairs(model: LLMRanker, window: Window) -> list[str]:
     """Each rejected item's listing with its two answers."""
     chosen, lines = window.items[window.targets[-1]], []
+    prompt: Any = model.prompt  # a PairPrompt: windows of pairs have no other
     for place, item in enumerate(window.rejected[-1]):
-        listed = model.prompt.listing(*model.prompt.order(window, place))
+        listed = prompt.listing(*prompt.order(window, place))
         lines.append(f"pair {place + 1}: {_text(model, listed)}  ({len(listed)} tokens)")
-        lines.append(_line(model, "chosen", model.prompt.answer(chosen, item)))
-        lines.append(_line(model, "rejected", model.prompt.answer(item, chosen)))
+        lines.append(_line(model, "chosen", prompt.answer(chosen, item)))
+        lines.append(_line(model, "rejected", prompt.answer(item, chosen)))
     return lines
 
 

@@ -129,7 +129,8 @@ def timed(device: str, work: Callable[[], object]) -> float:
 
 def _within(model: LLMRanker, windows: Sequence[Window], most: int) -> tuple[Sequence[Window], int]:
     """The first windows that keep to so many tokens, one at least, and their tokens."""
-    taken, total = [], 0
+    taken: list[Window] = []
+    total = 0
     for window in windows:
         size = model.prompt.window_size(window)
         if taken and total + size > most:

@@ -187,7 +187,7 @@ def build_trainer(config: LLMConfig, protocol: Protocol, folder: Path, told: Pat
     return trainer
 
 
-def train_base(config: LLMConfig, recommender: torch.nn.Module, *modes: str) -> None:
+def train_base(config: LLMConfig, recommender: Any, *modes: str) -> None:
     """For a model that reorders the top of another one where it is asked in one of these modes: that other one."""
     if hasattr(recommender, "rerank_with") and any(reranks(config, mode) for mode in modes):
         recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
@@ -210,7 +210,7 @@ def try_ahead(config: LLMConfig, protocol: Protocol) -> None:
         title_vectors(config, protocol.dataset)
 
 
-def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dict[str, float]) -> list[dict[str, Any]]:
+def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dict[str, Any]) -> list[dict[str, Any]]:
     """Free answers of some test users, counted into the result; none where ``generate_users`` is 0."""
     if not config["generate_users"]:
         return []
@@ -221,7 +221,7 @@ def _generate(config: LLMConfig, trainer: Any, asked: Protocol, test_result: dic
     return samples
 
 
-def trainer_for(config: LLMConfig, recommender: torch.nn.Module) -> Any:
+def trainer_for(config: LLMConfig, recommender: Any) -> Any:
     """Our model's own trainer class where it names one, else RecBole's with our evaluation."""
     own = getattr(recommender, "trainer_class", None)
     return (own or trainer_class(config["MODEL_TYPE"], config["model"]))(config, recommender)

@@ -69,7 +69,7 @@ def check_recommenders(config: LLMConfig) -> None:
     for key in needed:
         name = config[key]
         try:
-            found = model_class(name)
+            found: Any = model_class(name)
             if key != "rerank_model" and (found.type != ModelType.SEQUENTIAL or hasattr(found, "rerank_with")):
                 problems.append(
                     f"--{key}={name}: it must score items after any history; name a sequential model of RecBole, such "

@@ -175,7 +175,8 @@ def read_save(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | No
 
 def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
     """States of torch's generators and numpy's."""
-    table = np.random.get_state()[1].view(np.int32).copy()  # torch cannot send tensors of uint32 to other processes
+    numpys: Any = np.random.get_state()
+    table = numpys[1].view(np.int32).copy()  # torch cannot send tensors of uint32 to other processes
     found = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(table)}
     return found | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -183,7 +184,8 @@ def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
 def random_facts() -> dict[str, Any]:
     """States of Python's generator, and what numpy's has beside its table."""
     version, state, gauss = random.getstate()
-    return {"python": [version, list(state), gauss], "numpy": list(np.random.get_state()[2:])}
+    numpys: Any = np.random.get_state()
+    return {"python": [version, list(state), gauss], "numpy": list(numpys[2:])}
 
 
 def set_random(tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:

@@ -83,4 +83,4 @@ def _end_at_failure(handler: logging.Handler) -> None:
         logging.getLogger().removeHandler(handler)
         raise  # what was raised while the line was written
 
-    handler.handleError = fail
+    handler.handleError = fail  # type: ignore[method-assign]  # of this handler alone

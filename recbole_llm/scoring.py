@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from recbole_llm.catalogue import exact_scores
 from recbole_llm.data.pair_prompt import PairPrompt
@@ -13,12 +13,13 @@ from recbole_llm.data.prompt import Prompt
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.logps import completion_logps
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.llm.types import CausalLM
 from recbole_llm.title_scores import title_scores
 
 
 @torch.no_grad()
 def candidate_logps(
-    model: nn.Module,
+    model: CausalLM,
     prompt: Prompt | PairPrompt,
     histories: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],
@@ -63,7 +64,7 @@ def candidate_logps(
 
 
 def _below_one_prompt(
-    model: nn.Module, prompt: Prompt, history: Sequence[int], items: Sequence[int], token_budget: int
+    model: CausalLM, prompt: Any, history: Sequence[int], items: Sequence[int], token_budget: int
 ) -> torch.Tensor:
     """Log-probs of more titles than one pass holds ``[C]``: what the LLM keeps of the prompt serves all passes."""
     trie = title_trie([[], *(prompt.answers[i] for i in items)])
@@ -105,5 +106,6 @@ def normalise(
     if norm == "mean":
         return logps / torch.tensor([len(prompt.answers[i]) for i in items], device=logps.device)
     if norm == "pmi":
+        assert prior is not None
         return logps - prior[torch.as_tensor(items, device=logps.device)]
     return logps

@@ -88,7 +88,8 @@ def stages(
         folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-        folder, windows, facts = preference_folder(config, protocol, base), [], {}
+        folder, windows = preference_folder(config, protocol, base), []
+        facts: dict[str, Any] = {}
         if even_finished or not from_first((folder / "stage.json").is_file):
             windows, facts = preference_windows(config, protocol, prompt, context, policy)
         rate = config["preference_learning_rate"]

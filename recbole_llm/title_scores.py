@@ -48,6 +48,7 @@ def title_scores(trie: TitleTrie, norm: str = "sum", prior: np.ndarray | None = 
         length[1:] = trie.depth[trie.last_node[1:]]
     shift = np.zeros(trie.n_items, dtype=np.float32)
     if norm == "pmi":
+        assert prior is not None
         shift[1:] = prior[1:]
     return TitleScores(length, shift, -trie.least_below(-length), trie.least_below(shift))
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -37,7 +38,10 @@ MATRICES = [csc_matrix, csr_matrix, lil_matrix, np.matrix, np.ndarray, np.dtype,
 MATRICES += [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "object")]
 
 
-class ProtocolEvaluation:
+_Trainer: Any = object  # to a type checker a mixin has whatever the class has that it is mixed into
+
+
+class ProtocolEvaluation(_Trainer):
     """Mixed in before a RecBole trainer: ``evaluate`` takes frozen rows, checkpoints hold no pickled objects.
 
     Set ``protocol`` and ``run_folder`` before ``fit``.
@@ -105,7 +109,7 @@ class ProtocolEvaluation:
                 shown.set_postfix_str()
         return ranking
 
-    def score_rows(self, data: EvalRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_rows(self, data: EvalRows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and item ids of some rows, both ``[B, C]``; -inf marks what is no answer."""
         visible = data.visible[torch.as_tensor(rows)].to(self.device)
         if data.candidates is not None:
@@ -121,8 +125,8 @@ class ProtocolEvaluation:
         if getattr(self.model, "ranks_candidates", False):
             scores = self.model.full_sort_predict(visible, hidden).view(items.shape)
         else:
-            scores = self._full_sort(visible)
-            scores = self._predict(visible, items) if scores is None else scores
+            every = self._full_sort(visible)
+            scores = self._predict(visible, items) if every is None else every
         scores = scores.clone()
         scores[:, 0] = -torch.inf  # RecBole's padding item
         for row, answers_not in enumerate(hidden):

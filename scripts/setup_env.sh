@@ -5,7 +5,8 @@
 #
 # run: the package with what it needs; dev: the test tools on top. An interrupted set-up is started afresh.
 # Without a GPU the CPU build of torch is taken (0.2 GB instead of several). Set TORCH to ask pip for another one,
-# for instance TORCH=torch==2.9.1.
+# for instance TORCH=torch==2.14.1. VENV names another folder than .venv. LOCKED=1 takes the versions and hashes of
+# requirements/lock.txt (dev: lock-dev.txt), on Linux with Python 3.11.
 set -eu
 
 TORCH_CPU=2.13.0
@@ -14,7 +15,7 @@ TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 goal=${1:-run}
 base=${2:-python3}
 cd "$(dirname "$0")/.."
-venv=.venv
+venv=${VENV:-.venv}
 python=$venv/bin/python
 unfinished=$venv/.unfinished
 began=$(date +%s)
@@ -65,6 +66,20 @@ choose_torch() {
     fi
 }
 
+# torch comes before: its CPU and CUDA builds have different files, so the lock leaves it out.
+install_locked() {
+    lock=requirements/lock.txt
+    [ "$goal" = run ] || lock=requirements/lock-$goal.txt
+    if at_least "$python" "3, 12" || [ "$(uname)" != Linux ]; then
+        say "LOCKED: $lock is for Python 3.11 on Linux; leave LOCKED out"
+        exit 2
+    fi
+    say "installing what $lock names"
+    [ -z "$torch" ] || install "$torch"
+    install --no-deps --require-hashes -r "$lock"
+    install --no-deps --no-build-isolation --editable .
+}
+
 install_packages() {
     package=.
     [ "$goal" = run ] || package=".[$goal]"
@@ -76,6 +91,9 @@ install_packages() {
     fi
     say "installing $package and what it needs"
     install $quiet ${torch:+"$torch"} --editable "$package"
+}
+
+first_import() {
     say "first import"
     PYTHONDONTWRITEBYTECODE='' "$python" -c "import recbole_llm.quick_start, recbole_llm.llm.pretrained"
 }
@@ -87,7 +105,8 @@ if ! at_least "$base" "3, 11"; then
 fi
 make_venv
 choose_torch
-install_packages
+if [ -n "${LOCKED:-}" ]; then install_locked; else install_packages; fi
+first_import
 touch "$venv/.ready"
 [ "$goal" = run ] || touch "$venv/.ready-$goal"
 rm "$unfinished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -13,6 +14,8 @@ from statsmodels.stats.multitest import multipletests
 
 from recbole_llm.report import stats
 
+# scipy calls it rng since 1.15.
+SEED = "rng" if "rng" in inspect.signature(scipy_stats.bootstrap).parameters else "random_state"
 UP, DOWN = np.array([1.0]), np.array([-1.0])
 
 
@@ -70,7 +73,7 @@ def test_drawn_flips_agree_with_scipys() -> None:
     found = stats.sign_flip(rows, np.ones(6))
     for row, p in zip(rows, found, strict=True):
         theirs = scipy_stats.permutation_test(
-            (row,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=1
+            (row,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, **{SEED: 1}
         ).pvalue
         assert (
             abs(p - theirs) < 4 * math.sqrt(2 * 0.25 / 9999) and abs(p - scipy_stats.ttest_1samp(row, 0).pvalue) < 0.03
@@ -93,7 +96,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bootstrap_is_scipys(n: int) -> None:
     difference = np.subtract(*random_pairs(n, seed=n))
     expected = scipy_stats.bootstrap(
-        (difference,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+        (difference,), np.mean, n_resamples=2000, method="percentile", **{SEED: np.random.default_rng(0)}
     ).confidence_interval
     low, high = stats.bootstrap_interval(difference[None], resamples=2000)
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), rel=1e-10)

@@ -124,7 +124,7 @@ def _check_lines(
         for number, line in enumerate(lines, start=2):
             try:
                 fields = line.decode("utf-8").rstrip("\r\n").split(separator)
-                wrong = f"{len(fields)} fields where the header has {len(columns)}"
+                wrong: str | None = f"{len(fields)} fields where the header has {len(columns)}"
                 if len(fields) == len(columns):
                     wrong = _wrong_fields(*(fields[p] for p in places)) or _wrong_text(fields)
             except UnicodeDecodeError:

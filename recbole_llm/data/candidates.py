@@ -54,7 +54,7 @@ class EvalRows:
     item_tokens: np.ndarray
     digest: str = ""
     history: list[np.ndarray] = field(default_factory=list)
-    relevant: np.ndarray | None = None
+    relevant: np.ndarray = None  # type: ignore[assignment]  # a field cannot default to another: see __post_init__
 
     def __post_init__(self) -> None:
         if self.relevant is None:
@@ -78,7 +78,7 @@ class EvalRows:
         """The distinct relevant items of a row, by time."""
         return list(dict.fromkeys(map(str, self.item_tokens[self.relevant[row]])))
 
-    def records(self) -> Iterator[dict[str, object]]:
+    def records(self) -> Iterator[dict[str, Any]]:
         """One JSON-able record a row, by tokens, in file order; ``targets`` in place of ``target`` where P > 1."""
         for row in range(len(self)):
             candidates = None if self.candidates is None else self.item_tokens[self.candidates[row]].tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,10 @@ from recbole_llm.errors import UserError
 POSITION = "event_position"  # 0-based place of an interaction's target among its user's events, by time
 
 
-class ProtocolDataset:
+_Dataset: Any = object  # to a type checker a mixin has whatever the class has that it is mixed into
+
+
+class ProtocolDataset(_Dataset):
     """Mixed in before a RecBole data set class: sorts in full precision and obeys the split and the training users.
 
     RecBole turns times into float32 before it sorts, which moves leave-one-out targets (unix times keep about
@@ -30,6 +34,7 @@ class ProtocolDataset:
     internal ids all the same.
     """
 
+    inter_feat: Any  # a DataFrame until RecBole makes it an Interaction
     follow: SplitTable | None = None  # the split that a non-sequential data set obeys
     only_users: np.ndarray | None = None  # training users beside whom none is kept
     _parts: list[Dataset] | None = None

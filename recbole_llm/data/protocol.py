@@ -49,7 +49,7 @@ class Protocol:
     def training_sequences(self) -> dict[int, np.ndarray]:
         """Training items of each training user, in order of time."""
         users = np.flatnonzero(self.train_ends > 1) if self.train_users is None else self.train_users
-        return {int(u): self.events.items_of(u)[: self.train_ends[u]] for u in users}
+        return {int(u): self.events.items_of(int(u))[: self.train_ends[u]] for u in users}
 
 
 def prepare_data(config: Config, users: np.ndarray | None = None) -> Protocol:

@@ -57,8 +57,8 @@ class Place:
     history: tuple[int, ...]
     rng: np.random.Generator
     free: np.ndarray
-    scores: np.ndarray | None = None
-    hard: np.ndarray | None = None
+    scores: np.ndarray = None  # type: ignore[assignment]  # both are there where their strategy is asked for
+    hard: np.ndarray = None  # type: ignore[assignment]
 
 
 class RejectedItems:
@@ -160,6 +160,7 @@ class RejectedItems:
             return place.rng.permutation(self.events.disliked(place.user, int(self.train_ends[place.user])))
         if strategy == "semantic":
             vectors = self.sources.vectors
+            assert vectors is not None  # whoever asks for a strategy gives its source
             return self._from_top(vectors[place.free] @ vectors[list(place.history)].mean(0), place)
         if strategy == "from_model":
             return self._from_top(place.scores[place.free], place)
@@ -176,6 +177,7 @@ class RejectedItems:
         """Every trained position of some windows, with what the strategies need to know of it."""
         places = [self._place(w, t, numbers) for w in windows for t in w.targets]
         if "from_model" in self.strategies:
+            assert self.sources.recommend is not None
             scores = self.sources.recommend([p.history for p in places])
             places = [replace(p, scores=s) for p, s in zip(places, scores, strict=True)]
         if "self_hard" in self.strategies:
@@ -194,6 +196,7 @@ class RejectedItems:
         pools = [p.rng.choice(p.free, min(self.pool, len(p.free)), replace=False) for p in places]
         drawn = iter(pools)
         asked = [replace(w, also=(), rejected=tuple(tuple(map(int, next(drawn))) for _ in w.targets)) for w in windows]
+        assert self.sources.policy is not None
         logps = (np.array(target[1:]) for window in self.sources.policy(asked) for target in window)
         for pool, found in zip(pools, logps, strict=True):
             yield pool[np.argsort(-found, kind="stable")]

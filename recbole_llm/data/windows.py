@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -32,9 +32,10 @@ def training_windows(
         most_tokens: tokens of a prompt with its answer at most; oldest items go first.
         chosen: items chosen for each position, the target and those after it; positions with fewer are left out.
     """
-    windows, longest = [], max(map(len, prompt.answers))
-    for user, all_items in sequences.items():
-        all_items = tuple(int(i) for i in all_items)
+    windows: list[Window] = []
+    longest = max(map(len, prompt.answers))
+    for user, sequence in sequences.items():
+        all_items = tuple(int(i) for i in sequence)
         items = all_items[: max(0, len(all_items) - chosen + 1)]
         first = max(1, len(items) - last) if last else 1
         if prompt.every_position:
@@ -49,12 +50,12 @@ def training_windows(
 
 def _stretches(
     user: int,
-    items: Sequence[int],
+    items: tuple[int, ...],
     first: int,
     history: int,
     prompt: Prompt | PairPrompt,
     room: int,
-    all_items: Sequence[int],
+    all_items: tuple[int, ...],
     chosen: int,
 ) -> list[Window]:
     windows, end = [], len(items) - 1

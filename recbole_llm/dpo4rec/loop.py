@@ -54,7 +54,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         super().start(protocol, run_folder)
         self.run_folder = run_folder
         self.places = draw_places(self.config, protocol)
-        self.work = Work(self.config, protocol, self.places) if self.model.reads else None
+        # None where the model reads no texts; only where it does is it asked for anything.
+        self.work: Any = Work(self.config, protocol, self.places) if self.model.reads else None
         keys = ("recommender_model", "knowledge", "llm", "endpoint", "text_encoder", "alignment")
         self.facts: dict[str, Any] = {key: self.config[key] for key in keys}
         if self.work and self.work.reasoner:
@@ -219,7 +220,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self.saved_model_file = str(folder / "recommender.pth")
         self.start_epoch = self.cur_step = 0
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
-        self.train_loss_dict = {}
+        self.train_loss_dict: dict[int, float] = {}
         self.optimizer = self._build_optimizer()
 
     def _take(self, folder: Path) -> None:

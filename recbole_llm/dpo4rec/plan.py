@@ -94,7 +94,7 @@ def _llm_work(config: LLMConfig, work: Work, rounds: int, probe: bool) -> list[d
             "steps": epochs * steps,
             "passes": len(batches_by_budget(sizes, config["token_budget"])),
             "tokens": sum(sizes),
-            "seconds": epochs * _training(work.reasoner, judged, most, config) if probe else None,
+            "seconds": epochs * _training(work.reasoner, judged, most, config) if probe and work.reasoner else None,
         }
     )
     return parts
@@ -106,9 +106,10 @@ def _writing(
     together = prompts_together(config["generation_batch"], sampling)
     batches = ceil(len(asked) / together)
     seconds = None
-    if probe and work.reasoner:
+    reasoner = work.reasoner
+    if probe and reasoner:
         middle = sorted(asked, key=lambda one: len(one.prompt))[len(asked) // 2 :][:together]
-        seconds = rounds * batches * _second(work.reasoner, lambda: work.reasoner.write(middle, sampling, 0))
+        seconds = rounds * batches * _second(reasoner, lambda: reasoner.write(middle, sampling, 0))
     return {
         "name": name,
         "rounds": rounds,

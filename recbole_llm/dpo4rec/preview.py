@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
@@ -70,7 +71,7 @@ def _shown(trainer: DPO4RecTrainer, judged: Judged, row: int, user: str) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _told(work: Work, history: Sequence[int], user: str) -> list[str]:
+def _told(work: Work, history: np.ndarray, user: str) -> list[str]:
     """How much of a user's history the prompt holds."""
     known, most, told = len(history), work.question.most, len(work.question.history(history))
     tokens = f", {len(work.question.tokens(history))} tokens" if work.reasoner else ""
@@ -81,7 +82,7 @@ def _told(work: Work, history: Sequence[int], user: str) -> list[str]:
     ]
 
 
-def _prompt(work: Work, history: Sequence[int]) -> str:
+def _prompt(work: Work, history: np.ndarray) -> str:
     """As the LLM reads it; a server adds a chat template of its own."""
     if not work.reasoner:
         return work.question.text(history)

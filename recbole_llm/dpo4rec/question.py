@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from recbole.config import Config
 from recbole.data.dataset import Dataset
 
@@ -88,16 +89,16 @@ class Question:
                 f"{self.room} for the history, and one item takes up to {longest}. Lower it, or use another --llm."
             )
 
-    def history(self, items: Sequence[int]) -> Sequence[int]:
+    def history(self, items: Sequence[int] | np.ndarray) -> Sequence[int]:
         """The newest items that are told: ``reasoning_history`` at most, and as many as fit."""
         kept = [int(i) for i in items][-self.most :]
         return kept if self.tokenizer is None else newest([len(self.line_tokens[i]) for i in kept], kept, self.room)
 
-    def text(self, items: Sequence[int]) -> str:
+    def text(self, items: Sequence[int] | np.ndarray) -> str:
         """The question in words, without what a chat template adds."""
         return self.template["question"].replace("{history}", "".join(self.lines[i] for i in self.history(items)))
 
-    def tokens(self, items: Sequence[int]) -> list[int]:
+    def tokens(self, items: Sequence[int] | np.ndarray) -> list[int]:
         """The prompt as our LLM reads it."""
         told = [t for i in self.history(items) for t in self.line_tokens[i]]
         return [*self.prefix, *told, *self.suffix]

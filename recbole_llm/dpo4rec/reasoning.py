@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Asked:
 
     user: str
     known: int
-    prompt: str | list[int]
+    prompt: Any
 
 
 def write_texts(

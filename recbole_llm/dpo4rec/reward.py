@@ -93,7 +93,7 @@ def rewards_of(judge: ReadsTexts, lists: Sequence[RewardList], vectors: Sequence
     """
     found = []
     for one, texts in zip(lists, vectors, strict=True):
-        scores = judge.scores_of_texts([one.history] * len(texts), texts)[:, one.items]
+        scores = judge.scores_of_texts([one.history.tolist()] * len(texts), texts)[:, one.items]
         found.append([reward(row, one.relevant) for row in scores])
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def _encoding_llm(
     device: torch.device, seed: int, llm: str, dtype: str, quantization: str | None, attention: str
 ) -> LLM:
     """The LLM without adapters, beside the one that is aligned."""
-    options = {"dtype": dtype, "quantization": quantization, "attention": attention}
+    options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "attention": attention}
     return load_llm(llm=llm, device=device, finetune="none", fast_linears=False, seed=seed, **options)
 
 

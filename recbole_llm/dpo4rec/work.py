@@ -77,7 +77,7 @@ class Work:
 
     def asked(self, places: Sequence[tuple[int, int]]) -> list[Asked]:
         """The prompt at each place (user, items known)."""
-        make = self.question.tokens if self.reasoner else self.question.text
+        make: Any = self.question.tokens if self.reasoner else self.question.text
         items = self.protocol.events.items_of
         return [Asked(str(self.user_tokens[u]), known, make(items(u)[:known])) for u, known in places]
 
@@ -120,7 +120,9 @@ class Work:
         for pair in judged.pairs:
             texts = judged.texts[pair.row]
             found.append(
-                TextPair(judged.lists[pair.row].user, asked[pair.row].prompt, (texts[pair.best], texts[pair.worst]))
+                TextPair(
+                    judged.lists[pair.row].user, list(asked[pair.row].prompt), (texts[pair.best], texts[pair.worst])
+                )
             )
         return found
 
@@ -148,7 +150,7 @@ def judged_lines(judged: Judged, user_tokens: np.ndarray) -> str:
     for row, (one, texts, rewards) in enumerate(zip(judged.lists, judged.texts, judged.rewards, strict=True)):
         pair = chosen.get(row)
         told = [{"text": t.text, "tokens": t.tokens, **r._asdict()} for t, r in zip(texts, rewards, strict=True)]
-        line = {"user": str(user_tokens[one.user]), "texts": told}
+        line: dict[str, Any] = {"user": str(user_tokens[one.user]), "texts": told}
         line |= {"best": pair.best, "worst": pair.worst} if pair else {}
         lines.append(json.dumps(line, ensure_ascii=False))
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def explain_user(
     also = [] if item is None else [_item_id(run, row, item)]
     history, ranked = run.history(row), run.ranking(row)
     relevant = list(dict.fromkeys(run.rows.relevant[row].tolist()))
-    roles = _roles(int(ranked.items[0]), min(relevant, key=lambda i: ranked.rank([i])), also)
+    roles = _roles(int(ranked.items[0]), min(relevant, key=lambda i: ranked.rank([i]) or math.inf), also)
     shown = _shown(run, row, [*ranked.items[:k].tolist(), *roles])
     titles = _titles(run, row, history, ranked, shown)
     trunk, decode = _prompt_tokens(run, history, shown), run.model.llm.tokenizer.decode
@@ -88,7 +89,8 @@ def _item_id(run: FinishedRun, row: int, item: str) -> int:
 
 def _pair(run: FinishedRun, row: int) -> list[int]:
     """The two items that a pair prompt lists, in its order; empty for other prompts."""
-    return run.rows.candidates[row].tolist() if isinstance(run.model.prompt, PairPrompt) else []
+    candidates = run.rows.candidates
+    return candidates[row].tolist() if isinstance(run.model.prompt, PairPrompt) and candidates is not None else []
 
 
 def _roles(top: int, goal: int, also: Sequence[int]) -> dict[int, str]:

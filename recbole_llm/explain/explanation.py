@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,4 +102,4 @@ class Explanation:
     @property
     def target(self) -> Title:
         """What the user chose; of several the best ranked."""
-        return min((t for t in self.titles if t.is_target), key=lambda title: title.rank)
+        return min((t for t in self.titles if t.is_target), key=lambda title: title.rank or math.inf)

@@ -104,4 +104,5 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _deletion(told: dict[str, Any]) -> Deletion:
-    return Deletion(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in told.items()}
+    return Deletion(**values)

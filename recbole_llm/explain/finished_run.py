@@ -98,7 +98,7 @@ class FinishedRun(ProtocolEvaluation):
         if number > len(users):
             raise UserError(f"--users={number}: the run has {len(users)} test users. Ask for fewer.")
         place = {user: seeded(self.config["candidate_seed"], "explain", user).random() for user in users}
-        return [self.row_of(user) for user in sorted(users, key=place.get)[:number]]
+        return [self.row_of(user) for user in sorted(users, key=place.__getitem__)[:number]]
 
     def history(self, row: int) -> History:
         """The items that the LLM reads, oldest first: the last ``MAX_ITEM_LIST_LENGTH``, or as many as fit."""
@@ -112,7 +112,7 @@ class FinishedRun(ProtocolEvaluation):
         Raises:
             UserError: the table has other rows than the data.
         """
-        line = self.per_user.iloc[row] if len(self.per_user) == len(self.rows) else None
+        line = self.per_user.iloc[row] if self.per_user is not None and len(self.per_user) == len(self.rows) else None
         wanted = (self.user_token(row), " ".join(self.rows.target_tokens(row)))
         if line is None or (line["user"], line["target"]) != wanted:
             file = self.folder / "per_user.csv.gz"
@@ -223,6 +223,7 @@ class FinishedRun(ProtocolEvaluation):
         llm = self.model.llm
         try:
             if self.reference_name == "SFT":
+                assert self.sft_folder is not None  # see lacks_reference
                 load_adapter(llm, self.sft_folder)
             else:
                 set_adapter_state(llm, self._untrained)

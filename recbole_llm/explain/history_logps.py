@@ -86,7 +86,8 @@ def history_tree(prompt: Prompt | PairPrompt, histories: Sequence[History], aske
     Returns:
         A tree whose completions are single tokens: history after history, answer after answer, token after token.
     """
-    tree, path = TreeBuilder(), ()
+    tree = TreeBuilder()
+    path: History = ()
     ends = [tree.chain(-1, prompt.prefix)[-1]]  # the node after so many items of the path
     for history in histories:
         shared = _shared(path, history)

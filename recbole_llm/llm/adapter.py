@@ -109,7 +109,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        sha256.update(flat.view(torch.uint8).numpy())
+        sha256.update(flat.view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recbole_llm.llm.token_tree import TreeBatch
+from recbole_llm.llm.types import CausalLM
 
 BLOCK = 128  # nodes of a block at most: fewer spend less on pairs that do not see each other, and more on calls
 FLEX_BLOCK = 128  # FlexAttention's own block of queries and keys; rows are padded to multiples of it
@@ -45,7 +46,7 @@ class Attend(Protocol):
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -71,7 +72,7 @@ for _name in NAMES.values():
     AttentionInterface.register(_name, _attention)
 
 
-def attention_inputs(batch: TreeBatch, model: torch.nn.Module) -> dict[str, Any]:
+def attention_inputs(batch: TreeBatch, model: CausalLM) -> dict[str, Any]:
     """What a decoder takes, besides the tokens, to attend as the trees say."""
     kind = model.config._attn_implementation
     if kind == NAMES["blocks"]:
@@ -157,7 +158,7 @@ class Flex:
         if group & (group - 1):  # FlexAttention shares keys among a power of two of heads alone
             key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
             group = 1
-        kernel = _compiled_flex() if query.device.type == "cuda" else flex_attention
+        kernel: Any = _compiled_flex() if query.device.type == "cuda" else flex_attention
         found = kernel(query, key, value, block_mask=self.mask, scale=scale, enable_gqa=group > 1)
         return found.transpose(1, 2)
 

@@ -37,7 +37,7 @@ def choose_attention(model: PreTrainedModel, attention: str, llm: str, trained: 
     tried = [attention] if attention != "auto" else [*fast, "sdpa", "eager"]
     prompt, titles = _material(model.get_input_embeddings().num_embeddings)
     expected = _one_at_a_time(model, prompt, titles)
-    wrong = []
+    wrong: list[str] = []
     for kind in tried:
         told = _lacks(model, kind, trained) or _error_of(model, kind, prompt, titles, expected)
         if told is None:

@@ -22,11 +22,12 @@ from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 from recbole_llm.llm.hub_access import hub_answers
 from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.tiny import tiny_llm
+from recbole_llm.llm.types import CausalLM
 
 
 def load_base(
     llm: str, device: torch.device, dtype: torch.dtype, quantization: str | None
-) -> tuple[torch.nn.Module, Any, str]:
+) -> tuple[CausalLM, Any, str]:
     """Model, tokenizer and revision, as ``load_llm`` takes its arguments.
 
     Raises:
@@ -96,7 +97,7 @@ def check_causal(llm: str, config: Any) -> None:
         )
 
 
-def load_tokenizer(llm: str, where: Path | str, model: torch.nn.Module, offline: bool = False) -> Any:
+def load_tokenizer(llm: str, where: Path | str, model: CausalLM, offline: bool = False) -> Any:
     """A fast tokenizer with end-of-text and padding tokens, whose tokens the model has; ``UserError`` otherwise."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     if not tokenizer.is_fast:
@@ -111,7 +112,7 @@ def load_tokenizer(llm: str, where: Path | str, model: torch.nn.Module, offline:
     return tokenizer
 
 
-def context_of(model: torch.nn.Module, tokenizer: Any) -> int:
+def context_of(model: CausalLM, tokenizer: Any) -> int:
     """The most tokens in a sequence: positions, or the sliding window where there is one."""
     config = model.config.get_text_config()
     keys = ("max_position_embeddings", "sliding_window", "attention_chunk_size")

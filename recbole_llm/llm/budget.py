@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -62,7 +62,7 @@ class TokenBudget:
             )
 
 
-def in_halves(rows: Sequence[Any], work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
+def in_halves(rows: Any, work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
     """``work`` on all rows; where memory does not suffice, on each half of them, and so on. Yields rows and result.
 
     Raises:

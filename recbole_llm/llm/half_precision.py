@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from recbole_llm.llm.types import CausalLM
 
-def keep_half_inputs(model: torch.nn.Module) -> None:
+
+def keep_half_inputs(model: CausalLM) -> None:
     """Have peft leave the inputs of adapters in half precision; what runs the model must then use ``autocast``.
 
     Nothing is done but for a GPU and weights in half precision.
@@ -22,11 +24,11 @@ def keep_half_inputs(model: torch.nn.Module) -> None:
                 module.cast_input_dtype_enabled = False
 
 
-def autocast(model: torch.nn.Module) -> torch.autocast:
+def autocast(model: CausalLM) -> torch.autocast:
     """The context in which a model that ``keep_half_inputs`` prepared is run; for all others it does nothing."""
     return torch.autocast("cuda", model.dtype if _suits(model) else torch.bfloat16, enabled=_suits(model))
 
 
-def _suits(model: torch.nn.Module) -> bool:
+def _suits(model: CausalLM) -> bool:
     half = model.dtype in (torch.bfloat16, torch.float16)
     return half and hasattr(model, "peft_config") and next(model.parameters()).device.type == "cuda"

@@ -21,6 +21,7 @@ from recbole_llm.llm.base import (
 from recbole_llm.llm.fast_linears import DEFAULT
 from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.pretrained import LLM, add_lora, dtype_of
+from recbole_llm.llm.types import CausalLM
 
 
 def hollow_llm(config: Config) -> tuple[LLM, bool]:
@@ -41,7 +42,7 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
         base.config.use_cache = False
         base.requires_grad_(config["finetune"] == "full")
         context = context_of(base, tokenizer)
-        model: torch.nn.Module = base
+        model: CausalLM = base
         if config["finetune"] == "lora":
             options = {key: config[f"lora_{key}"] for key in ("alpha", "dropout")}
             lora = {"r": config["lora_r"], **{f"lora_{key}": value for key, value in options.items()}}
@@ -51,7 +52,7 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
     return LLM(model.eval(), tokenizer, name, revision, context, dtype, "meta", kernels), has_weights
 
 
-def _hollow_base(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, object, str, bool]:
+def _hollow_base(name: str, dtype: torch.dtype) -> tuple[CausalLM, object, str, bool]:
     """Model, tokenizer, revision, and whether the weights are there."""
     if name == "tiny":
         model, tokenizer, revision = load_base(name, torch.device("cpu"), dtype, None)

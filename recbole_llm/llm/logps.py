@@ -14,6 +14,7 @@ from recbole_llm.llm.attention import FLEX_BLOCK, NAMES, attention_inputs
 from recbole_llm.llm.fast_linears import OneDNNLinear, onednn_linear
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.token_tree import TokenTree, batch_trees, batches_by_budget
+from recbole_llm.llm.types import CausalLM
 
 TARGETS_AT_ONCE = 8192  # the root of a large catalogue has tens of thousands: their embeddings would be GBs
 
@@ -26,18 +27,18 @@ def head_rows_at_once(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 512
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: CausalLM) -> CausalLM:
     """The transformers model itself, without peft's wrapper where it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def decoder_and_head(model: CausalLM) -> tuple[CausalLM, nn.Linear]:
     """The transformer body and the LM head of a transformers causal LM, LoRA-wrapped or not."""
     base = base_model(model)
     return getattr(base, base.base_model_prefix), base.get_output_embeddings()
 
 
-def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budget: int) -> list[torch.Tensor]:
+def completion_logps(model: CausalLM, trees: Sequence[TokenTree], *, token_budget: int) -> list[torch.Tensor]:
     """Log-probability of each completion of each tree.
 
     Args:
@@ -48,7 +49,7 @@ def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budg
     Returns:
         For each tree ``[n_completions]``, nats, float32, differentiable.
     """
-    found: list[torch.Tensor | None] = [None] * len(trees)
+    found = [torch.empty(0)] * len(trees)
     for group in batches_by_budget([tree.fed for tree in trees], token_budget):
         logps = batch_logps(model, [trees[i] for i in group])
         for index, part in zip(group, logps.split([trees[i].n_completions for i in group]), strict=True):
@@ -56,7 +57,7 @@ def completion_logps(model: nn.Module, trees: Sequence[TokenTree], *, token_budg
     return found
 
 
-def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
+def batch_logps(model: CausalLM, trees: Sequence[TokenTree]) -> torch.Tensor:
     """Log-probability of all completions of trees that fit one forward pass ``[sum of n_completions]``, nats."""
     decoder, head = decoder_and_head(model)
     multiple = FLEX_BLOCK if model.config._attn_implementation == NAMES["flex"] else 1
@@ -73,7 +74,7 @@ def batch_logps(model: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
 
 
 def token_logps(
-    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, config: Any
+    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Linear, config: Any
 ) -> torch.Tensor:
     """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits, nor of targets' embeddings."""
     cap = getattr(config, "final_logit_softcapping", None)
@@ -97,7 +98,7 @@ def token_logps(
 
 
 def _chunk_logps(
-    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Module, cap: float | None
+    hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Linear, cap: float | None
 ) -> torch.Tensor:
     logits = head(hidden).float()
     logits = logits if cap is None else cap * torch.tanh(logits / cap)

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -86,7 +86,9 @@ def _build(asked: str, folder: Path, source: dict, fill: Fill) -> None:
         made.mkdir(parents=True)
         start = time.monotonic()
         fill(work, made)
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(made.iterdir())}
+        files: dict[str, dict[str, Any]] = {
+            f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(made.iterdir())
+        }
         about = json.dumps({**source, "files": files}, indent=2)
         (made / "SOURCE.json").write_text(about + "\n", encoding="utf-8")
         if folder.exists():

@@ -20,6 +20,7 @@ from recbole_llm.llm.base import context_of, explained_load, load_base
 from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.half_precision import keep_half_inputs
 from recbole_llm.llm.sharded import shard
+from recbole_llm.llm.types import CausalLM
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -33,7 +34,7 @@ CHOICES = {
 class LLM:
     """A causal LM and what a result has to say about it."""
 
-    model: torch.nn.Module  # a PreTrainedModel, or the PeftModel around it when `finetune` is `lora`
+    model: CausalLM  # a PreTrainedModel, or the PeftModel around it when `finetune` is `lora`
     tokenizer: Any  # a fast one, with an end-of-text and a padding token
     name: str  # as the user gave it
     revision: str  # SHA-256 over samples of the base weights' files; over the weights for `tiny`
@@ -125,7 +126,7 @@ def dtype_of(dtype: str, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-def add_lora(model: torch.nn.Module, options: dict[str, Any]) -> PeftModel:
+def add_lora(model: CausalLM, options: dict[str, Any]) -> PeftModel:
     """LoRA adapters over a model, by peft's ``LoraConfig``; ``UserError`` names layers that are not there."""
     try:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))

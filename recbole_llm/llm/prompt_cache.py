@@ -152,7 +152,7 @@ class BelowPrompts:
         length = prompts.length[users]
         within = torch.arange(int(length.max())) < length[:, None]
         self.in_prompt = None if within.all() else within[:, None].to(device)
-        self._masks: tuple[Tensor | None, Tensor] | None = None
+        self._masks: tuple[Tensor | None, Tensor | None] | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         _, heads, size, width = query.shape

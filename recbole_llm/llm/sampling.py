@@ -19,6 +19,7 @@ from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.logps import base_model, decoder_and_head
 from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import CausalLM
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
     return [written[i : i + sampling.number] for i in range(0, len(written), sampling.number)]
 
 
-def _prompt_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+def _prompt_cache(model: CausalLM, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
     """Keys and values of all tokens but the last, which ``generate`` feeds; None where there are none."""
     if ids.shape[1] < 2:
         return None
@@ -109,7 +110,7 @@ def _prompt_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor)
     return cache
 
 
-def _cache_key(model: torch.nn.Module) -> str:
+def _cache_key(model: CausalLM) -> str:
     """What transformers calls a cache: ``cache`` from 5.24 on, ``past_key_values`` before."""
     return "cache" if "cache" in signature(base_model(model).forward).parameters else "past_key_values"
 
@@ -131,7 +132,7 @@ def _read(tokenizer: Any, ids: list[int]) -> Written:
 
 
 @contextmanager
-def plain_attention(model: torch.nn.Module) -> Iterator[None]:
+def plain_attention(model: CausalLM) -> Iterator[None]:
     """Our back ends take no padding mask: inside, where one of them is used, attention is transformers' SDPA."""
     base = base_model(model)
     before = base.config._attn_implementation

@@ -140,8 +140,8 @@ def title_trie(answers: Sequence[Sequence[int]]) -> TitleTrie:
             depth.append(len(path))
             path.append(len(token) - 1)
         last_node[item], before = path[-1], answer
-    arrays = [np.array(x, dtype=np.int64) for x in (token, parent, depth)]
-    return TitleTrie(*arrays, _subtree_ends(arrays[1], arrays[2]), last_node)
+    tokens, parents, depths = (np.array(x, dtype=np.int64) for x in (token, parent, depth))
+    return TitleTrie(tokens, parents, depths, _subtree_ends(parents, depths), last_node)
 
 
 def _subtree_ends(parent: np.ndarray, depth: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -106,14 +107,14 @@ class TreeBuilder:
             raise ValueError("the root cannot be scored: nothing comes before it")
         end, parents = list(range(1, len(self._token) + 1)), self._parent
         for node in range(len(end) - 1, 0, -1):
-            parent = parents[node]
-            if end[node] > end[parent]:
-                end[parent] = end[node]
-        as_tensor = [
+            above = parents[node]
+            if end[node] > end[above]:
+                end[above] = end[node]
+        token, parent, depth, subtree_end, scored, completion = (
             torch.tensor(x, dtype=torch.long)
             for x in (self._token, self._parent, self._depth, end, self._scored, self._completion)
-        ]
-        return TokenTree(*as_tensor, self._n_completions)
+        )
+        return TokenTree(token, parent, depth, subtree_end, scored, completion, self._n_completions)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class TreeBatch:
     def to(self, device: torch.device) -> TreeBatch:
         """The same on another device; a GPU's queue does not wait for the copy."""
         pinned = device.type == "cuda"
-        moved = {
+        moved: dict[str, Any] = {
             name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
             for name, value in self.__dict__.items()
             if isinstance(value, torch.Tensor)

@@ -53,7 +53,7 @@ class DPO4Rec(SequentialRecommender):
         common = {"sides": sides, "dropout": config["adaptor_dropout"]}
         if config["adaptor"] == "experts":
             shared, each = config["shared_experts"], config["own_experts"]
-            self.adaptor = HybridExperts(*sizes, shared=shared, own=each, **common)
+            self.adaptor: nn.Module = HybridExperts(*sizes, shared=shared, own=each, **common)
         else:
             self.adaptor = PlainAdaptor(*sizes, **common)
         self.fuse_user = nn.Linear(width + config["adaptor_width"], width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -196,7 +196,8 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         if self.config["full_ranking"] == "rerank":
             return self._reranked(interaction, histories, hidden).view(-1)
         if self.exact is None:
-            self.exact = ExactRanking(self.config, self.policy, self.prompt)
+            prompt = cast(Prompt, self.prompt)  # checked with the configuration
+            self.exact = ExactRanking(self.config, self.policy, prompt)
         scores = self.exact.rank([self.prompt.fit(h, self.llm.context) for h in histories], hidden)
         return scores.view(-1).to(interaction[self.ITEM_SEQ].device)
 

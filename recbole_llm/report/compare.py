@@ -56,7 +56,7 @@ def compare(
     """
     entries = parse_models(models)
     options, shared = split_options({**(config_dict or {}), **({"dataset": dataset} if dataset else {})})
-    if len(options.datasets or ()) == 1:  # no axis
+    if options.datasets and len(options.datasets) == 1:  # no axis
         dataset, options = options.datasets[0], replace(options, datasets=None)
     against = baselines(entries, options)
     _check_names(entries, options)

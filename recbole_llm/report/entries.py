@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import Check, flag, integer, number, one_of, optional_text, text
@@ -122,7 +122,7 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return Options(**given), rest
+    return Options(**cast(Any, given)), rest
 
 
 def _listed(value: Any) -> list[Any]:

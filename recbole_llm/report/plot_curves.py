@@ -70,8 +70,8 @@ def _places(axes: Axes, users: pd.Series) -> dict[float, float]:
 def users(told: Told, trait: str, looks: Styles, resamples: int) -> Iterator[Plot]:
     """Accuracy of users alike."""
     name, title, label = TRAIT_TEXTS[trait]
-    frames = [(r, m, plot_data.by_trait(r, m, trait, resamples)) for r, m in told]
-    frames = [(r, m, frame) for r, m, frame in frames if frame is not None]
+    found = [(r, m, plot_data.by_trait(r, m, trait, resamples)) for r, m in told]
+    frames = [(r, m, frame) for r, m, frame in found if frame is not None]
     if not frames:
         return
     figure, grid = panels(len(frames), 2.3)

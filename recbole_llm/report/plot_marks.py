@@ -48,7 +48,9 @@ def titles(axes: Axes, title: str, x: str, y: str = "", beside: float = 0.5) -> 
     Args:
         beside: inches that the vertical axis and its labels take.
     """
-    width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols - beside
+    figure: Any = axes.figure
+    place: Any = axes.get_subplotspec()
+    width = figure.get_size_inches()[0] / place.get_gridspec().ncols - beside
     axes.set_title(wrapped(title, int(width / CHARACTER)), loc="left")
     axes.set_xlabel(wrapped(x, int(width / CHARACTER)))
     axes.set_ylabel(y)

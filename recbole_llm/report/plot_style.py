@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", "h", ">")
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
 LINES = ("-", "--", "-.", ":")
 DIM = "0.45"  # of what is no model: borders, whiskers, lines that lead the eye
-LOOK = {
+LOOK: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -112,7 +113,8 @@ def panels(count: int, height: float, columns: int = 2, share: bool = False) -> 
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(COLUMN if columns == 1 else PAGE, rows * height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.07)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.06, h_pad=0.07)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share).ravel().tolist()
     for empty in grid[count:]:
@@ -128,8 +130,8 @@ def legend(figure: Figure, shown: Mapping[str, Style], lines: bool = False, more
         more: handles of what is no model.
     """
     width, height = figure.get_size_inches()
-    handles = [
-        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "none", label=label)
+    handles: list[Any] = [
+        Line2D([], [], color=s.colour, marker=s.marker, linestyle=cast(Any, s.line if lines else "none"), label=label)
         for label, s in shown.items()
     ]
     handles += more
@@ -173,7 +175,8 @@ def short_number(value: float) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``<name>.png`` and ``<name>.pdf``, each whole or not at all; the same figure gives the same bytes."""
-    figure.get_layout_engine().execute(figure)  # once more when it is drawn: a narrower panel has other ticks
+    layout: Any = figure.get_layout_engine()
+    layout.execute(figure)  # once more when it is drawn: a narrower panel has other ticks
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # each font table it drops is told as INFO
     files = []
     without = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}

@@ -79,8 +79,9 @@ class Proposals:
         return {p.key: p.value(draws[p.key]) for p in self.space}
 
     def _draws_of(self, values: Mapping[str, Any]) -> dict[str, float] | None:
-        draws = {p.key: p.drawn(values[p.key]) for p in self.space}
-        return None if None in draws.values() else draws
+        found = {p.key: p.drawn(values[p.key]) for p in self.space}
+        draws = {key: value for key, value in found.items() if value is not None}
+        return draws if len(draws) == len(found) else None
 
     def _untried(self) -> dict[str, float]:
         """Draws of a finite space, at random among those that were not tried."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run_line(file: Path) -> list[str]:
     return [_shown(word) for word in words]
 
 
-def name_of(run: dict[str, Any]) -> str:
+def name_of(run: Mapping[str, Any]) -> str:
     """The model of a ``result.json``, with its loss where an LLM ranks titles."""
     if "loss" not in run:
         return run["model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,10 @@ class Parameter:
 
     def nth(self, place: int) -> float:
         """The draw at a place, where they can be counted."""
-        return place if self.kind == "choice" else self.bounds[0] + place * self.step
+        if self.kind == "choice":
+            return place
+        assert self.step is not None  # else they cannot be counted
+        return self.bounds[0] + place * self.step
 
     def idle(self, config: LLMConfig) -> bool:
         """Whether these settings do not read the key."""
@@ -128,11 +132,11 @@ def parameter(key: str, form: Any) -> Parameter:
     return Parameter(key, kind, tuple(bounds), listed)
 
 
-def _wrong_choices(values: list[Any]) -> str | None:
+def _wrong_choices(values: Sequence[Any]) -> str | None:
     return "names a value twice" if any(value in values[:i] for i, value in enumerate(values)) else None
 
 
-def _wrong_bounds(kind: str, bounds: list[Any]) -> str | None:
+def _wrong_bounds(kind: str, bounds: Sequence[Any]) -> str | None:
     """What is wrong with low, high and step."""
     most = 2 if kind == "log" else 3
     plain = all(isinstance(b, (int, float)) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)

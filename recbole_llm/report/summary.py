@@ -52,7 +52,7 @@ def found(results: Results, tests: pd.DataFrame, against: Sequence[str], options
     """The best model of a setting by its primary metric, and whether it is told apart from the baselines."""
     metric = primary_metric(results, options)
     lines = [line for line in results.finished if metric in line.by_seed]
-    if not lines:
+    if not lines or metric is None:
         return "No run finished." if not results.finished else "The finished runs share no metric of the table."
     if direction(metric) is None:
         return f"{metric_name(metric)} says nothing about which model is best."

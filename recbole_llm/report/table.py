@@ -83,7 +83,7 @@ def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], nu
 def significance_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:
     """Every comparison of the first shown metric that selects models, else of the last shown; None without any."""
     metric = primary_metric(results, options)
-    if tests.empty or metric not in set(tests["metric"]):
+    if metric is None or tests.empty or metric not in set(tests["metric"]):
         return None
     rows = []
     for row in tests[tests["metric"] == metric].to_dict("records"):

@@ -120,6 +120,7 @@ def tune(
     done: list[Trial] = []
     while len(done) < number_of:
         values = proposals.next()
+        assert values is not None  # `number_of` are not more than there are
         done.append(_trial(len(done), model, config, settings, values))
         proposals.tell(done[-1].score)
         told.trial(done, _best(done, bigger))
@@ -136,8 +137,8 @@ def tune(
 
 def _best(trials: Sequence[Trial], bigger: bool) -> Trial | None:
     """The best so far, the earliest of equals."""
-    scored = [trial for trial in trials if trial.score is not None]
-    return min(scored, key=lambda t: (-t.score if bigger else t.score, t.number), default=None)
+    scored = [(-t.score if bigger else t.score, t.number, t) for t in trials if t.score is not None]
+    return min(scored, default=(0, 0, None))[2]
 
 
 def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
@@ -149,8 +150,8 @@ def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], 
     mine = {**settings, **values}
     try:
         config = LLMConfig(model, given["dataset"], None, mine)
-    except ConfigError as error:  # values that are fine alone and wrong together
-        return Trial(number, values, None, 0.0, _in_a_line(error))
+    except ConfigError as wrong:  # values that are fine alone and wrong together
+        return Trial(number, values, None, 0.0, _in_a_line(wrong))
     folder = trial_folder_of(config)
     file = folder.with_name(f"{folder.name}.json")
     if file.is_file():
