@@ -21,8 +21,8 @@ print(*(f'{m.__name__} {m.__version__}' for m in (numpy, pandas, scipy, torch, t
     for run in "-m SASRec" "-m LLMRanker --llm=tiny --loss=DMPO"; do
         # shellcheck disable=SC2086
         (cd "$work" && PYTHONPATH=$root "$root/.venv-bounds/$1/bin/python" -m recbole_llm run $run -d ml-100k --epochs=1 \
-            --few_shot=50 --eval_users=30 --show_progress=False >log 2>&1) || { tail -30 "$work/log"; exit 1; }
-        echo "$1: recbole-llm run $run: $(grep -m 1 '"ndcg@10"' "$work/log" || echo finished)"
+            --few_shot=50 --eval_users=30 --show_progress=False >told.txt 2>&1) || { tail -30 "$work/told.txt"; exit 1; }
+        echo "$1: recbole-llm run $run: $(grep -m 1 '"ndcg@10"' "$work/told.txt" || echo finished)"
     done
     rm -rf "$work"
 }
