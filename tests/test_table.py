@@ -275,11 +275,16 @@ def test_captions_name_only_baselines_that_ran(results: Results) -> None:
     assert "lowered = worse than (b) A." in told and "F_1" not in told
 
 
+def test_tuning_is_said(results: Results) -> None:
+    told = [results_table(results, pd.DataFrame(), ["A"], Options(tune=n), 1).caption for n in (0, 8)]
+    assert "tuned" not in told[0] and "Every line tuned on validation by 8 trials at most." in told[1]
+
+
 def test_a_pair_is_said(tmp_path: Path) -> None:
     run = record(tmp_path, "A", 1, {"ndcg@1": [0.0, 1.0]}, mode="uni1")
     results = Results(Setting("toy", None, False, None), [Line("A", [run], [])])
     told = results_table(results, pd.DataFrame(), ["A"], Options(), 1).caption
-    assert "2 rows, the next item among one other drawn uniformly (frozen" in told
+    assert "2 rows, the next item among one other drawn uniformly from those that the user never met (frozen" in told
 
 
 def test_trained_elsewhere_is_said(tmp_path: Path) -> None:

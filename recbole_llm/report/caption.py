@@ -11,7 +11,11 @@ import pandas as pd
 from recbole_llm.report.entries import Options
 from recbole_llm.report.results import Results, is_harm, metric_name, training_data
 
-DRAWN = {"uni": "drawn uniformly", "pop": "drawn by popularity", "low": "that the user rated low"}
+DRAWN = {
+    "uni": "drawn uniformly from those that the user never met",
+    "pop": "drawn by popularity from those that the user never met",
+    "low": "that the user rated low",
+}
 TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
 
 
@@ -22,6 +26,8 @@ def caption(
     if not results.records:
         return "No run finished."
     parts = [f"{results.title}.", *protocol_sentences(results), _seeds(results)]
+    if options.tune:
+        parts.append(f"Every line tuned on validation by {options.tune} trials at most.")
     if not tests.empty:
         users = _each(
             sorted({n for metric, n in zip(tests["metric"], tests["users"], strict=True) if not is_harm(metric)})
