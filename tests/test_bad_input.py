@@ -300,7 +300,7 @@ def test_folders_that_cannot_be_written(
     (tmp_path / "file").write_text("", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
         told = refused(capsys, argv(toy, model="Pop", checkpoint_dir=folder))
-        assert f"--checkpoint_dir={folder}: cannot write" in told
+        assert "--checkpoint_dir: cannot make " in told and str(folder) in told
         assert "Name a folder that can be written." in told
 
     def denied(*_: Any) -> None:

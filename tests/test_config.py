@@ -21,6 +21,7 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
 from recbole_llm.settings import PROPERTIES, parse_value, read_yaml, read_yamls
+from tests.conftest import write_dataset
 
 COMMAND = '__import__("os").system("touch run")'
 
@@ -128,7 +129,7 @@ def test_every_default_passes_its_own_check(toy: dict[str, Any], model: str) -> 
 
 
 @pytest.mark.parametrize("file", sorted(PROPERTIES.glob("**/*.yaml")), ids=lambda file: file.stem)
-def test_every_properties_file_loads(file: Path) -> None:
+def test_every_properties_file_loads(file: Path, tmp_path: Path) -> None:
     settings = read_yaml(str(file))
     kind = file.parent.name
     if kind == "prompt":
@@ -136,6 +137,8 @@ def test_every_properties_file_loads(file: Path) -> None:
         load_template(file.stem, PROPERTIES, key)
     elif kind == "compare":
         entries = parse_models(settings.pop("models"))
+        if settings["dataset"] != "ml-100k":  # the only one that comes with RecBole
+            settings["data_path"] = str(write_dataset(tmp_path, name=settings["dataset"]))
         options, shared = split_options(settings)
         assert len(cells(entries, options, shared)) == len(entries) * len(options.seeds or (1,))
     elif file.stem == "comparison":

@@ -300,8 +300,10 @@ def test_targets_are_whole_whatever_the_context(data: st.DataObject) -> None:
         {1: np.array(items)}, prompt, history=history, last=0, most_tokens=context, chosen=chosen
     )
     for window in windows:
-        others = st.lists(st.integers(1, len(texts) - 1).filter(lambda i: i != longest), min_size=1, max_size=1)
+        targets = {window.items[t] for t in window.targets}  # no rejected item is one of them
+        others = st.sampled_from([i for i in range(1, len(texts)) if i not in {longest, *targets}])
         also = () if isinstance(prompt, PairPrompt) else window.also
-        window = replace(window, rejected=tuple((longest, *data.draw(others)) for _ in window.targets), also=also)
+        hardest = () if longest in targets else (longest,)
+        window = replace(window, rejected=tuple((*hardest, data.draw(others)) for _ in window.targets), also=also)
         assert all(t >= 1 for t in window.targets)
         check_tree(prompt, window, context)

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from recbole_llm import catalogue, cli, memory, topk_search
+from recbole_llm import catalogue, cli, llm_trainer, memory, topk_search
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window, load_template
@@ -121,6 +121,10 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen[-1] = (seen[-1][0], len(hidden))
         return edges(model, hidden, *args)
 
+    # The guards of a stage score one short window a few times; the plan leaves that out, and says so.
+    monkeypatch.setattr(llm_trainer.Standing, "of", lambda *_: None)
+    for guard in ("check_moved", "check_saved"):
+        monkeypatch.setattr(llm_trainer, guard, lambda *_: None)
     states, edges = prompt_cache.hidden_states, catalogue.edge_logps
     for module in (prompt_cache, catalogue):
         monkeypatch.setattr(module, "hidden_states", below)

@@ -32,7 +32,7 @@ def test_greedy_is_the_likeliest_token_each_time(llm: LLM, prompts: list[list[in
     found = sample_texts(llm, prompts, Sampling(1, 15), 0)
     alone = SimpleNamespace(llm=llm, policy=llm.model)
     for prompt, (written,) in zip(prompts, found, strict=True):
-        assert written.text == greedy_text(alone, prompt, 15, "")
+        assert written.text == greedy_text(alone, prompt, 15, "", 2048)
         assert written.tokens == 15 or written.ended
 
 
