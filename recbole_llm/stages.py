@@ -41,9 +41,7 @@ RERANK_KEYS = (
     "full_ranking",
     "recommender_config",
 )
-
-
-# What says how a trained model is asked. Where validation selects epochs, only those of the last line change nothing.
+# What says how a trained model is asked: with epochs that validation selects, ASKS says what is trained, too.
 ASKS = {*SELECTION_KEYS, *RERANK_KEYS} - {"recommender_config"}
 ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", "eval_config", "look_alikes"}
 ASKS_TEST |= {"eval_args", "test_neg_sample_args"}  # both say how validation asks too; its rows have a digest
@@ -164,8 +162,7 @@ def base_hash(llm: LLM, texts: list[str]) -> str:
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     settings = {key: config[key] for key in (*SFT_KEYS, *_sometimes(config, protocol))}
-    # How the test asks changes nothing here; how validation asks is in the digest of its rows.
-    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
+    settings["eval_args"] = _split(config)
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
@@ -177,11 +174,16 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     """``<checkpoint_dir>/stages/<loss>-<hash>`` of all settings but those that say how the trained model is asked."""
     left_out = NOT_IN_HASH | ASKS_TEST | (set() if config["eval_step"] else ASKS)
     settings = {key: value for key, value in config.final_config_dict.items() if key not in left_out}
-    settings["eval_args"] = {key: value for key, value in config["eval_args"].items() if key != "mode"}
+    settings["eval_args"] = _split(config)
     template = load_template(config["prompt"], config.properties)
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
     what = [settings, base, data_hash(config), users, protocol.valid.digest, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"{config['loss']}-{content_hash(what)[:12]}"
+
+
+def _split(config: Config) -> dict[str, Any]:
+    """``eval_args`` without how rows are asked: the test's way trains nothing, validation's is in its rows' digest."""
+    return {key: value for key, value in config["eval_args"].items() if key != "mode"}
 
 
 def _sometimes(config: Config, protocol: Protocol) -> list[str]:
