@@ -16,7 +16,7 @@ from recbole_llm.pair_metrics import PAIR_METRICS
 from recbole_llm.report import frames
 from recbole_llm.report.entries import Entry, Options, parse_models, split_options
 from recbole_llm.report.formats import html_table, latex_file, markdown
-from recbole_llm.report.grid import Cell, Setting, cells
+from recbole_llm.report.grid import Cell, cells
 from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
 from recbole_llm.report.report import report
@@ -24,7 +24,8 @@ from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, comparisons
 from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
-from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
+from recbole_llm.report.tune import Tuned, tuned_frame
+from recbole_llm.report.tune_lines import builds_on, check_tuned_from, tune_all
 from recbole_llm.run_folder import content_hash, write_json, write_text
 from recbole_llm.transfer import eval_config_of
 
@@ -60,6 +61,7 @@ def compare(
         dataset, options = options.datasets[0], replace(options, datasets=None)
     against = baselines(entries, options)
     _check_names(entries, options)
+    check_tuned_from(entries, options)
     _check_out(options)
     grid = cells(entries, options, shared, dataset)
     _check_metrics(grid, options)
@@ -112,48 +114,6 @@ def _metrics_of(config: LLMConfig) -> Iterator[str]:
             yield name
 
 
-def tune_all(
-    grid: Sequence[Cell], options: Options
-) -> tuple[dict[tuple[str, Setting], dict[str, Any]], list[tuple[str, str, Tuned]]]:
-    """With ``tune``: every model's chosen keys on every data set and size, by the first seed; modes share them.
-
-    Returns:
-        (label, setting) -> chosen keys, and the label, data set and trials of each search.
-
-    Raises:
-        ConfigError: search spaces of all models that are wrong, before the first trial.
-    """
-    if not options.tune:
-        return {}, []
-    first: dict[tuple[str, Setting], Cell] = {}
-    for cell in grid:
-        first.setdefault((cell.entry.label, replace(cell.setting, mode=None)), cell)
-    problems: list[str] = []
-    for cell in first.values():
-        try:
-            check_search(cell.entry.model, cell.setting.dataset, cell.settings, options.search)
-        except ConfigError as error:
-            problems += [f"{cell.entry.label}: {p}" for p in error.problems]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    found = {
-        key: tune(cell.entry.model, cell.setting.dataset, cell.settings, options.tune, options.search, key[0])
-        for key, cell in first.items()
-    }
-    chosen = {
-        (cell.entry.label, cell.setting): found[cell.entry.label, replace(cell.setting, mode=None)].settings
-        for cell in grid
-    }
-    names = options.names or {}
-    return chosen, [(names.get(label, label), told_as(first[label, s]), t) for (label, s), t in found.items()]
-
-
-def told_as(cell: Cell) -> str:
-    """Data set and training users of a cell, as the table of chosen values names them."""
-    size = cell.config["few_shot"]
-    return cell.config["dataset"] + ("" if size is None else f", {size} training users")
-
-
 def write_comparison(
     grid: Sequence[Cell],
     records: Sequence[dict[str, Any]],
@@ -178,7 +138,8 @@ def write_comparison(
     if tuned:
         found = tuned_frame(tuned)
         order = ["model", "data set", "chosen", "trials", "failed", "valid metric", "as given", "best"]
-        tables.append(frame_table("tuned", "Chosen values", TUNED, found[order], left=3))
+        told_of = [TUNED, *builds_on(options, [label for label, _, _ in tuned])]
+        tables.append(frame_table("tuned", "Chosen values", " ".join(told_of), found[order], left=3))
         minutes = found[["model", "data set", "trials", "min"]]
         costs.append(
             frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)

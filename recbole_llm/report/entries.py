@@ -52,6 +52,7 @@ class Options:
     cluster: str | None = None
     tune: int = 0
     search: str | None = None
+    tuned_from: dict[str, str] | None = None
 
 
 # Keys of a comparison as typed, where they are not the attributes' names.
@@ -93,6 +94,10 @@ CHECKS: dict[str, Check] = {
     "search": optional_text,
     "out": optional_text,
 }
+LABEL_TABLES = {
+    "names": "{'LLMRanker[loss=DMPO]': 'DMPO'}",
+    "tuned_from": "{'LLMRanker[loss=DMPO]': 'LLMRanker'}",
+}
 LISTS = ("datasets", "few_shots", "modes", "seeds", "baseline", "table_metrics")
 
 
@@ -113,9 +118,10 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
         told = CHECKS[name](value) if name in CHECKS else None
         problems += [f"--{key}={settings[key]!r}: {told}."] if told else []
         given[name] = value
-    names = given.get("names") or {}
-    if not isinstance(names, dict) or not all(isinstance(v, str) and v for v in names.values()):
-        problems.append(f"--names={names!r}: must be a table of labels, as in {{'LLMRanker[loss=DMPO]': 'DMPO'}}.")
+    for key, example in LABEL_TABLES.items():
+        table = given.get(key) or {}
+        if not isinstance(table, dict) or not all(isinstance(v, str) and v for v in table.values()):
+            problems.append(f"--{key}={table!r}: must be a table of labels, as in {example}.")
     try:
         given["per_model"] = per_model_settings(given.get("per_model"))
     except ConfigError as error:

@@ -1,0 +1,132 @@
+"""The searches of a comparison: one of each line on every data set and size, those that others build on first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from recbole_llm.errors import ConfigError
+from recbole_llm.report.entries import Entry, Options
+from recbole_llm.report.grid import Cell, Setting
+from recbole_llm.report.tune import Tuned, check_search, tune
+
+Key = tuple[str, Setting]  # label of a line, and its setting without the mode, since modes share a search
+
+
+def tune_all(
+    grid: Sequence[Cell], options: Options
+) -> tuple[dict[tuple[str, Setting], dict[str, Any]], list[tuple[str, str, Tuned]]]:
+    """With ``tune``: every line's chosen keys on every data set and size, by the first seed; modes share them.
+
+    A line that ``tuned_from`` sends to another takes that line's chosen values as given, where it has none of its own,
+    and is searched over what is left open.
+
+    Returns:
+        (label, setting) -> chosen keys, and the label, data set and trials of each search.
+
+    Raises:
+        ConfigError: search spaces of all lines that are wrong, before the first trial.
+    """
+    if not options.tune:
+        return {}, []
+    first: dict[Key, Cell] = {}
+    for cell in grid:
+        first.setdefault(_key(cell), cell)
+    sources = options.tuned_from or {}
+    base = {key: (sources[key[0]], key[1]) for key in first if key[0] in sources}
+    order = _bases_first(first, base)
+    _check_searches(first, base, order, options)
+    found: dict[Key, Tuned] = {}
+    chosen: dict[Key, dict[str, Any]] = {}
+    for key in order:
+        cell = first[key]
+        taken = _taken(chosen[base[key]], cell) if key in base else {}
+        asked = cell.settings | taken
+        found[key] = tune(cell.entry.model, cell.setting.dataset, asked, options.tune, options.search, key[0])
+        chosen[key] = taken | found[key].settings
+    names = options.names or {}
+    told = [(names.get(key[0], key[0]), told_as(first[key]), found[key]) for key in first]
+    return {(cell.entry.label, cell.setting): chosen[_key(cell)] for cell in grid}, told
+
+
+def _key(cell: Cell) -> Key:
+    return cell.entry.label, replace(cell.setting, mode=None)
+
+
+def _taken(values: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """Of another line's values those that this line does not state itself."""
+    return {key: value for key, value in values.items() if key not in cell.settings}
+
+
+def _bases_first(keys: Iterable[Key], base: dict[Key, Key]) -> list[Key]:
+    """In the order of the lines, but each after the one that it builds on; ``check_tuned_from`` saw to circles."""
+    order: list[Key] = []
+
+    def add(key: Key) -> None:
+        if key in order:
+            return
+        if key in base:
+            add(base[key])
+        order.append(key)
+
+    for key in keys:
+        add(key)
+    return order
+
+
+def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequence[Key], options: Options) -> None:
+    """Raises ConfigError for what is wrong with any search; what will be taken is stood for by values as given."""
+    problems: list[str] = []
+    given: dict[Key, dict[str, Any]] = {}
+    for key in order:
+        cell = first[key]
+        taken = _taken(given[base[key]], cell) if key in base else {}
+        given[key] = taken
+        try:
+            config, space = check_search(cell.entry.model, cell.setting.dataset, cell.settings | taken, options.search)
+            given[key] = taken | {p.key: config[p.key] for p in space}
+        except ConfigError as error:
+            problems += [f"{cell.entry.label}: {p}" for p in error.problems]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def check_tuned_from(entries: Sequence[Entry], options: Options) -> None:
+    """Raises ConfigError for a line that builds on none, on one of another model, or on itself in the end.
+
+    What is said of lines that are not asked for is passed over: a file's table may hold more than ``--models``.
+    """
+    model = {entry.label: entry.model for entry in entries}
+    sources, problems = options.tuned_from or {}, []
+    for label in filter(model.__contains__, sources):
+        start = f"--tuned_from: {label}: {sources[label]}"
+        if sources[label] not in model:
+            problems.append(f"{start} is none of --models; name a line of the comparison as it stands there.")
+        elif model[sources[label]] != model[label]:
+            problems.append(f"{start} is another model, whose keys mean something else; name a line of {model[label]}.")
+        elif label in _chain(label, sources):
+            problems.append(f"{start} builds on {label} in turn; leave one of them out.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _chain(label: str, sources: dict[str, str]) -> list[str]:
+    """What a line builds on, and what that builds on, until there is no more or one comes again."""
+    found: list[str] = []
+    while (label := sources.get(label, "")) and label not in found:
+        found.append(label)
+    return found
+
+
+def told_as(cell: Cell) -> str:
+    """Data set and training users of a cell, as the table of chosen values names them."""
+    size = cell.config["few_shot"]
+    return cell.config["dataset"] + ("" if size is None else f", {size} training users")
+
+
+def builds_on(options: Options, shown: Sequence[str]) -> list[str]:
+    """A sentence for every shown line whose search began with the chosen values of another."""
+    names = options.names or {}
+    pairs = [(names.get(a, a), names.get(b, b)) for a, b in (options.tuned_from or {}).items()]
+    return [f"{line} takes the values chosen for {source}." for line, source in pairs if line in shown]

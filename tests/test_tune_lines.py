@@ -1,0 +1,109 @@
+"""Lines of a comparison that start from the values chosen for another line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_llm.errors import ConfigError
+from recbole_llm.report import tune_lines
+from recbole_llm.report.compare import compare
+from recbole_llm.report.tune import Tuned
+from recbole_llm.settings import read_yaml
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[dict[str, Any], Tuned]]:
+    """Label -> what its search was given and what it found, in the order of the searches."""
+    found: dict[str, tuple[dict[str, Any], Tuned]] = {}
+    real = tune_lines.tune
+
+    def tune(model: str, dataset: str | None, settings: dict[str, Any], *rest: Any) -> Tuned:
+        found[rest[-1]] = settings, real(model, dataset, settings, *rest)
+        return found[rest[-1]][1]
+
+    monkeypatch.setattr(tune_lines, "tune", tune)
+    return found
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    return read_yaml(Path(record["run_folder"]) / "config.yaml")
+
+
+def test_a_line_takes_what_was_chosen_for_another(toy: dict[str, Any], searched: dict[str, Any]) -> None:
+    """What it states stays its own, what nothing settles is searched; lines may stand before those they build on."""
+    lines = ["BPR[epochs=2]", "BPR[learning_rate=0.02]", "BPR"]
+    toy |= {"tune": 4, "out": "out", "plots": False, "train_batch_size": 64}
+    del toy["epochs"]
+    toy["per_model"] = {"BPR": {"epochs": 1}}
+    table = {"BPR[epochs=2]": "BPR[learning_rate=0.02]", "BPR[learning_rate=0.02]": "BPR", "Pop[x=1]": "gone"}
+    result = compare(lines, None, {**toy, "tuned_from": table})
+    assert list(searched) == ["BPR", "BPR[learning_rate=0.02]", "BPR[epochs=2]"]
+    chosen = searched["BPR"][1].settings
+    assert set(chosen) == {"learning_rate", "embedding_size", "weight_decay"} and len(searched["BPR"][1].trials) == 4
+    assert searched["BPR[learning_rate=0.02]"][1].space == {}
+    last = searched["BPR[epochs=2]"][1]
+    assert set(last.space) == {"learning_rate"}  # stated, not chosen, by the line before
+    configs = [config_of(record) for record in result["runs"]]
+    assert [c["learning_rate"] for c in configs] == [last.settings["learning_rate"], 0.02, chosen["learning_rate"]]
+    assert {c["embedding_size"] for c in configs} == {chosen["embedding_size"]}
+    assert [c["epochs"] for c in configs] == [2, 1, 1]
+    assert "BPR[epochs=2] takes the values chosen for BPR[learning_rate=0.02]." in result["markdown"]
+    assert "gone" not in result["markdown"]
+
+
+def test_a_loss_takes_its_sft(tiny: dict[str, Any], searched: dict[str, Any], tmp_path: Path) -> None:
+    """So both lines share one SFT stage, and the loss is searched over its own keys alone."""
+    settings = {k: v for k, v in tiny.items() if k not in ("model", "epochs")}
+    settings |= {"eval_step": 0, "lora_r": 8, "score_norm": "sum", "MAX_ITEM_LIST_LENGTH": 5, "rejected_num": 1}
+    space = tmp_path / "LLMRanker.yaml"
+    space.write_text("learning_rate: [0.001, 0.002]\nepochs: [1]\nbeta: {choice: [0.2, 0.3], unless: {loss: SFT}}\n")
+    result = compare(
+        ["LLMRanker", "LLMRanker[loss=DPO]"],
+        None,
+        {
+            **settings,
+            "tune": 3,
+            "search": str(space),
+            "tuned_from": {"LLMRanker[loss=DPO]": "LLMRanker"},
+            "out": str(tmp_path / "out"),
+            "plots": False,
+        },
+    )
+    sft, (asked, dpo) = searched["LLMRanker"][1], searched["LLMRanker[loss=DPO]"]
+    assert set(sft.space) == {"learning_rate", "epochs"} and set(dpo.space) == {"beta"}
+    assert {key: asked[key] for key in sft.settings} == sft.settings
+    first, second = (config_of(record) for record in result["runs"])
+    assert first["learning_rate"] == second["learning_rate"] == sft.settings["learning_rate"]
+    assert second["beta"] == dpo.settings["beta"]
+    stages = [json.loads(f.read_text())["loss"] for f in Path(tiny["checkpoint_dir"]).glob("stages/SFT-*/stage.json")]
+    assert len(stages) == len({t.values["learning_rate"] for t in sft.trials})
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"BPR": "SASRec"}, "--tuned_from: BPR: SASRec is none of --models"),
+        ({"BPR": "Pop"}, "--tuned_from: BPR: Pop is another model, whose keys mean something else; name a line of BPR"),
+        ({"BPR": "BPR"}, "--tuned_from: BPR: BPR builds on BPR in turn"),
+        ({"BPR": "BPR[epochs=2]", "BPR[epochs=2]": "BPR"}, "--tuned_from: BPR: BPR[epochs=2] builds on BPR in turn"),
+        ({"BPR": 3}, "--tuned_from={'BPR': 3}: must be a table of labels, as in {'LLMRanker[loss=DPO]': 'LLMRanker'}"),
+        ("BPR", "--tuned_from='BPR': must be a table of labels"),
+    ],
+)
+def test_what_a_line_cannot_build_on(toy: dict[str, Any], table: Any, told: str) -> None:
+    """Told before any trial."""
+    with pytest.raises(ConfigError) as error:
+        compare(["Pop", "BPR", "BPR[epochs=2]"], None, {**toy, "tune": 2, "tuned_from": table})
+    assert told.replace("loss=DPO]", "loss=DMPO]") in str(error.value)
+    assert not Path(toy["checkpoint_dir"]).exists()
+
+
+def test_without_tune_nothing_is_taken(toy: dict[str, Any]) -> None:
+    result = compare(["BPR", "BPR[epochs=2]"], None, {**toy, "tuned_from": {"BPR[epochs=2]": "BPR"}, "out": "out"})
+    assert "takes the values" not in result["markdown"] and not result["failed"]
