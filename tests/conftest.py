@@ -15,6 +15,7 @@ import recbole_llm  # noqa: F401, I001 - before torch: it sets how torch's threa
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.harm import HARM
+from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.quick_start import trainer_for
 
 ANIMALS = ("cat", "dog", "fox", "owl", "bee", "ant", "elk", "cow", "pig", "hen", "rat", "bat", "cod", "eel", "jay")
@@ -123,6 +124,15 @@ def toy_settings(data_path: Path, saved: Path) -> dict[str, Any]:
 def tiny(toy: dict[str, Any]) -> dict[str, Any]:
     """The same for LLMRanker with the random LLM."""
     return {**toy, "model": "LLMRanker", "llm": "tiny", "train_batch_size": 32}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny LLM as a transformers folder."""
+    model, tokenizer = tiny_llm()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 Event = tuple[str, str, float, float]  # user, item, rating, timestamp

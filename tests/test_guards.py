@@ -167,15 +167,6 @@ def test_the_last_tenth_counts(tmp_path: Path) -> None:
 # ---- base weights, tokenizer, chat template, titles
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The tiny LLM as a transformers folder."""
-    model, tokenizer = tiny_llm()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_another_tokenizer_or_chat_template_is_refused(tmp_path: Path) -> None:
     llm = load_llm(llm="tiny", device=CPU, seed=0)
     adapter.save_adapter(llm, tmp_path)

@@ -30,15 +30,6 @@ def refused(match: str) -> pytest.RaisesExc[UserError]:
     return pytest.raises(UserError, match=match)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The tiny LLM as a transformers folder."""
-    model, tokenizer = tiny_llm()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def logits(llm: LLM) -> torch.Tensor:
     ids = llm.tokenizer("What is next?\n", return_tensors="pt").input_ids
     with torch.no_grad():

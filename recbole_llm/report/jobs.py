@@ -76,15 +76,20 @@ def run_or_error(model: str, dataset: str | None, settings: dict[str, Any]) -> s
     try:
         run_recbole_llm(model, settings.get("dataset", dataset), None, settings)
     except UserError as error:
-        return _in_a_line(error)
+        return in_a_line(error)
     except Exception as error:  # RecBole's models fail in any way; the others still belong in the table
         logging.getLogger().exception(f"{model} failed")
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return in_a_line(error)
     return None
 
 
-def _in_a_line(error: UserError | OSError) -> str:
-    return "; ".join(error.problems) if isinstance(error, ConfigError) else str(error).splitlines()[0]
+def in_a_line(error: Exception) -> str:
+    """What went wrong, short enough for a table; errors that are not ours go by the name of their type."""
+    if isinstance(error, ConfigError):
+        return "; ".join(error.problems)
+    if isinstance(error, UserError):
+        return str(error).splitlines()[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def run_once(folder: Path, model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
@@ -93,7 +98,7 @@ def run_once(folder: Path, model: str, dataset: str | None, settings: dict[str, 
         with only_here(folder):
             return None if _finished(folder) else run_or_error(model, dataset, settings)
     except (UserError, OSError) as error:  # no folder, or none that can be written
-        return _in_a_line(error)
+        return in_a_line(error)
 
 
 def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def run_apart(asked: dict[str, Any]) -> str | None:
     try:
         console = open(make_stage_folder(folder) / "console.log", "ab")
     except (UserError, OSError) as error:
-        return _in_a_line(error)
+        return in_a_line(error)
     with console as log, tempfile.TemporaryDirectory() as between:
         question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
@@ -184,7 +189,7 @@ def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Ite
             try:
                 yield futures[future], future.result()
             except Exception as error:  # a worker that died too often, or a scheduler that went away
-                yield futures[future], " ".join(f"{type(error).__name__}: {error}".split())
+                yield futures[future], in_a_line(error)
 
     with client:
         yield ended()

@@ -16,6 +16,7 @@ import pandas as pd
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.key_checks import integer
+from recbole_llm.report.jobs import in_a_line
 from recbole_llm.report.search_space import Parameter, search_space
 from recbole_llm.run_folder import trial_folder_of, versions, write_json
 from recbole_llm.validation import validate
@@ -151,7 +152,7 @@ def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], 
     try:
         config = LLMConfig(model, given["dataset"], None, mine)
     except ConfigError as wrong:  # values that are fine alone and wrong together
-        return Trial(number, values, None, 0.0, _in_a_line(wrong))
+        return Trial(number, values, None, 0.0, in_a_line(wrong))
     folder = trial_folder_of(config)
     file = folder.with_name(f"{folder.name}.json")
     if file.is_file():
@@ -165,7 +166,7 @@ def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], 
     except Exception as failure:  # RecBole's models fail in any way
         if isinstance(failure, UserError) and isinstance(failure.__cause__, OSError):
             raise
-        error, where = _in_a_line(failure), traceback.format_exc()
+        error, where = in_a_line(failure), traceback.format_exc()
     trial = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
     _keep(file, config, trial, found.get("best_valid_result"), where)
     return trial
@@ -194,13 +195,6 @@ def _keep(file: Path, config: LLMConfig, trial: Trial, result: dict[str, float] 
             f"--checkpoint_dir={config['checkpoint_dir']}: could not write {file} ({error}). Free some space and give "
             "the same command again; finished trials are kept."
         ) from error
-
-
-def _in_a_line(error: Exception) -> str:
-    if isinstance(error, ConfigError):
-        return " ".join(error.problems)
-    told = " ".join(str(error).split())
-    return told if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
 
 
 class _Progress:
