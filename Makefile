@@ -1,9 +1,10 @@
 # The virtual environment is .venv. Another interpreter: make PYTHON=python3.12 run
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-faults test-bounds coverage lint lock audit sbom bench clean
+.PHONY: help run results test test-faults test-bounds coverage lint lock audit sbom bench clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -37,6 +38,10 @@ audit: .venv-release/.ready ## look up known vulnerabilities of what requirement
 sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneDX), from requirements/lock.txt
 	mkdir -p dist
 	.venv-release/bin/cyclonedx-py requirements --output-reproducible --of JSON -o dist/sbom.json requirements/lock.txt
+
+results: .venv/.ready ## the main tables of results/ (hours; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
+	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-games.yaml --data_path=$(DATA) --jobs=$(JOBS) --out=results/few-shot-games
+	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-ml-100k.yaml --jobs=$(JOBS) --out=results/few-shot-ml-100k
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py
