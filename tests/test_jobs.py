@@ -128,6 +128,7 @@ def test_two_labels_may_be_one_run(toy: dict[str, Any]) -> None:
 # Killed
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_killed_three_times(toy: dict[str, Any], tmp_path: Path, case: Callable[..., None]) -> None:
     """kill -9 at random moments, then the same command: byte-equal to a comparison that was left alone."""
