@@ -2,10 +2,10 @@
 
     python experiments/spot_check.py few-shot-games --cells=3 --data_path=<folder that holds amazon-games/>
 
-Reads properties/compare/<name>.yaml and results/<name>/table.json, and what searches chose from the trials in `saved/`
-(--checkpoint_dir). Each cell is trained and tested in a folder of its own, with no stage at hand. Writes spot_check.json
-beside the table: metrics in the table, metrics now. Exit status 1 where one differs by more than --within (0: to the last
-printed digit).
+Reads properties/compare/<name>.yaml and results/<name>/table.json, and what searches chose from the trials in
+`saved/` (--checkpoint_dir). Each cell is trained and tested in a folder of its own, with no stage at hand. Writes
+spot_check.json beside the table: metrics in the table, metrics now. Exit status 1 where one differs by more than
+--within (0: to the last printed digit).
 """
 
 from __future__ import annotations
