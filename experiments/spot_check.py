@@ -55,9 +55,8 @@ def tuned_cells(name: str, settings: dict[str, Any]) -> list[Cell]:
     asked = read_yaml(PROPERTIES / "compare" / f"{name}.yaml") | settings
     entries = parse_models(asked.pop("models"))
     options, shared = split_options(asked)
-    dataset = options.datasets[0] if options.datasets else None
-    chosen, _ = tune_all(cells(entries, options, shared, dataset), options)
-    return cells(entries, options, shared, dataset, chosen)
+    chosen, _ = tune_all(cells(entries, options, shared), options)
+    return cells(entries, options, shared, chosen=chosen)
 
 
 def checked(cell: Cell, kept: dict[str, dict[str, float]]) -> dict[str, Any]:

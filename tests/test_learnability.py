@@ -65,7 +65,7 @@ def test_structure_is_learned(worlds: dict[float, Path], monkeypatch: pytest.Mon
     assert before < 0.5 and after > (0.65 if loss == "MultDPO" else 0.8)
 
 
-@pytest.mark.parametrize("loss", ["DMPO", "RosePO"])  # all losses pass; half a minute each
+@pytest.mark.parametrize("loss", sorted(PREFERENCE_LOSSES))
 def test_noise_is_not(worlds: dict[float, Path], monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     """Random sequences: chance is .1, and three standard errors of 150 users are .073."""
     assert hit(worlds[0.0], monkeypatch, **{"loss": loss, **OWN.get(loss, {}), "preference_epochs": 2}) < 0.1 + 0.08

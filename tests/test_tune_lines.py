@@ -92,7 +92,7 @@ def test_a_loss_takes_its_sft(tiny: dict[str, Any], searched: dict[str, Any], tm
         ({"BPR": "Pop"}, "--tuned_from: BPR: Pop is another model, whose keys mean something else; name a line of BPR"),
         ({"BPR": "BPR"}, "--tuned_from: BPR: BPR builds on BPR in turn"),
         ({"BPR": "BPR[epochs=2]", "BPR[epochs=2]": "BPR"}, "--tuned_from: BPR: BPR[epochs=2] builds on BPR in turn"),
-        ({"BPR": 3}, "--tuned_from={'BPR': 3}: must be a table of labels, as in {'LLMRanker[loss=DPO]': 'LLMRanker'}"),
+        ({"BPR": 3}, "--tuned_from={'BPR': 3}: must be a table of labels, as in {'LLMRanker[loss=DMPO]': 'LLMRanker'}"),
         ("BPR", "--tuned_from='BPR': must be a table of labels"),
     ],
 )
@@ -100,7 +100,7 @@ def test_what_a_line_cannot_build_on(toy: dict[str, Any], table: Any, told: str)
     """Told before any trial."""
     with pytest.raises(ConfigError) as error:
         compare(["Pop", "BPR", "BPR[epochs=2]"], None, {**toy, "tune": 2, "tuned_from": table})
-    assert told.replace("loss=DPO]", "loss=DMPO]") in str(error.value)
+    assert told in str(error.value)
     assert not Path(toy["checkpoint_dir"]).exists()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from typing import Any
 
 from recbole_llm.errors import ConfigError
@@ -35,7 +36,7 @@ def tune_all(
         first.setdefault(_key(cell), cell)
     sources = options.tuned_from or {}
     base = {key: (sources[key[0]], key[1]) for key in first if key[0] in sources}
-    order = _bases_first(first, base)
+    order = list(TopologicalSorter({k: [base[k]] if k in base else [] for k in first}).static_order())
     _check_searches(first, base, order, options)
     found: dict[Key, Tuned] = {}
     chosen: dict[Key, dict[str, Any]] = {}
@@ -57,22 +58,6 @@ def _key(cell: Cell) -> Key:
 def _taken(values: dict[str, Any], cell: Cell) -> dict[str, Any]:
     """Of another line's values those that this line does not state itself."""
     return {key: value for key, value in values.items() if key not in cell.settings}
-
-
-def _bases_first(keys: Iterable[Key], base: dict[Key, Key]) -> list[Key]:
-    """In the order of the lines, but each after the one that it builds on; ``check_tuned_from`` saw to circles."""
-    order: list[Key] = []
-
-    def add(key: Key) -> None:
-        if key in order:
-            return
-        if key in base:
-            add(base[key])
-        order.append(key)
-
-    for key in keys:
-        add(key)
-    return order
 
 
 def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequence[Key], options: Options) -> None:
