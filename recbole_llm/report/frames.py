@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,10 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
 
 
 def spreadsheet_csv(frame: pd.DataFrame) -> str:
-    """CSV in which a spreadsheet finds no formula: a text that begins like one gets an apostrophe; numbers stay."""
+    """CSV in which a spreadsheet finds no formula: a text that begins like one gets an apostrophe; numbers stay.
+
+    Texts are quoted, all of them: a bare carriage return that is not would begin a row, and there another formula.
+    """
 
     def guarded(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
@@ -60,7 +64,7 @@ def spreadsheet_csv(frame: pd.DataFrame) -> str:
     def guarded_column(column: pd.Series) -> pd.Series:
         return pd.Series([*map(guarded, column)], column.index, column.dtype)
 
-    return frame.rename(columns=guarded).apply(guarded_column).to_csv(index=False)
+    return frame.rename(columns=guarded).apply(guarded_column).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def intervals(results: Results, resamples: int, metrics: Sequence[str] | None = None) -> pd.DataFrame:
