@@ -247,7 +247,7 @@ def is_number(text: str) -> bool:
 def test_any_cell(values: list[Any]) -> None:
     """Numbers are what they were without the guard; texts lose nothing but get an apostrophe where they need it."""
     frame = pd.DataFrame({"a": pd.Series(values, dtype=object)})
-    # With a terminator of both characters, for else pandas leaves a bare carriage return unquoted: it would end the row.
+    # With both characters as terminator: else pandas leaves a bare carriage return unquoted, and it would end the row.
     plain = list(csv.reader(io.StringIO(frame.to_csv(index=False, lineterminator="\r\n"), newline="")))[1:]
     found = list(csv.reader(io.StringIO(frames.spreadsheet_csv(frame), newline="")))[1:]
     for value, before, after in zip(values, plain, found, strict=True):
