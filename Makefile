@@ -40,6 +40,7 @@ sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneD
 	.venv-release/bin/cyclonedx-py requirements --output-reproducible --of JSON -o dist/sbom.json requirements/lock.txt
 
 results: .venv/.ready ## the main tables of results/ (hours; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
+	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
 	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-games.yaml --data_path=$(DATA) --jobs=$(JOBS) --out=results/few-shot-games
 	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-ml-100k.yaml --jobs=$(JOBS) --out=results/few-shot-ml-100k
 

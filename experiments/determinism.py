@@ -158,8 +158,8 @@ def cache_that_chose_onednn() -> None:
 # ---- what is kept
 
 
-def keep(asked: list[Condition]) -> str:
-    """Write the tables of what is done; returns them."""
+def keep(asked: list[Condition], home: Path) -> str:
+    """Write the tables of what is done into a folder; returns them."""
     files = {(c.name, m): f for c in asked for m in c.models if (f := scores_file(c, m)).is_file()}
     found = [
         difference(condition, model, files[condition.name, model], files[condition.against, model])
@@ -167,7 +167,7 @@ def keep(asked: list[Condition]) -> str:
         for model in condition.models
         if {(condition.name, model), (condition.against, model)} <= files.keys()
     ]
-    home, told = RESULTS / "determinism", tables(found)
+    told = tables(found)
     home.mkdir(parents=True, exist_ok=True)
     write_text(home / "table.md", told)
     write_json(home / "table.json", found)
@@ -179,16 +179,17 @@ def main() -> None:
     """Run what is not done, and keep the differences."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", help="folder of other versions of packages, put before those installed")
-    parser.add_argument("--only", default="", help="run conditions with this in their name alone")
+    parser.add_argument("--only", default="", help="run conditions in whose name this pattern is found")
+    parser.add_argument("--out", default="determinism", help="folder of results/ for the tables")
     given = parser.parse_args()
     asked, told = conditions(given.packages), ""
     SAVED.mkdir(parents=True, exist_ok=True)
-    for condition in (c for c in asked if given.only in c.name):
+    for condition in (c for c in asked if re.search(given.only, c.name)):
         if "RECBOLE_LLM_CACHE" in condition.env:  # after the base, which makes the decision
             cache_that_chose_onednn()
         for model in condition.models:
             run(condition, model)
-            told = keep(asked)
+            told = keep(asked, RESULTS / given.out)
     print(told)
 
 
