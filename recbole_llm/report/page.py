@@ -18,7 +18,7 @@ nav a{margin-right:.9rem}nav span{margin-right:.9rem}nav span a{margin-right:.4r
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 thead{border-top:2px solid var(--ink);border-bottom:1px solid var(--ink)}tbody{border-bottom:2px solid var(--ink)}
 td,th{padding:.28rem .6rem;white-space:nowrap}td.text{white-space:normal;max-width:24rem;overflow-wrap:anywhere}
-td.text{min-width:5rem}td.text:first-child{min-width:12rem}
+td.text{min-width:6rem}td.text:first-child{min-width:12rem}
 tbody tr:nth-child(even){background:var(--soft)}
 .number{text-align:right}.text{text-align:left}
 th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
