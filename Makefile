@@ -22,7 +22,7 @@ test-faults: .venv/.ready-dev ## kills, faults and fuzzed inputs, the long ones 
 test-bounds: ## some tests with the lowest and the newest versions of what we need, in .venv-bounds (minutes)
 	scripts/test_bounds.sh "$(PYTHON)"
 
-coverage: .venv/.ready-dev ## the tests with what they cover of recbole_llm; fails under 90 % (half an hour)
+coverage: .venv/.ready-dev ## the tests with what they cover of recbole_llm; fails under 90 % (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone and not faults" --cov=recbole_llm
 
 lint: .venv/.ready-dev ## look for mistakes and wrong types without running anything

@@ -169,6 +169,10 @@ def keep(asked: list[Condition], home: Path) -> str:
     ]
     told = tables(found)
     home.mkdir(parents=True, exist_ok=True)
+    before = json.loads((home / "table.json").read_text(encoding="utf-8")) if (home / "table.json").is_file() else []
+    lost = {row["condition"] for row in before} - {c.name for c in asked if any((c.name, m) in files for m in c.models)}
+    if lost:  # saved/determinism was emptied since
+        return f"{told}\nnot written: {home} has what was not run here ({', '.join(lost)}); name another --out"
     write_text(home / "table.md", told)
     write_json(home / "table.json", found)
     write_json(home / "env.json", environment())

@@ -1,6 +1,6 @@
 """DMPO's own protocol on MovieLens-100K: two candidates, paired accuracy, k rejected titles, equal updates.
 
-    python experiments/dmpo_pairs.py --k 1 5    # about 15 minutes on two cores
+    python experiments/dmpo_pairs.py --k 1      # about 15 minutes on two cores
     python experiments/dmpo_pairs.py --full     # k = 1 to 5, histories of 35, 700 test users, run.sh's epochs: hours
 
 The protocol is properties/compare/dmpo.yaml. To fit a laptop, without --full histories hold 5 titles, 100 users are
