@@ -9,7 +9,7 @@ JOBS ?= 1
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
-run: .venv/.ready ## set up, then compare LLM rankers with classic models on a small scale (within 20 minutes)
+run: .venv/.ready ## set up, then compare LLM rankers with classic models on a small scale (about half an hour)
 	$(BIN)/recbole-llm compare --config_files=properties/compare/quick.yaml
 
 test: .venv/.ready-dev ## set up with the test tools, then run the tests: two at a time, then those that measure time
