@@ -169,12 +169,14 @@ def keep(asked: list[Condition], home: Path) -> str:
     ]
     told = tables(found)
     home.mkdir(parents=True, exist_ok=True)
-    before = json.loads((home / "table.json").read_text(encoding="utf-8")) if (home / "table.json").is_file() else []
-    lost = {row["condition"] for row in before} - {c.name for c in asked if any((c.name, m) in files for m in c.models)}
+    table = home / "table.json"
+    before = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else []
+    lost = {(row["condition"], row["model"]) for row in before} - {(row["condition"], row["model"]) for row in found}
     if lost:  # saved/determinism was emptied since
-        return f"{told}\nnot written: {home} has what was not run here ({', '.join(lost)}); name another --out"
+        names = ", ".join(sorted({condition for condition, _ in lost}))
+        return f"{told}\nnot written: {home} has what was not run here ({names}); name another --out"
     write_text(home / "table.md", told)
-    write_json(home / "table.json", found)
+    write_json(table, found)
     write_json(home / "env.json", environment())
     return f"{told}\nwritten: {home}/table.md, .json, env.json"
 
