@@ -16,8 +16,9 @@ import pytest
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.report import tune as tuning
-from recbole_llm.report.tune import Trial, Tuned, check_search, tune, tuned_frame
+from recbole_llm.report import trials as tuning
+from recbole_llm.report.trials import Trial
+from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
 from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.validation import validate
 
@@ -254,7 +255,8 @@ def test_killed_and_resumed(bpr: dict[str, Any], ran: list[dict[str, Any]], tmp_
     broken = {**bpr, "checkpoint_dir": str(tmp_path / "broken")}
     script = f"""
 import os
-from recbole_llm.report import tune as tuning
+from recbole_llm.report import trials as tuning
+from recbole_llm.report.tune import tune
 from recbole_llm.trainer import ProtocolEvaluation
 real, calls = tuning.validate, []
 def validate(*args):
@@ -263,7 +265,7 @@ def validate(*args):
         ProtocolEvaluation.evaluate = lambda *args, **kwargs: os._exit(9)
     return real(*args)
 tuning.validate = validate
-tuning.tune("BPR", None, {broken!r}, 4)
+tune("BPR", None, {broken!r}, 4)
 """
     died = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert died.returncode == 9, died.stderr

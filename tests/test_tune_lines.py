@@ -11,7 +11,10 @@ import pytest
 from recbole_llm.errors import ConfigError
 from recbole_llm.report import tune_lines
 from recbole_llm.report.compare import compare
+from recbole_llm.report.entries import Options, parse_models, split_options
+from recbole_llm.report.grid import Cell, cells
 from recbole_llm.report.tune import Tuned
+from recbole_llm.report.tune_lines import tune_all
 from recbole_llm.settings import read_yaml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,3 +110,37 @@ def test_what_a_line_cannot_build_on(toy: dict[str, Any], table: Any, told: str)
 def test_without_tune_nothing_is_taken(toy: dict[str, Any]) -> None:
     result = compare(["BPR", "BPR[epochs=2]"], None, {**toy, "tuned_from": {"BPR[epochs=2]": "BPR"}, "out": "out"})
     assert "takes the values" not in result["markdown"] and not result["failed"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_trials_in_processes_are_those_of_one_search(
+    toy: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    killed: bool,
+) -> None:
+    """The same trials and choices, past the proposals that no score decides too; a dead process loses nothing."""
+    lines = ["BPR", "BPR[epochs=2]"]
+    toy |= {"tune": 11, "plots": False, "train_batch_size": 64, "tuned_from": {"BPR[epochs=2]": "BPR"}}
+    del toy["epochs"]
+    toy["per_model"] = {"BPR": {"epochs": 1, "embedding_size": 8}}
+    if killed:
+        monkeypatch.setenv("PYTHONHOME", str(tmp_path / "gone"))  # no process of ours can start
+    found = []
+    for jobs in (1, 2):
+        where = {"checkpoint_dir": str(tmp_path / f"saved{jobs}"), "out": str(tmp_path / f"out{jobs}")}
+        grid, options = grid_of(lines, {**toy, **where, "jobs": jobs})
+        _, told = tune_all(grid, options)
+        found.append([(label, [(t.values, t.score, t.error) for t in tuned.trials]) for label, _, tuned in told])
+    assert found[0] == found[1]
+    assert [len(trials) for _, trials in found[0]] == [11, 1]
+    assert "[tune 10/10]" in capfd.readouterr().out
+    logs = list((tmp_path / "saved2" / "trials").glob("*.log"))
+    assert len(logs) == (10 if killed else 0)
+
+
+def grid_of(lines: list[str], given: dict[str, Any]) -> tuple[list[Cell], Options]:
+    entries = parse_models(lines)
+    options, shared = split_options(given)
+    return cells(entries, options, shared), options

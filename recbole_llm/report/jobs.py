@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +51,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
                 cell = cells[i]
                 errors[i] = run_once(cell.folder, cell.entry.model, cell.setting.dataset, cell.settings)
     else:
-        errors.update(_told(_in_processes(cells, todo, jobs), cells, whole))
+        asked = {i: _asked(cells[i], threads_each(jobs)) for i in todo}
+        errors.update(_told(in_processes(run_apart, asked, jobs), cells, whole))
     by_folder = {cells[i].folder: error for i, error in errors.items()}  # two labels may be one run
     return [_record(cell, by_folder.get(cell.folder)) for cell in cells]
 
@@ -125,16 +126,31 @@ def run_apart(asked: dict[str, Any]) -> str | None:
         What went wrong in one line, or None.
     """
     folder = Path(asked["folder"])
-    environment = dict(os.environ)
-    if asked["threads"]:
-        environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
     if _finished(folder):
         return None
     try:
-        console = open(make_stage_folder(folder) / "console.log", "ab")
+        return apart(asked, make_stage_folder(folder) / "console.log")
     except (UserError, OSError) as error:
         return in_a_line(error)
-    with console as log, tempfile.TemporaryDirectory() as between:
+
+
+def apart(asked: dict[str, Any], console: Path) -> str | None:
+    """Do a run or a trial, as ``one_run`` reads it, in a process of its own that ends with this one.
+
+    Args:
+        asked: with ``threads`` and ``cwd`` of the process.
+        console: what it prints is added there.
+
+    Returns:
+        What went wrong in one line, or None.
+
+    Raises:
+        OSError: ``console`` cannot be written.
+    """
+    environment = dict(os.environ)
+    if asked["threads"]:
+        environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
+    with open(console, "ab") as log, tempfile.TemporaryDirectory() as between:
         question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
         words = [sys.executable, "-m", "recbole_llm.report.one_run", str(question), str(outcome)]
@@ -148,15 +164,19 @@ def run_apart(asked: dict[str, Any]) -> str | None:
                 child.kill()
         if not outcome.is_file():
             killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
-            return f"its process ended {killed} ({folder / 'console.log'} may say why; out of memory is likely)"
+            return f"its process ended {killed} ({console} may say why; out of memory is likely)"
         return json.loads(outcome.read_text(encoding="utf-8"))["error"]
 
 
-def _in_processes(cells: Sequence[Cell], todo: Sequence[int], jobs: int) -> Iterator[Outcome]:
-    """Runs in ``jobs`` processes, as they end. The cores are shared out between them."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def threads_each(jobs: int) -> int:
+    """The cores are shared out between processes."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def in_processes(work: Callable[[Any], str | None], asked: Mapping[int, Any], jobs: int) -> Iterator[Outcome]:
+    """``work`` of each of ``asked``, ``jobs`` of them at a time, as they end."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run_apart, _asked(cells[i], threads)): i for i in todo}
+        futures = {pool.submit(work, one): i for i, one in asked.items()}
         try:
             while futures:
                 for done in wait(futures, return_when=FIRST_COMPLETED).done:

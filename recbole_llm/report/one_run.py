@@ -1,4 +1,4 @@
-"""One run of a comparison in a process of its own: ``python -m recbole_llm.report.one_run asked.json outcome.json``.
+"""One run or trial in a process of its own: ``python -m recbole_llm.report.one_run asked.json outcome.json``.
 
 It ends when whoever began it ends, because nobody would wait for it any more.
 """
@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.report.jobs import run_once
+from recbole_llm.report.trials import trial_once
 from recbole_llm.run_folder import write_json
 
 
 def main(asked: Path, outcome: Path) -> None:
-    """Do the run that ``asked`` describes; write what went wrong, or nothing, to ``outcome``."""
+    """Do the run or trial that ``asked`` describes; write what went wrong, or nothing, to ``outcome``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     told: dict[str, Any] = json.loads(asked.read_text(encoding="utf-8"))
-    error = run_once(Path(told["folder"]), told["model"], told["dataset"], told["settings"])
+    if "values" in told:
+        error = trial_once(told["model"], told["dataset"], told["settings"], told["values"])
+    else:
+        error = run_once(Path(told["folder"]), told["model"], told["dataset"], told["settings"])
     write_json(outcome, {"error": error})
 
 

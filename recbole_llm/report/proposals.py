@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from recbole_llm.report.search_space import Parameter
 from recbole_llm.run_folder import content_hash
 
+STARTUP = 10  # proposals that are drawn at random, before scores decide; Optuna's own default
 PATIENCE = 10  # proposals that were tried before, until one is drawn at random from the others
 
 
@@ -34,7 +35,8 @@ class Proposals:
         self.first, self.seed = dict(first), seed
         self.tried: set[str] = set()
         direction = "maximize" if bigger else "minimize"
-        self.study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        self.study = optuna.create_study(direction=direction, sampler=sampler)
         self.distributions = {p.key: _distribution(p) for p in self.space}
         self.trial: optuna.Trial | None = None
 
@@ -90,6 +92,18 @@ class Proposals:
             draws = {p.key: p.nth(int(rng.integers(int(p.size)))) for p in self.space}
             if content_hash(self._values_of(draws)) not in self.tried:
                 return draws
+
+
+def proposed_before_scores(
+    space: Sequence[Parameter], first: Mapping[str, Any], seed: int, bigger: bool, most: int
+) -> list[dict[str, Any]]:
+    """Of at most so many proposals the first, which are the same whatever the scores: they can be tried at once."""
+    proposals = Proposals(space, first, seed, bigger)
+    found: list[dict[str, Any]] = []
+    while len(found) < min(most, STARTUP) and (values := proposals.next()) is not None:
+        found.append(values)
+        proposals.tell(0.0)
+    return found
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

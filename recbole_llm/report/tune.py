@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from recbole_llm.config import LLMConfig
-from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import integer
-from recbole_llm.report.jobs import in_a_line
 from recbole_llm.report.search_space import Parameter, search_space
-from recbole_llm.run_folder import trial_folder_of, versions, write_json
-from recbole_llm.validation import validate
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration, trained and scored on validation.
-
-    Attributes:
-        number: 0 is the configuration as given.
-        values: of the searched keys.
-        score: of ``valid_metric``; None where it failed.
-        seconds: wall time when it was run, on whatever machine.
-        error: why it failed.
-    """
-
-    number: int
-    values: dict[str, Any]
-    score: float | None
-    seconds: float
-    error: str | None = None
+from recbole_llm.report.trials import Trial, run_trial
 
 
 @dataclass(frozen=True)
@@ -122,7 +96,7 @@ def tune(
     while len(done) < number_of:
         values = proposals.next()
         assert values is not None  # `number_of` are not more than there are
-        done.append(_trial(len(done), model, config, settings, values))
+        done.append(run_trial(len(done), model, config["dataset"], settings, values))
         proposals.tell(done[-1].score)
         told.trial(done, _best(done, bigger))
     best = _best(done, bigger)
@@ -140,61 +114,6 @@ def _best(trials: Sequence[Trial], bigger: bool) -> Trial | None:
     """The best so far, the earliest of equals."""
     scored = [(-t.score if bigger else t.score, t.number, t) for t in trials if t.score is not None]
     return min(scored, default=(0, 0, None))[2]
-
-
-def _trial(number: int, model: str, given: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
-    """Run a trial, or read it where it was run before.
-
-    Raises:
-        UserError: what says nothing about these values: a full disk, a file that cannot be read.
-    """
-    mine = {**settings, **values}
-    try:
-        config = LLMConfig(model, given["dataset"], None, mine)
-    except ConfigError as wrong:  # values that are fine alone and wrong together
-        return Trial(number, values, None, 0.0, in_a_line(wrong))
-    folder = trial_folder_of(config)
-    file = folder.with_name(f"{folder.name}.json")
-    if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return Trial(number, values, record["score"], record["seconds"], record["error"])
-    clock, found, score, where = time.perf_counter(), {}, None, None
-    try:
-        found = validate(model, given["dataset"], None, mine)
-        score = float(found["best_valid_score"])
-        error = None if math.isfinite(score) else f"the validation score is {score}"
-    except Exception as failure:  # RecBole's models fail in any way
-        if isinstance(failure, UserError) and isinstance(failure.__cause__, OSError):
-            raise
-        error, where = in_a_line(failure), traceback.format_exc()
-    trial = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
-    _keep(file, config, trial, found.get("best_valid_result"), where)
-    return trial
-
-
-def _keep(file: Path, config: LLMConfig, trial: Trial, result: dict[str, float] | None, where: str | None) -> None:
-    record = {
-        "model": config["model"],
-        "dataset": config["dataset"],
-        "values": trial.values,
-        "valid_metric": config["valid_metric"],
-        "score": trial.score,
-        "valid_metrics": result,
-        "seconds": trial.seconds,
-        "error": trial.error,
-        "traceback": where,
-        "seed": config["seed"],
-        "device": str(config["device"]),
-        "versions": versions(),
-    }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {file} ({error}). Free some space and give "
-            "the same command again; finished trials are kept."
-        ) from error
 
 
 class _Progress:

@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from recbole_llm.errors import ConfigError
+from recbole_llm.report.ahead import trials_ahead
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.grid import Cell, Setting
 from recbole_llm.report.tune import Tuned, check_search, tune
@@ -36,19 +37,33 @@ def tune_all(
         first.setdefault(_key(cell), cell)
     sources = options.tuned_from or {}
     base = {key: (sources[key[0]], key[1]) for key in first if key[0] in sources}
-    order = list(TopologicalSorter({k: [base[k]] if k in base else [] for k in first}).static_order())
-    _check_searches(first, base, order, options)
+    levels = _levels(first, base)
+    _check_searches(first, base, [key for level in levels for key in level], options)
     found: dict[Key, Tuned] = {}
     chosen: dict[Key, dict[str, Any]] = {}
-    for key in order:
-        cell = first[key]
-        taken = _taken(chosen[base[key]], cell) if key in base else {}
-        asked = cell.settings | taken
-        found[key] = tune(cell.entry.model, cell.setting.dataset, asked, options.tune, options.search, key[0])
-        chosen[key] = taken | found[key].settings
+    for level in levels:
+        taken = {key: _taken(chosen[base[key]], first[key]) if key in base else {} for key in level}
+        asked = {key: replace(first[key], settings=first[key].settings | taken[key]) for key in level}
+        if options.jobs > 1:
+            trials_ahead(list(asked.values()), options.tune, options.search, options.jobs)
+        for key, cell in asked.items():
+            model, dataset = cell.entry.model, cell.setting.dataset
+            found[key] = tune(model, dataset, cell.settings, options.tune, options.search, key[0])
+            chosen[key] = taken[key] | found[key].settings
     names = options.names or {}
     told = [(names.get(key[0], key[0]), told_as(first[key]), found[key]) for key in first]
     return {(cell.entry.label, cell.setting): chosen[_key(cell)] for cell in grid}, told
+
+
+def _levels(first: dict[Key, Cell], base: dict[Key, Key]) -> list[list[Key]]:
+    """Lines whose searches need nothing of one another, those first that others build on."""
+    sorter = TopologicalSorter({key: [base[key]] if key in base else [] for key in first})
+    sorter.prepare()
+    levels: list[list[Key]] = []
+    while sorter.is_active():
+        levels.append(list(sorter.get_ready()))
+        sorter.done(*levels[-1])
+    return levels
 
 
 def _key(cell: Cell) -> Key:

@@ -1,0 +1,108 @@
+"""One trial of a search: trained and scored on validation, or read where that was done before."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.report.jobs import in_a_line
+from recbole_llm.run_folder import trial_folder_of, versions, write_json
+from recbole_llm.validation import validate
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, trained and scored on validation.
+
+    Attributes:
+        number: 0 is the configuration as given.
+        values: of the searched keys.
+        score: of ``valid_metric``; None where it failed.
+        seconds: wall time when it was run, on whatever machine.
+        error: why it failed.
+    """
+
+    number: int
+    values: dict[str, Any]
+    score: float | None
+    seconds: float
+    error: str | None = None
+
+
+def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+    """Run a trial, or read it where it was run before.
+
+    Args:
+        settings: as for a run; ``values``, of the searched keys, are laid over them.
+
+    Raises:
+        UserError: what says nothing about these values: a full disk, a file that cannot be read.
+    """
+    mine = {**settings, **values}
+    try:
+        config = LLMConfig(model, dataset, None, mine)
+    except ConfigError as wrong:  # values that are fine alone and wrong together
+        return Trial(number, values, None, 0.0, in_a_line(wrong))
+    file = trial_file(config)
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Trial(number, values, record["score"], record["seconds"], record["error"])
+    clock, found, score, where = time.perf_counter(), {}, None, None
+    try:
+        found = validate(model, dataset, None, mine)
+        score = float(found["best_valid_score"])
+        error = None if math.isfinite(score) else f"the validation score is {score}"
+    except Exception as failure:  # RecBole's models fail in any way
+        if isinstance(failure, UserError) and isinstance(failure.__cause__, OSError):
+            raise
+        error, where = in_a_line(failure), traceback.format_exc()
+    done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
+    _keep(file, config, done, found.get("best_valid_result"), where)
+    return done
+
+
+def trial_once(model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> str | None:
+    """Do a trial for whoever reads its file; what stopped it in one line, or None, which a failed trial is too."""
+    try:
+        run_trial(0, model, dataset, settings, values)
+    except UserError as error:
+        return in_a_line(error)
+    return None
+
+
+def trial_file(config: LLMConfig) -> Path:
+    """Where the trial of this configuration is kept."""
+    folder = trial_folder_of(config)
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _keep(file: Path, config: LLMConfig, done: Trial, result: dict[str, float] | None, where: str | None) -> None:
+    record = {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "values": done.values,
+        "valid_metric": config["valid_metric"],
+        "score": done.score,
+        "valid_metrics": result,
+        "seconds": done.seconds,
+        "error": done.error,
+        "traceback": where,
+        "seed": config["seed"],
+        "device": str(config["device"]),
+        "versions": versions(),
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {file} ({error}). Free some space and give "
+            "the same command again; finished trials are kept."
+        ) from error
