@@ -141,7 +141,7 @@ class ProtocolEvaluation(_Trainer):
             scores = self.model.full_sort_predict(visible)
         except NotImplementedError:
             return None
-        return scores.view(len(visible), -1)
+        return scores.view(len(visible), -1).to(self.device)  # EASE and Random score on the CPU, whatever the device
 
     def _predict(self, visible: Interaction, items: torch.Tensor) -> torch.Tensor:
         """Scores ``[B, C]`` through RecBole's ``predict``, all candidates of a user in consecutive rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,18 @@ def packaged(small: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RECBOLE_LLM_WHEELS", str(wheels))
     monkeypatch.setenv("RECBOLE_LLM_CACHE", str(tmp_path / "cache"))
     return wheels
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_packaged_llm_is_pinned(name: str) -> None:
+    """A part of the file for each wheel, each wheel with its version, and the whole with its hash."""
+    llm = PACKAGED[name]
+    assert len(llm.requirements) == len(llm.members) == len(set(llm.members))
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+", requirement) for requirement in llm.requirements)
+    assert re.fullmatch("[0-9a-f]{64}", llm.sha256) and llm.disk_mb > 2 * llm.download_mb
+    pages = [Path(__file__).parents[1] / page for page in ("README.md", "docs/supply_chain.md")]
+    assert all(f"`--llm={name}`" in page.read_text() for page in pages)
+    assert llm.sha256 in pages[1].read_text()
 
 
 def names(folder: Path) -> list[str]:

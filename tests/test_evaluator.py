@@ -307,6 +307,15 @@ def test_per_user_rows(toy: dict[str, Any], tmp_path: Path, model: str) -> None:
     assert (table["answers"] == 10).all() and table["rank"].between(1, 10).all()
 
 
+def test_scores_move_to_the_device(toy: dict[str, Any]) -> None:
+    """EASE and Random of RecBole score on the CPU, whatever the device is."""
+    trainer, protocol = scorer(toy, lambda self, interaction: torch.zeros(len(interaction), self.n_items))
+    trainer.device = torch.device("meta")
+    visible = Interaction({"user_id": torch.ones(3, dtype=torch.long)})
+    trainer.model.full_sort_predict = lambda interaction: torch.zeros(len(interaction) * protocol.dataset.item_num)
+    assert trainer._full_sort(visible).device.type == "meta"
+
+
 def test_evaluation_moves_no_random_state(toy: dict[str, Any]) -> None:
     """Not even that of a model that draws while it ranks: evaluating oftener must not change training."""
 

@@ -142,3 +142,12 @@ def test_a_run_on_the_gpu(tiny: dict[str, Any], changes: dict[str, Any]) -> None
     assert all(np.isfinite(list(r.values())).all() for r in result.values())
     cpu, gpu = (np.array(list(result[key, "float32"].values())) for key in ("", "0"))
     np.testing.assert_allclose(gpu, cpu, atol=0.06)  # of 40 users one or two whose candidates nearly tie
+
+
+@pytest.mark.parametrize("model", ["EASE", "ItemKNN", "Random", "BPR", "SASRec"])
+def test_classic_models_rank_on_the_gpu(toy: dict[str, Any], model: str) -> None:
+    """Some of RecBole's give their scores on the CPU."""
+    for number, mode in enumerate(("uni19", "full")):
+        run = {"gpu_id": "0", "epochs": 1, "eval_args": {"mode": mode}, "checkpoint_dir": f"saved{number}"}
+        done = run_recbole_llm(model, None, None, {**toy, **run})
+        assert np.isfinite(list(accuracy(done["test_result"]).values())).all()

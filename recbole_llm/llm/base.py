@@ -81,8 +81,8 @@ def locate(llm: str) -> Path | str:
         return path
     if path.exists() or path.suffix == ".gguf" or llm.startswith((".", "/", "~")) or llm.count("/") > 1:
         raise UserError(
-            f"--llm={llm}: no such folder or .gguf file. Give embedded, tiny, a hub id (owner/model), a "
-            "folder with config.json, or a .gguf file."
+            f"--llm={llm}: no such folder or .gguf file. Give {', '.join(PACKAGED)}, tiny, a hub id (owner/model), "
+            "a folder with config.json, or a .gguf file."
         )
     return llm
 

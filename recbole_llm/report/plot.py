@@ -125,7 +125,7 @@ def cost(told: Told, looks: Styles, resamples: int) -> Plot:
     caption = (
         f"Accuracy against what it took, mean over runs; nothing is both cheaper than the dashed line and as good. "
         f"{INTERVAL} An SFT stage that several losses share counts "
-        "for each of them. Seconds are of this machine, and of what else it did."
+        "for each of them. Seconds are of the machine that did a run, and of what else it did."
     )
     return Plot(
         "cost", "Accuracy against cost", caption, spoken("Points", told, "seconds and trained parameters"), figure
