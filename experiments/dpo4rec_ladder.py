@@ -3,7 +3,7 @@
     python experiments/dpo4rec_ladder.py            # about an hour on two cores; give it again after a break
     python experiments/dpo4rec_ladder.py --small    # the random LLM and few users: the whole path in some minutes
 
-The rungs are those of properties/compare/dpo4rec.yaml, one seed. Results go to results/dpo4rec-ladder/.
+The rungs are those of properties/compare/dpo4rec.yaml with one seed (2020). Results go to results/dpo4rec-ladder/.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def main() -> None:
     small = parser.parse_args().small
     settings = read_yaml(str(LADDER))
     models, dataset, per_model = (settings.pop(key) for key in ("models", "dataset", "per_model"))
-    settings["state"] = "WARNING"
+    for key in ("seeds", "baseline", "names"):
+        settings.pop(key)
+    settings |= {"state": "WARNING", "seed": 2020}
     if small:
         settings |= SMALL
         per_model["DPO4Rec"] |= SMALL_MODEL

@@ -1,0 +1,90 @@
+"""`recbole-llm compare` with finished runs and trials of another machine taken over.
+
+    python experiments/take_over.py FOLDER compare --config_files=properties/compare/few-shot-ml-100k.yaml --out=DIR
+
+FOLDER is the other machine's ``checkpoint_dir`` (without weights: results, candidates and trials are enough). A run is
+taken over when its configuration, data and code are the same; versions of packages (so the build of torch) may differ,
+and so may what changes numbers in their last digits alone: OTHER, as the other machine's runs had it. What is not
+there is run here. Records keep the versions and the device that they were made with.
+
+So were the tables of results/ made whose LLM lines ran on one H200 and whose recommenders ran on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from recbole.config import Config
+
+from recbole_llm import run_folder
+from recbole_llm.cli import main
+from recbole_llm.report import ahead, trials
+from recbole_llm.report.grid import Cell
+
+# Of LLMs: the kernel of attention, the packing, and a type that `auto` is on a CPU.
+OTHER = {"attention": "sdpa", "token_budget": 2048, "dtype": "float32"}
+
+
+def versions_of(other: Path) -> dict[str, Any]:
+    """Those of the other machine's runs.
+
+    Raises:
+        SystemExit: no run, runs of several versions, or other code than ours.
+    """
+    found = {json.dumps(json.loads(file.read_text())["versions"]) for file in other.glob("*/result.json")}
+    if len(found) != 1:
+        raise SystemExit(f"{other}: runs of {len(found)} sets of versions; one is needed.")
+    versions: dict[str, Any] = json.loads(found.pop())
+    ours = run_folder.versions()["recbole_llm_code"]
+    if versions["recbole_llm_code"] != ours:
+        raise SystemExit(f"{other}: made by code {versions['recbole_llm_code']}; this is {ours}. Check that one out.")
+    return versions
+
+
+def name_there(config: Config, versions: dict[str, Any]) -> str:
+    """What the other machine calls the run of this configuration."""
+    settings, ours = config.final_config_dict, run_folder.versions
+    kept = dict(settings)
+    settings.update({key: value for key, value in OTHER.items() if key in settings})
+    run_folder.versions = lambda: versions
+    try:
+        return run_folder.run_folder_of(config).name
+    finally:
+        run_folder.versions = ours
+        settings.clear()
+        settings.update(kept)
+
+
+def take_over(other: Path) -> None:
+    """From now on runs and trials that are missing here are copied from there when they are looked for."""
+    versions, trial_file = versions_of(other), trials.trial_file
+
+    def trial(config: Config) -> Path:
+        file, there = trial_file(config), other / "trials" / f"{name_there(config, versions)}.json"
+        if not file.is_file() and there.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there, file)
+        return file
+
+    def folder(self: Cell) -> Path:
+        here = run_folder.run_folder_of(self.config)
+        if not (here / "result.json").is_file():
+            there = other / name_there(self.config, versions)
+            if (there / "result.json").is_file():
+                print(f"taken over: {self.label} ({there.name})", flush=True)
+                shutil.copytree(there, here, dirs_exist_ok=True)
+        return here
+
+    trials.trial_file = ahead.trial_file = trial
+    Cell.folder = property(folder)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not Path(sys.argv[1]).is_dir():
+        raise SystemExit(__doc__)
+    take_over(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))
