@@ -60,6 +60,7 @@ def record(folder: Path, label: str, seed: int, rows: dict[str, list[float]], **
         "training_interactions": 1234,
         "seed": seed,
         "valid_metric": "NDCG@10",
+        "device": "cpu",
         "versions": {"recbole_llm": "1", "recbole": "1.2.1", "torch": "2"},
         "trainable_parameters": 12345,
         "timings": {"train_s": 1.25, "test_s": 0.5, "total_cpu_s": 90.0},
@@ -459,3 +460,15 @@ def test_a_user_called_na(tmp_path: Path) -> None:
     table = pd.read_csv(file, index_col=0, keep_default_na=False)
     table.to_csv(file, index=False)
     assert Line("A", [run], []).users["ndcg@10"].to_dict() == {"007": 0.5, "NA": 0.25}
+
+
+def test_json_says_which_run_another_machine_did(tmp_path: Path) -> None:
+    """Versions stand once for all, and at the runs that had others."""
+    rows = {"ndcg@10": [0.5, 0.0], "hit@10": [1.0, 0.0]}
+    other = {"recbole_llm": "1", "recbole": "1.2.1", "torch": "2+cu130"}
+    runs = [record(tmp_path, "A", 1, rows), record(tmp_path, "A", 2, rows, device="cuda", versions=other)]
+    results = Results(Setting("toy", None, False, None), [Line("A", runs, [])])
+    told = frames.as_json([results], [comparisons(results, ["A"], Options(resamples=9))], 9)[0]
+    first, second = told["models"][0]["runs"]
+    assert told["versions"]["torch"] == "2" and "versions" not in first and first["device"] == "cpu"
+    assert second["versions"] == other and second["device"] == "cuda"

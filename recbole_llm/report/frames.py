@@ -117,17 +117,24 @@ def as_json(every: Sequence[Results], tests: Sequence[pd.DataFrame], resamples: 
                 "data_hash": records[0]["data_hash"] if records else None,
                 "rows": records[0]["rows"] if records else None,
                 "versions": records[0]["versions"] if records else None,
-                "models": [_model(line, spans[spans["model"] == line.label]) for line in results.lines],
+                "models": [
+                    _model(line, spans[spans["model"] == line.label], records[0]["versions"]) for line in results.lines
+                ],
                 "tests": _plain_rows(compared),
             }
         )
     return found
 
 
-def _model(line: Line, spans: pd.DataFrame) -> dict[str, Any]:
+def _model(line: Line, spans: pd.DataFrame, versions: dict[str, str]) -> dict[str, Any]:
+    """``versions`` are the table's; a run that had others says which."""
     return {
         "model": line.label,
-        "runs": [{"seed": run["seed"], "run": run["run_hash"], "metrics": run["metrics"]} for run in line.runs],
+        "runs": [
+            {"seed": run["seed"], "run": run["run_hash"], "device": run["device"], "metrics": run["metrics"]}
+            | ({} if run["versions"] == versions else {"versions": run["versions"]})
+            for run in line.runs
+        ],
         "failed": line.errors,
         "intervals": _plain_rows(spans.drop(columns="model")),
     }
