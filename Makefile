@@ -39,10 +39,18 @@ sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneD
 	mkdir -p dist
 	.venv-release/bin/cyclonedx-py requirements --output-reproducible --of JSON -o dist/sbom.json requirements/lock.txt
 
-results: .venv/.ready ## the main tables of results/ (hours; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
+results: .venv/.ready ## the main tables of results/ (days on two cores; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
 	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
-	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-games.yaml --data_path=$(DATA) --jobs=$(JOBS) --out=results/few-shot-games
-	$(BIN)/recbole-llm compare --config_files=properties/compare/few-shot-ml-100k.yaml --jobs=$(JOBS) --out=results/few-shot-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-games.yaml" --data_path=$(DATA) --out=results/few-shot-games
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml" --out=results/few-shot-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/losses-ml-100k.yaml" --out=results/losses-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/rosepo-ml-100k.yaml" --out=results/rosepo-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/full-ml-100k.yaml" --out=results/full-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/full-ml-100k.yaml properties/compare/full-ranking-ml-100k.yaml" --out=results/full-ranking-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-games.yaml" --data_path=$(DATA) --out=results/transfer-to-games
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-films.yaml" --data_path=$(DATA) --out=results/transfer-to-films
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/model-size.yaml" --out=results/model-size
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/dpo4rec.yaml" --out=results/dpo4rec-ml-100k
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py
