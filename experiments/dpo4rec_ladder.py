@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kept import keep
+from kept import RESULTS, keep
 from tabulate import tabulate
 
 from recbole_llm.config import read_yaml
@@ -70,9 +70,9 @@ def main() -> None:
     small = parser.parse_args().small
     settings = read_yaml(str(LADDER))
     models, dataset, per_model = (settings.pop(key) for key in ("models", "dataset", "per_model"))
-    for key in ("seeds", "baseline", "names"):
+    for key in ("seeds", "names"):
         settings.pop(key)
-    settings |= {"state": "WARNING", "seed": 2020}
+    settings |= {"state": "WARNING", "seed": 2020, "baseline": list(NAMES)[:-1]}
     if small:
         settings |= SMALL
         per_model["DPO4Rec"] |= SMALL_MODEL
@@ -82,6 +82,9 @@ def main() -> None:
         "seconds of texts that another rung wrote are near 0.\n\n" + judged_table(done["runs"])
     )
     print(keep(done, "small" if small else "table", "dpo4rec-ladder", told, NAMES))
+    if not small:  # every rung against those below it, by users
+        tests = done["tests"].replace({"model": NAMES, "baseline": NAMES})
+        tests.to_csv(RESULTS / "dpo4rec-ladder" / "tests.csv", index=False, float_format="%.10g")
 
 
 if __name__ == "__main__":
