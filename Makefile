@@ -50,7 +50,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-games.yaml" --data_path=$(DATA) --out=results/transfer-to-games
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-films.yaml" --data_path=$(DATA) --out=results/transfer-to-films
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/model-size.yaml" --out=results/model-size
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/dpo4rec.yaml" --out=results/dpo4rec-ml-100k
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/dpo4rec.yaml" "--models=SASRec,DPO4Rec[knowledge=none],DPO4Rec[knowledge=placebo],DPO4Rec[iterations=0]" --out=results/dpo4rec-ml-100k
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py
