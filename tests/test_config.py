@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -136,9 +137,14 @@ def test_every_properties_file_loads(file: Path, tmp_path: Path) -> None:
         key = "reasoning_prompt" if settings["family"] == "reasoning" else "prompt"
         load_template(file.stem, PROPERTIES, key)
     elif kind == "compare":
+        if "dataset" not in settings:  # laid over another file, which its head names
+            under = re.search(r"(\S+)\.yaml properties/compare/" + file.name, file.read_text(encoding="utf-8"))
+            assert under, file
+            settings = read_yaml(str(file.with_name(f"{Path(under[1]).name}.yaml"))) | settings
         entries = parse_models(settings.pop("models"))
-        if settings["dataset"] != "ml-100k":  # the only one that comes with RecBole
-            settings["data_path"] = str(write_dataset(tmp_path, name=settings["dataset"]))
+        needed = {settings["dataset"], *(entry.settings.get("dataset", "ml-100k") for entry in entries)}
+        for name in needed - {"ml-100k"}:  # the only one that comes with RecBole
+            settings["data_path"] = str(write_dataset(tmp_path, name=name))
         options, shared = split_options(settings)
         runs = [1 if "seed" in entry.settings else len(options.seeds or (1,)) for entry in entries]
         assert len(cells(entries, options, shared)) == sum(runs)
