@@ -147,7 +147,7 @@ def test_every_properties_file_loads(file: Path, tmp_path: Path) -> None:
             settings["data_path"] = str(write_dataset(tmp_path, name=name))
         options, shared = split_options(settings)
         runs = [1 if "seed" in entry.settings else len(options.seeds or (1,)) for entry in entries]
-        assert len(cells(entries, options, shared)) == sum(runs)
+        assert len(cells(entries, options, shared)) == sum(runs) * len(options.modes or (1,))
     elif file.stem == "comparison":
         assert split_options(settings)[1] == {"few_shot": None}
     elif kind == "model":
