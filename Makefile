@@ -42,6 +42,7 @@ sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneD
 results: .venv/.ready ## the main tables of results/ (days on two cores; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
 	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-games.yaml" --data_path=$(DATA) --out=results/few-shot-games
+	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-games.yaml properties/compare/losses-games.yaml" --data_path=$(DATA) --out=results/losses-games
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml" --out=results/few-shot-ml-100k
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/losses-ml-100k.yaml" --out=results/losses-ml-100k
 	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/rosepo-ml-100k.yaml" --out=results/rosepo-ml-100k
