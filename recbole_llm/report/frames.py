@@ -110,23 +110,22 @@ def as_json(every: Sequence[Results], tests: Sequence[pd.DataFrame], resamples: 
     for results, compared in zip(every, tests, strict=True):
         records = results.records
         spans = intervals(results, resamples)
+        versions = records[0]["versions"] if records else None
         found.append(
             setting_columns(results)
             | {
                 "candidate_hash": records[0]["candidate_hash"] if records else None,
                 "data_hash": records[0]["data_hash"] if records else None,
                 "rows": records[0]["rows"] if records else None,
-                "versions": records[0]["versions"] if records else None,
-                "models": [
-                    _model(line, spans[spans["model"] == line.label], records[0]["versions"]) for line in results.lines
-                ],
+                "versions": versions,
+                "models": [_model(line, spans[spans["model"] == line.label], versions) for line in results.lines],
                 "tests": _plain_rows(compared),
             }
         )
     return found
 
 
-def _model(line: Line, spans: pd.DataFrame, versions: dict[str, str]) -> dict[str, Any]:
+def _model(line: Line, spans: pd.DataFrame, versions: dict[str, str] | None) -> dict[str, Any]:
     """``versions`` are the table's; a run that had others says which."""
     return {
         "model": line.label,
