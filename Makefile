@@ -39,19 +39,22 @@ sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneD
 	mkdir -p dist
 	.venv-release/bin/cyclonedx-py requirements --output-reproducible --of JSON -o dist/sbom.json requirements/lock.txt
 
+# Files of properties/compare, each laid over the one before, and a folder of results.
+compare = $(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="$(1:%=properties/compare/%.yaml)" --out=results/$(2)
+
 results: .venv/.ready ## the main tables of results/ (days on two cores; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
 	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-games.yaml" --data_path=$(DATA) --out=results/few-shot-games
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-games.yaml properties/compare/losses-games.yaml" --data_path=$(DATA) --out=results/losses-games
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml" --out=results/few-shot-ml-100k
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/losses-ml-100k.yaml" --out=results/losses-ml-100k
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/few-shot-ml-100k.yaml properties/compare/rosepo-ml-100k.yaml" --out=results/rosepo-ml-100k
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/full-ml-100k.yaml" --out=results/full-ml-100k
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/full-ml-100k.yaml properties/compare/full-ranking-ml-100k.yaml" --out=results/full-ranking-ml-100k
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-games.yaml" --data_path=$(DATA) --out=results/transfer-to-games
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/transfer-to-films.yaml" --data_path=$(DATA) --out=results/transfer-to-films
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/model-size.yaml" --out=results/model-size
-	$(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="properties/compare/dpo4rec.yaml" "--models=SASRec,DPO4Rec[knowledge=none],DPO4Rec[knowledge=placebo],DPO4Rec[iterations=0]" --out=results/dpo4rec-ml-100k
+	$(call compare,few-shot-games,few-shot-games) --data_path=$(DATA)
+	$(call compare,few-shot-games losses-games,losses-games) --data_path=$(DATA)
+	$(call compare,few-shot-ml-100k,few-shot-ml-100k)
+	$(call compare,few-shot-ml-100k losses-ml-100k,losses-ml-100k)
+	$(call compare,few-shot-ml-100k rosepo-ml-100k,rosepo-ml-100k)
+	$(call compare,full-ml-100k,full-ml-100k)
+	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)
+	$(call compare,transfer-to-games,transfer-to-games) --data_path=$(DATA)
+	$(call compare,transfer-to-films,transfer-to-films) --data_path=$(DATA)
+	$(call compare,model-size,model-size)
+	$(call compare,dpo4rec dpo4rec-texts,dpo4rec-ml-100k)
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py

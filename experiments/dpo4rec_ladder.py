@@ -29,14 +29,7 @@ SMALL_MODEL = {
     "epochs": 5,
 }
 SECONDS = ("texts_s", "train_s", "samples_s", "align_s")
-NAMES = {
-    "DPO4Rec[knowledge=none]": "SASRec, same rows",
-    "DPO4Rec[knowledge=placebo]": "+ placebo text",
-    "DPO4Rec[iterations=0]": "+ untuned reasoning (KAR)",
-    "DPO4Rec[iterations=1,alignment=SFT]": "+ rejection-sampling SFT",
-    "DPO4Rec[iterations=1]": "DPO4Rec, iteration 1",
-    "DPO4Rec[iterations=2]": "DPO4Rec, iteration 2",
-}
+NAMES: dict[str, str] = read_yaml(str(LADDER))["names"]
 
 
 def judged_table(runs: list[dict[str, Any]]) -> str:

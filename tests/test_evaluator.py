@@ -309,10 +309,9 @@ def test_per_user_rows(toy: dict[str, Any], tmp_path: Path, model: str) -> None:
 
 def test_scores_move_to_the_device(toy: dict[str, Any]) -> None:
     """EASE and Random of RecBole score on the CPU, whatever the device is."""
-    trainer, protocol = scorer(toy, lambda self, interaction: torch.zeros(len(interaction), self.n_items))
+    trainer, _ = scorer(toy, lambda self, interaction: torch.zeros(len(interaction) * self.n_items))
     trainer.device = torch.device("meta")
     visible = Interaction({"user_id": torch.ones(3, dtype=torch.long)})
-    trainer.model.full_sort_predict = lambda interaction: torch.zeros(len(interaction) * protocol.dataset.item_num)
     assert trainer._full_sort(visible).device.type == "meta"
 
 

@@ -5,37 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.report.grid import Cell
 from recbole_llm.report.jobs import apart, in_a_line, in_processes, threads_each
 from recbole_llm.report.trials import trial_file
-from recbole_llm.report.tune import check_search
+from recbole_llm.report.tune import check_search, proposals_of
 
 
-def trials_ahead(cells: Sequence[Cell], trials: int, search: str | None, jobs: int) -> None:
-    """Run what the searches of these cells try first in processes of their own.
+class Search(NamedTuple):
+    """What is searched: settings of a model, and the label of its line."""
+
+    label: str
+    model: str
+    dataset: str | None
+    settings: dict[str, Any]
+
+
+def trials_ahead(searches: Sequence[Search], trials: int, space: str | None, jobs: int) -> None:
+    """Run what these searches try first in processes of their own.
 
     Nothing is decided here: a trial that fails is kept as failed, and one whose process was killed is run again by the
     search itself. So the result is that of searches one after another, to the last digits that the number of threads
     moves (docs/tuning.md).
 
     Args:
-        cells: one of each search, with the settings that are searched.
-        trials, search: as ``tune`` takes them.
+        trials: of each search, as ``tune`` takes them.
+        space: ``--search``.
         jobs: processes at a time.
     """
-    from recbole_llm.report.proposals import proposed_before_scores  # Optuna takes half a second
-
     asked: dict[Path, dict[str, Any]] = {}
-    for cell in cells:
-        config, space = check_search(cell.entry.model, cell.setting.dataset, cell.settings, search)
-        first = {p.key: config[p.key] for p in space}
-        proposed = proposed_before_scores(space, first, config["seed"], config["valid_metric_bigger"], trials)
-        for values in proposed:
-            one = _asked(cell, config["dataset"], values, threads_each(jobs))
+    for search in searches:
+        config, parameters = check_search(search.model, search.dataset, search.settings, space)
+        for values in proposals_of(config, parameters).before_scores(trials):
+            one = _asked(search, config["dataset"], values, threads_each(jobs))
             if one is not None and not Path(one["file"]).is_file():
                 asked.setdefault(Path(one["file"]), one)
     if len(asked) < 2:
@@ -49,17 +53,17 @@ def trials_ahead(cells: Sequence[Cell], trials: int, search: str | None, jobs: i
         print(f"[tune {done}/{len(asked)}] {label}, about {left:.0f} s left{ends}", flush=True)
 
 
-def _asked(cell: Cell, dataset: str, values: dict[str, Any], threads: int) -> dict[str, Any] | None:
+def _asked(search: Search, dataset: str, values: dict[str, Any], threads: int) -> dict[str, Any] | None:
     """A trial as plain data; None for values that are wrong together, which costs nothing to find again."""
     try:
-        file = trial_file(LLMConfig(cell.entry.model, dataset, None, {**cell.settings, **values}))
+        file = trial_file(LLMConfig(search.model, dataset, None, {**search.settings, **values}))
     except ConfigError:
         return None
     return {
-        "label": " ".join([cell.entry.label, *(f"{key}={value}" for key, value in values.items())]),
-        "model": cell.entry.model,
+        "label": " ".join([search.label, *(f"{key}={value}" for key, value in values.items())]),
+        "model": search.model,
         "dataset": dataset,
-        "settings": cell.settings,
+        "settings": search.settings,
         "values": values,
         "file": str(file.absolute()),
         "cwd": str(Path.cwd()),

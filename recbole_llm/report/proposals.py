@@ -69,6 +69,17 @@ class Proposals:
         failed = optuna.trial.TrialState.FAIL if score is None else None
         self.study.tell(self.trial, score, state=failed)
 
+    def before_scores(self, most: int) -> list[dict[str, Any]]:
+        """Of at most so many proposals the first, which are the same whatever the scores: they can be tried at once.
+
+        It uses them up: for a search that is told scores make these proposals anew.
+        """
+        found: list[dict[str, Any]] = []
+        while len(found) < min(most, STARTUP) and (values := self.next()) is not None:
+            found.append(values)
+            self.tell(0.0)
+        return found
+
     def _take(self, values: dict[str, Any]) -> dict[str, Any]:
         self.tried.add(content_hash(values))
         return values
@@ -92,18 +103,6 @@ class Proposals:
             draws = {p.key: p.nth(int(rng.integers(int(p.size)))) for p in self.space}
             if content_hash(self._values_of(draws)) not in self.tried:
                 return draws
-
-
-def proposed_before_scores(
-    space: Sequence[Parameter], first: Mapping[str, Any], seed: int, bigger: bool, most: int
-) -> list[dict[str, Any]]:
-    """Of at most so many proposals the first, which are the same whatever the scores: they can be tried at once."""
-    proposals = Proposals(space, first, seed, bigger)
-    found: list[dict[str, Any]] = []
-    while len(found) < min(most, STARTUP) and (values := proposals.next()) is not None:
-        found.append(values)
-        proposals.tell(0.0)
-    return found
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,6 +13,9 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import integer
 from recbole_llm.report.search_space import Parameter, search_space
 from recbole_llm.report.trials import Trial, run_trial
+
+if TYPE_CHECKING:
+    from recbole_llm.report.proposals import Proposals
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,13 @@ def check_search(
     return config, search_space(config, search)
 
 
+def proposals_of(config: LLMConfig, space: Sequence[Parameter]) -> Proposals:
+    """What a search around this configuration tries, from its beginning."""
+    from recbole_llm.report.proposals import Proposals  # Optuna takes half a second
+
+    return Proposals(space, {p.key: config[p.key] for p in space}, config["seed"], config["valid_metric_bigger"])
+
+
 def tune(
     model: str,
     dataset: str | None,
@@ -82,13 +92,10 @@ def tune(
         ConfigError: what is wrong with settings, space or number of trials, before the first trial.
         UserError: a disk that is full or cannot be read; finished trials are kept.
     """
-    from recbole_llm.report.proposals import Proposals  # Optuna takes half a second
-
     if wrong := integer(1)(trials):
         raise ConfigError([f"--tune={trials!r}: {wrong}."])
     config, space = check_search(model, dataset, settings, search)
-    bigger = config["valid_metric_bigger"]
-    proposals = Proposals(space, {p.key: config[p.key] for p in space}, config["seed"], bigger)
+    bigger, proposals = config["valid_metric_bigger"], proposals_of(config, space)
     number_of = int(min(trials, proposals.most()))
     told = _Progress(label or model, number_of, config["valid_metric"])
     told.begin(space, trials)

@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from recbole_llm.errors import ConfigError
-from recbole_llm.report.ahead import trials_ahead
+from recbole_llm.report.ahead import Search, trials_ahead
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.grid import Cell, Setting
 from recbole_llm.report.tune import Tuned, check_search, tune
@@ -43,12 +43,11 @@ def tune_all(
     chosen: dict[Key, dict[str, Any]] = {}
     for level in levels:
         taken = {key: _taken(chosen[base[key]], first[key]) if key in base else {} for key in level}
-        asked = {key: replace(first[key], settings=first[key].settings | taken[key]) for key in level}
+        searches = {key: _search(first[key], taken[key]) for key in level}
         if options.jobs > 1:
-            trials_ahead(list(asked.values()), options.tune, options.search, options.jobs)
-        for key, cell in asked.items():
-            model, dataset = cell.entry.model, cell.setting.dataset
-            found[key] = tune(model, dataset, cell.settings, options.tune, options.search, key[0])
+            trials_ahead(list(searches.values()), options.tune, options.search, options.jobs)
+        for key, (label, model, dataset, settings) in searches.items():
+            found[key] = tune(model, dataset, settings, options.tune, options.search, label)
             chosen[key] = taken[key] | found[key].settings
     names = options.names or {}
     told = [(names.get(key[0], key[0]), told_as(first[key]), found[key]) for key in first]
@@ -64,6 +63,10 @@ def _levels(first: dict[Key, Cell], base: dict[Key, Key]) -> list[list[Key]]:
         levels.append(list(sorter.get_ready()))
         sorter.done(*levels[-1])
     return levels
+
+
+def _search(cell: Cell, taken: dict[str, Any]) -> Search:
+    return Search(cell.entry.label, cell.entry.model, cell.setting.dataset, cell.settings | taken)
 
 
 def _key(cell: Cell) -> Key:
