@@ -19,7 +19,7 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
 from recbole_llm.model import model_class
-from recbole_llm.rerank import reranks
+from recbole_llm.read_keys import reranks
 from recbole_llm.wandb_log import wandb_is_installed
 
 # What the data are read with.

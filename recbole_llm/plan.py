@@ -21,7 +21,8 @@ from recbole_llm.plan_counts import Work, pass_work, stage_work
 from recbole_llm.plan_eval import eval_work
 from recbole_llm.plan_recbole import plan_of_recbole
 from recbole_llm.probe import Pace, PeakMemory, pace_of
-from recbole_llm.recommender import check_recommenders, needed_recommenders
+from recbole_llm.read_keys import needed_recommenders
+from recbole_llm.recommender import check_recommenders
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
 from recbole_llm.stages import base_hash, stages

@@ -16,7 +16,7 @@ from recbole_llm.llm.logps import TARGETS_AT_ONCE
 from recbole_llm.llm.title_trie import TitleTrie, title_trie
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.plan_counts import Work, passes_of, sum_work
-from recbole_llm.rerank import reranks
+from recbole_llm.read_keys import reranks
 from recbole_llm.scoring import candidate_chunks
 
 History = tuple[int, ...]

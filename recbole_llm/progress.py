@@ -15,7 +15,7 @@ from tqdm import tqdm as plain_tqdm
 
 from recbole_llm.data.atomic import atomic_file, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
-from recbole_llm.rerank import reranks
+from recbole_llm.read_keys import reranks
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run

@@ -23,9 +23,9 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
+from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.report.card import model_card
-from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import (
     data_hash,
     environment,

@@ -23,7 +23,7 @@ from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import model_class
-from recbole_llm.rerank import reranks
+from recbole_llm.read_keys import needed_recommenders
 from recbole_llm.run_folder import content_hash, only_here, run_hash, write_json
 from recbole_llm.trainer import trainer_class
 
@@ -81,20 +81,6 @@ def check_recommenders(config: LLMConfig) -> None:
             problems += [f"--{key}={name}, --recommender_config: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-
-
-def needed_recommenders(config: LLMConfig) -> list[str]:
-    """The keys that name a model which this run will train first, or that is a part of its own."""
-    if "recommender_model" in config:
-        return ["recommender_model"]
-    if not keys.ranks_titles(config):
-        return []
-    needed = {
-        "oracle_model": config["loss"] == "RosePO" and config["smoothing"] == "oracle",
-        "from_model": config["loss"] != "SFT" and "from_model" in config["rejected"].split("+"),
-        "rerank_model": any(reranks(config, mode) for mode in config["eval_args"]["mode"].values()),
-    }
-    return [key for key, is_needed in needed.items() if is_needed]
 
 
 def try_recommenders(config: LLMConfig, protocol: Protocol) -> None:

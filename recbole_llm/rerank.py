@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +10,6 @@ from recbole.utils import calculate_valid_score
 from recbole_llm.data.candidates import EvalRows
 
 WEIGHTS = tuple(step / 10 for step in range(11))  # the LLM's shares that rerank_weight=auto tries on validation
-
-
-def reranks(settings: Mapping[str, Any], mode: str) -> bool:
-    """Whether LLMRanker orders the top of ``rerank_model`` alone where it is asked in this mode (full, uniN, ...)."""
-    return settings["full_ranking"] == "rerank" if mode == "full" else bool(settings["rerank_candidates"])
 
 
 def rerank(base: torch.Tensor, llm: torch.Tensor, top: torch.Tensor, weight: float = 1.0) -> torch.Tensor:

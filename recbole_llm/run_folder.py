@@ -27,6 +27,7 @@ from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.identity import local_weights
 from recbole_llm.machine import gpu_driver, gpus, machine_bytes, processor, variables
+from recbole_llm.read_keys import unread
 
 PACKAGES = (
     "recbole",
@@ -84,8 +85,9 @@ def _files_hash(settings: Mapping[str, Any], dataset: str) -> str:
 
 
 def run_hash(config: Config) -> str:
-    """What determines a run's result: resolved configuration, prompt, data, versions and our code."""
-    what = [{k: v for k, v in config.final_config_dict.items() if k not in NOT_IN_HASH}, data_hash(config), versions()]
+    """What determines a run's result: the configuration that it reads, prompt, data, versions and our code."""
+    left_out = NOT_IN_HASH | unread(config.final_config_dict)
+    what = [{k: v for k, v in config.final_config_dict.items() if k not in left_out}, data_hash(config), versions()]
     for key in FAMILIES:  # a file of that name may change
         if key in config:
             what.append(load_template(config[key], config.properties, key))

@@ -19,8 +19,8 @@ from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
+from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import train_recommender
-from recbole_llm.rerank import reranks
 from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions
 
 # What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.

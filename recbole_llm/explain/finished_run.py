@@ -23,8 +23,8 @@ from recbole_llm.explain.run_files import read_per_user, read_record, run_settin
 from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_state
 from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.model.llmranker import LLMRanker
+from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import train_recommender
-from recbole_llm.rerank import reranks
 from recbole_llm.run_log import explained
 from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.transfer import eval_config_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.explain.other_ranks import OtherRank
-from recbole_llm.rerank import reranks
+from recbole_llm.read_keys import reranks
 
 
 def run_notes(run: FinishedRun, row: int, others: Sequence[OtherRank]) -> list[str]:

@@ -95,9 +95,8 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         chosen_later = config["rerank_weight"] == "auto"
         self.rerank_weight = 1.0 if chosen_later else float(config["rerank_weight"])
         self._remembered: dict[Any, torch.Tensor] | None = None
-        if config["full_ranking"] == "exact_topk":
-            if "full" in config["eval_args"]["mode"].values():
-                check_search(config, self.policy)
+        if config["full_ranking"] == "exact_topk" and "full" in config["eval_args"]["mode"].values():
+            check_search(config, self.policy)
             self.users_at_once = 64  # searches share passes, and one that ends makes room for the next
         self.rank_items_of(self.read_items(config, dataset))
 

@@ -10,11 +10,11 @@ from typing import Any
 from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import FAMILIES, load_template
+from recbole_llm.read_keys import reranks
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
 from recbole_llm.report.markdown import fenced, inline
 from recbole_llm.report.runs import name_of, stood_still
-from recbole_llm.rerank import reranks
 
 GIB = 2**30
 VERSIONS = ("recbole", "torch", "transformers", "peft", "python")

@@ -1,0 +1,71 @@
+"""Which keys of LLMRanker a run reads hangs on its other settings; what it does not read does not name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recbole_llm import keys
+
+LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+TRAINING_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions"}
+# Read by preference losses alone. Not here: `rejected` and how it draws, for SFT on pairs of titles draws too, and
+# switches that are refused where nothing reads them.
+PREFERENCE_KEYS = {
+    "beta",
+    "sft_weight",
+    "smoothing",
+    "smoothing_max",
+    "oracle_model",
+    "oracle_folds",
+    "dynamic_margin",
+    "from_model",
+    "preference_epochs",
+    "preference_learning_rate",
+    "preference_positions",
+}
+RERANK_KEYS = {"rerank_model", "rerank_topk"}
+
+
+def unread(settings: Mapping[str, Any]) -> set[str]:
+    """Keys that change nothing under the others: of LoRA without it, of preference losses under SFT, of re-ranking
+    where the LLM ranks alone, of full ranking where there is none, of recommenders where none is trained. Empty for
+    models that rank no titles.
+
+    In doubt a key is not among them: then equal runs are made twice, never different ones taken for one.
+    """
+    if not keys.ranks_titles(settings):
+        return set()
+    found: set[str] = set()
+    if settings["finetune"] != "lora":
+        found |= LORA_KEYS
+    if settings["finetune"] == "none":
+        found |= TRAINING_KEYS
+    if settings["finetune"] == "none" or settings["loss"] == "SFT":
+        found |= PREFERENCE_KEYS
+    modes = settings["eval_args"]["mode"].values()
+    if not any(reranks(settings, mode) for mode in modes):
+        found |= RERANK_KEYS
+    if "full" not in modes:
+        found.add("full_ranking")
+    return found if needed_recommenders(settings) else found | {"recommender_config"}
+
+
+def needed_recommenders(settings: Mapping[str, Any]) -> list[str]:
+    """The keys that name a model which this run will train first, or that is a part of its own."""
+    if "recommender_model" in settings:
+        return ["recommender_model"]
+    if not keys.ranks_titles(settings):
+        return []
+    prefers = settings["loss"] != "SFT"
+    needed = {
+        "oracle_model": settings["loss"] == "RosePO" and settings["smoothing"] == "oracle",
+        "from_model": prefers and "from_model" in settings["rejected"].split("+"),
+        "rerank_model": any(reranks(settings, mode) for mode in settings["eval_args"]["mode"].values()),
+    }
+    return [key for key, is_needed in needed.items() if is_needed]
+
+
+def reranks(settings: Mapping[str, Any], mode: str) -> bool:
+    """Whether LLMRanker orders the top of ``rerank_model`` alone where it is asked in this mode (full, uniN, ...)."""
+    return settings["full_ranking"] == "rerank" if mode == "full" else bool(settings["rerank_candidates"])
