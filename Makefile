@@ -49,12 +49,14 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,few-shot-ml-100k,few-shot-ml-100k)
 	$(call compare,few-shot-ml-100k losses-ml-100k,losses-ml-100k)
 	$(call compare,few-shot-ml-100k rosepo-ml-100k,rosepo-ml-100k)
+	$(call compare,few-shot-ml-100k full-ranking-few-shot,full-ranking-few-shot)
 	$(call compare,full-ml-100k,full-ml-100k)
 	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)
 	$(call compare,transfer-to-games,transfer-to-games) --data_path=$(DATA)
 	$(call compare,transfer-to-films,transfer-to-films) --data_path=$(DATA)
 	$(call compare,model-size,model-size)
 	$(call compare,dpo4rec dpo4rec-texts,dpo4rec-ml-100k)
+	$(call compare,dpo4rec-few-shot,dpo4rec-few-shot)
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py

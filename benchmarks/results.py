@@ -14,7 +14,8 @@ from typing import Any
 from common import speedups
 from tabulate import tabulate
 
-from recbole_llm.run_folder import environment, write_json
+from recbole_llm.environment import environment
+from recbole_llm.files import write_json
 
 
 class Results:

@@ -24,9 +24,10 @@ from typing import Any
 from determinism_table import BASE, Condition, difference, folder_of, tables
 from kept import RESULTS
 
+from recbole_llm.environment import environment
+from recbole_llm.files import write_json, write_text
 from recbole_llm.llm.fast_linears import ONEDNN
 from recbole_llm.llm.model_cache import cache_root
-from recbole_llm.run_folder import environment, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SAVED = Path("saved") / "determinism"

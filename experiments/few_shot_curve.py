@@ -11,8 +11,8 @@ from __future__ import annotations
 import pandas as pd
 from kept import CLASSIC, LLM, PROTOCOL, RESULTS, keep
 
+from recbole_llm.files import write_text
 from recbole_llm.report.compare import compare
-from recbole_llm.run_folder import write_text
 
 USERS = (16, 64, 100, 256)
 MODELS = ("Pop", "SASRec", "GRU4Rec", "LLMRanker")

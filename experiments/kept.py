@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from recbole_llm.environment import environment
+from recbole_llm.files import write_json, write_text
 from recbole_llm.report.entries import Options
 from recbole_llm.report.formats import markdown as as_markdown
 from recbole_llm.report.frames import results_frame
 from recbole_llm.report.results import Line, Results
 from recbole_llm.report.table import costs_table, harm_table, results_table
-from recbole_llm.run_folder import environment, write_json, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # The target among 20 candidates, 100 test users, histories of 10, one seed.

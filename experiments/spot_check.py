@@ -19,11 +19,12 @@ from typing import Any
 
 from kept import RESULTS
 
+from recbole_llm.environment import environment
+from recbole_llm.files import write_json
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
 from recbole_llm.report.tune_lines import tune_all
-from recbole_llm.run_folder import environment, write_json
 from recbole_llm.settings import PROPERTIES, read_yaml
 
 

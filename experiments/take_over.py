@@ -20,7 +20,7 @@ from typing import Any
 
 from recbole.config import Config
 
-from recbole_llm import run_folder
+from recbole_llm import environment, run_folder
 from recbole_llm.cli import main
 from recbole_llm.report import ahead, trials
 from recbole_llm.report.grid import Cell
@@ -39,7 +39,7 @@ def versions_of(other: Path) -> dict[str, Any]:
     if len(found) != 1:
         raise SystemExit(f"{other}: runs of {len(found)} sets of versions; one is needed.")
     versions: dict[str, Any] = json.loads(found.pop())
-    ours = run_folder.versions()["recbole_llm_code"]
+    ours = environment.versions()["recbole_llm_code"]
     if versions["recbole_llm_code"] != ours:
         raise SystemExit(f"{other}: made by code {versions['recbole_llm_code']}; this is {ours}. Check that one out.")
     return versions

@@ -203,7 +203,7 @@ def list_all(settings: dict[str, Any]) -> int:
 
 def show_env(settings: dict[str, Any]) -> int:
     """Machine and versions as JSON."""
-    from recbole_llm.run_folder import environment
+    from recbole_llm.environment import environment
 
     _takes_nothing("env", settings, "no flags")
     print(json.dumps(environment(), indent=2))

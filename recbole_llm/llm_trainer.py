@@ -21,7 +21,9 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import from_first, gathered, is_first, own_share, rank, same_everywhere, world_size
+from recbole_llm.environment import versions
 from recbole_llm.evaluator import Ranking
+from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
@@ -33,7 +35,6 @@ from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
 from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress
-from recbole_llm.run_folder import content_hash, only_here, versions, write_json, write_text
 from recbole_llm.stages import Stage, base_hash, sft_windows, stages
 from recbole_llm.trainer import ProtocolEvaluation
 

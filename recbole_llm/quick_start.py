@@ -19,25 +19,16 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.costs import Clock, Peak, of_all
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.distributed import from_first, gathered, is_first, process_group, same_everywhere
+from recbole_llm.environment import environment, versions
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.files import only_here, plain, write_json, write_table, write_text
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
 from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.report.card import model_card
-from recbole_llm.run_folder import (
-    data_hash,
-    environment,
-    make_run_folder,
-    only_here,
-    plain,
-    run_folder_of,
-    versions,
-    write_json,
-    write_table,
-    write_text,
-)
+from recbole_llm.run_folder import data_hash, make_run_folder, run_folder_of
 from recbole_llm.run_log import explained, start_log
 from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of

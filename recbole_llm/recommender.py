@@ -22,9 +22,10 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.files import content_hash, only_here, write_json
 from recbole_llm.model import model_class
 from recbole_llm.read_keys import needed_recommenders
-from recbole_llm.run_folder import content_hash, only_here, run_hash, write_json
+from recbole_llm.run_folder import run_hash
 from recbole_llm.trainer import trainer_class
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from recbole_llm.data.prompt import Window
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import UserError
+from recbole_llm.files import content_hash, whole
 from recbole_llm.llm.adapter import digest
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import content_hash, whole
 
 WINDOWS_AT_ONCE = 64  # of a file, so at most lost by a kill
 

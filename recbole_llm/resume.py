@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 
 from recbole_llm.distributed import from_first, is_first
 from recbole_llm.errors import UserError
+from recbole_llm.files import content_hash, whole
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
 from recbole_llm.llm.identity import check_identity, identity
-from recbole_llm.run_folder import content_hash, whole
 
 FILES = ("progress-0.safetensors", "progress-1.safetensors")  # written in turn
 # What RecBole's loop and ours remember between steps.

@@ -14,7 +14,7 @@ from recbole.utils import init_logger
 from recbole_llm.config import LLMConfig
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
-from recbole_llm.run_folder import write_text
+from recbole_llm.files import write_text
 
 
 @contextmanager

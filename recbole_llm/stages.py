@@ -15,13 +15,15 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
 from recbole_llm.distributed import from_first
+from recbole_llm.environment import versions
+from recbole_llm.files import content_hash
 from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import train_recommender
-from recbole_llm.run_folder import NOT_IN_HASH, content_hash, data_hash, versions
+from recbole_llm.run_folder import NOT_IN_HASH, data_hash
 
 # What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
 SFT_KEYS = tuple(

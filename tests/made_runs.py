@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_llm.environment import environment, versions
+from recbole_llm.files import write_json, write_table, write_text
 from recbole_llm.report.entries import Entry
 from recbole_llm.report.grid import Cell, Setting
-from recbole_llm.run_folder import environment, versions, write_json, write_table, write_text
 
 NOT_GIVEN = Setting("toy", None, False, None)
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_llm import __version__, cli, keys, machine, quick_start, run_folder
+from recbole_llm import __version__, cli, environment, keys, machine, quick_start
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.report import compare as comparing
@@ -113,7 +113,8 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.startswith("models: LLMRanker, DPO4Rec, ") and "SASRec" in told and "xgboost" not in told
     assert "prompt: instruct, pair, reasoning, stream" in told and "dataset: ml-100k" in told
     assert (
-        "compare: dmpo, dpo4rec, dpo4rec-texts, few-shot-games, few-shot-ml-100k, full-ml-100k, full-ranking-ml-100k, "
+        "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-ml-100k, "
+        "full-ml-100k, full-ranking-few-shot, full-ranking-ml-100k, "
         "losses-games, losses-ml-100k, model-size, quick, rerank_lists, rosepo-ml-100k, transfer-to-films, "
         "transfer-to-games\n"
         in told
@@ -179,8 +180,8 @@ def test_commit_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     for home, found in ((tmp_path / "venv" / "lib", None), (tmp_path, head[:12])):
         (home / "recbole_llm").mkdir(parents=True)
-        monkeypatch.setattr(run_folder, "__file__", str(home / "recbole_llm" / "run_folder.py"))
-        assert run_folder.git_commit() == found
+        monkeypatch.setattr(environment, "__file__", str(home / "recbole_llm" / "environment.py"))
+        assert environment.git_commit() == found
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,14 @@ from recbole_llm import cli, generation, run_log
 from recbole_llm.errors import UserError
 from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.run_files import read_record
+from recbole_llm.files import only_here
 from recbole_llm.llm import hub_access, model_cache
 from recbole_llm.llm.budget import in_halves
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.progress import bar
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
-from recbole_llm.run_folder import only_here, run_folder_of
+from recbole_llm.run_folder import run_folder_of
 from recbole_llm.trainer import ProtocolEvaluation
 from tests.conftest import prepared
 from tests.test_bad_input import argv, left_over, refused

@@ -20,7 +20,7 @@ from recbole.data.interaction import Interaction
 from recbole_llm.data.dataset import POSITION, Events
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.run_folder import whole
+from recbole_llm.files import whole
 
 RESTORE = "Restore the file, or remove that folder and give the run's command again."
 

@@ -15,6 +15,8 @@ from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.question import item_template
 from recbole_llm.dpo4rec.reasoning import Asked
+from recbole_llm.environment import versions
+from recbole_llm.files import content_hash
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.budget import TokenBudget, in_halves
 from recbole_llm.llm.identity import PARTS, identity
@@ -23,7 +25,6 @@ from recbole_llm.llm.sampling import Sampling, Written, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
 from recbole_llm.recommender import shared_settings
-from recbole_llm.run_folder import content_hash, versions
 from recbole_llm.stages import Stage
 
 LLM_SETTINGS = tuple(

@@ -24,9 +24,11 @@ from recbole_llm.dpo4rec.places import draw_places, training_loader
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
+from recbole_llm.environment import versions
+from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
-from recbole_llm.run_folder import content_hash, data_hash, only_here, versions, write_json, write_text
+from recbole_llm.run_folder import data_hash
 from recbole_llm.trainer import ProtocolEvaluation
 
 # What determines a trained recommender, besides data, texts and rows.

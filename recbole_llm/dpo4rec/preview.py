@@ -11,7 +11,8 @@ from recbole_llm.data.protocol import prepare_data
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.dpo4rec.work import Judged, Work
 from recbole_llm.errors import UserError
-from recbole_llm.run_folder import make_stage_folder, run_folder_of
+from recbole_llm.files import make_stage_folder
+from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
+from recbole_llm.files import content_hash
 from recbole_llm.llm.sampling import Sampling, Written
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import content_hash
 
 # Prompts, sampling, seed -> the texts of each prompt: our LLM or a server.
 Writer = Callable[[Sequence["Asked"], Sampling, int], list[list[Written]]]

@@ -29,8 +29,8 @@ from recbole_llm.dpo4rec.reward import (
     rewards_of,
 )
 from recbole_llm.dpo4rec.text_vectors import text_vectors
+from recbole_llm.files import content_hash
 from recbole_llm.llm.sampling import Sampling, Written
-from recbole_llm.run_folder import content_hash
 
 
 @dataclass(frozen=True)

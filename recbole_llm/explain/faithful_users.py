@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.environment import versions
 from recbole_llm.errors import UserError
 from recbole_llm.explain.explain import history_effects
 from recbole_llm.explain.faithfulness import DRAWS, SIZES, Comparison, Deletion, over_users
 from recbole_llm.explain.finished_run import FinishedRun
+from recbole_llm.files import content_hash, write_json
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.progress import bar
-from recbole_llm.run_folder import content_hash, versions, write_json
 
 
 def faithfulness(run: FinishedRun, users: int) -> tuple[list[Comparison], Path]:

@@ -22,10 +22,10 @@ from filelock import FileLock
 from torch import nn
 from torch.nn import functional
 
+from recbole_llm.files import content_hash, write_json
 from recbole_llm.llm.model_cache import cache_root
 from recbole_llm.llm.types import CausalLM
 from recbole_llm.machine import processor
-from recbole_llm.run_folder import content_hash, write_json
 
 DEFAULT, ONEDNN = "default", "onednn"
 LEAST_GAIN = 1.1  # less is what another load of the machine makes of nothing

@@ -11,6 +11,7 @@ import pandas as pd
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.files import content_hash, write_json, write_text
 from recbole_llm.harm import HARM
 from recbole_llm.pair_metrics import PAIR_METRICS
 from recbole_llm.report import frames
@@ -26,7 +27,6 @@ from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
 from recbole_llm.report.tune import Tuned, tuned_frame
 from recbole_llm.report.tune_lines import builds_on, check_tuned_from, tune_all
-from recbole_llm.run_folder import content_hash, write_json, write_text
 from recbole_llm.transfer import eval_config_of
 
 TUNED = (

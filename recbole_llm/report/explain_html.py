@@ -9,6 +9,7 @@ from pathlib import Path
 from recbole_llm.errors import UserError
 from recbole_llm.explain.explanation import Explanation
 from recbole_llm.explain.faithfulness import DRAWS
+from recbole_llm.files import write_text
 from recbole_llm.report.explain_tables import (
     MARK,
     Table,
@@ -24,7 +25,6 @@ from recbole_llm.report.explain_tables import (
     title_heads,
     token_text,
 )
-from recbole_llm.run_folder import write_text
 
 # Okabe and Ito's blue and vermilion, told apart by the colour-blind; signs and numbers say the same.
 STYLE = """

@@ -10,9 +10,10 @@ from typing import Any
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
+from recbole_llm.files import content_hash
 from recbole_llm.recommender import check_recommenders
 from recbole_llm.report.entries import Entry, Options
-from recbole_llm.run_folder import content_hash, run_folder_of
+from recbole_llm.run_folder import run_folder_of
 from recbole_llm.transfer import eval_config_of
 
 # Two models whose values of these differ are never asked the same.

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.files import make_stage_folder, only_here
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.grid import Cell
-from recbole_llm.run_folder import make_stage_folder, only_here
 
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died

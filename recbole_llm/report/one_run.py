@@ -12,9 +12,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.files import write_json
 from recbole_llm.report.jobs import run_once
 from recbole_llm.report.trials import trial_once
-from recbole_llm.run_folder import write_json
 
 
 def main(asked: Path, outcome: Path) -> None:

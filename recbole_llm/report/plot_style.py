@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from recbole_llm.files import whole
 from recbole_llm.report.results import Results
-from recbole_llm.run_folder import whole
 
 COLUMN, PAGE = 3.4, 7.0  # inches: a column, and the width of a page of two
 DPI = 200

@@ -10,8 +10,8 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from recbole_llm.files import content_hash
 from recbole_llm.report.search_space import Parameter
-from recbole_llm.run_folder import content_hash
 
 STARTUP = 10  # proposals that are drawn at random, before scores decide; Optuna's own default
 PATIENCE = 10  # proposals that were tried before, until one is drawn at random from the others

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.environment import versions
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.files import write_json
 from recbole_llm.report.jobs import in_a_line
-from recbole_llm.run_folder import trial_folder_of, versions, write_json
+from recbole_llm.run_folder import trial_folder_of
 from recbole_llm.validation import validate
 
 

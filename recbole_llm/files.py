@@ -1,0 +1,104 @@
+"""Files are written whole or not at all; a folder that several processes fill is filled by one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from recbole_llm.distributed import is_first
+from recbole_llm.errors import UserError
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of anything JSON-able, keys sorted; other objects by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_stage_folder(folder: Path) -> Path:
+    """The folder, made where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir: cannot make {folder} ({error}). Name a folder that can be written."
+        ) from error
+    return folder
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Hold a folder that other processes may want to fill too; where one does, say so and wait until it is done.
+
+    Who holds it may hold it again. The lock goes with its process, so a killed one holds nothing.
+    Of the processes of one run the first holds it for all.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    if not is_first():
+        yield
+        return
+    # One lock object for each file in a process: it counts how often its thread holds it.
+    lock = FileLock(make_stage_folder(folder).resolve() / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for {folder}: another process works there.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else."""
+    beside = file.with_name(file.name + ".tmp")
+    try:
+        yield beside
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a whole file or none: beside, to disk, then renamed."""
+    with whole(file) as beside, open(beside, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """Write a gzipped CSV, whole or not at all; the same table gives the same bytes."""
+    with whole(file) as beside:
+        table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
+
+
+def plain(value: Any) -> Any:
+    """Numbers, texts, lists and dicts of them; everything else as text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
