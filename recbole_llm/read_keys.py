@@ -43,10 +43,9 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
         found |= TRAINING_KEYS
     if settings["finetune"] == "none" or settings["loss"] == "SFT":
         found |= PREFERENCE_KEYS
-    modes = settings["eval_args"]["mode"].values()
-    if not any(reranks(settings, mode) for mode in modes):
+    if not any(reranks(settings, mode) for mode in asked_modes(settings)):
         found |= RERANK_KEYS
-    if "full" not in modes:
+    if "full" not in asked_modes(settings):
         found.add("full_ranking")
     return found if needed_recommenders(settings) else found | {"recommender_config"}
 
@@ -61,7 +60,7 @@ def needed_recommenders(settings: Mapping[str, Any]) -> list[str]:
     needed = {
         "oracle_model": settings["loss"] == "RosePO" and settings["smoothing"] == "oracle",
         "from_model": prefers and "from_model" in settings["rejected"].split("+"),
-        "rerank_model": any(reranks(settings, mode) for mode in settings["eval_args"]["mode"].values()),
+        "rerank_model": any(reranks(settings, mode) for mode in asked_modes(settings)),
     }
     return [key for key, is_needed in needed.items() if is_needed]
 
@@ -69,3 +68,10 @@ def needed_recommenders(settings: Mapping[str, Any]) -> list[str]:
 def reranks(settings: Mapping[str, Any], mode: str) -> bool:
     """Whether LLMRanker orders the top of ``rerank_model`` alone where it is asked in this mode (full, uniN, ...)."""
     return settings["full_ranking"] == "rerank" if mode == "full" else bool(settings["rerank_candidates"])
+
+
+def asked_modes(settings: Mapping[str, Any]) -> set[str]:
+    """Modes (full, uniN, ...) in which validation and test are asked; ``eval_config`` names those of another data set."""
+    own = settings["eval_args"]["mode"]
+    other = ((settings["eval_config"] or {}).get("eval_args") or {}).get("mode") or {}
+    return {*own.values(), *([other] if isinstance(other, str) else other.values())}

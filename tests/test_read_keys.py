@@ -90,6 +90,11 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
             {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}},
             {"rerank_model", "recommender_config", "full_ranking"},
         ),
+        (
+            {"eval_dataset": "toy", "eval_config": {"eval_args": {"mode": {"test": "full"}}}},
+            {"rerank_model", "rerank_topk", "recommender_config", "full_ranking"},
+        ),
+        ({"eval_dataset": "toy", "eval_config": {"eval_args": {"mode": "full"}}}, {"rerank_model", "full_ranking"}),
         ({}, LORA_KEYS | TRAINING_KEYS),
     ],
 )

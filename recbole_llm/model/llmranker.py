@@ -26,6 +26,7 @@ from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
+from recbole_llm.read_keys import asked_modes
 from recbole_llm.rerank import rerank
 from recbole_llm.scoring import candidate_logps, normalise
 
@@ -95,7 +96,7 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         chosen_later = config["rerank_weight"] == "auto"
         self.rerank_weight = 1.0 if chosen_later else float(config["rerank_weight"])
         self._remembered: dict[Any, torch.Tensor] | None = None
-        if config["full_ranking"] == "exact_topk" and "full" in config["eval_args"]["mode"].values():
+        if config["full_ranking"] == "exact_topk" and "full" in asked_modes(config):
             check_search(config, self.policy)
             self.users_at_once = 64  # searches share passes, and one that ends makes room for the next
         self.rank_items_of(self.read_items(config, dataset))
