@@ -71,7 +71,7 @@ def reranks(settings: Mapping[str, Any], mode: str) -> bool:
 
 
 def asked_modes(settings: Mapping[str, Any]) -> set[str]:
-    """Modes (full, uniN, ...) in which validation and test are asked; ``eval_config`` names those of another data set."""
+    """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set."""
     own = settings["eval_args"]["mode"]
     other = ((settings["eval_config"] or {}).get("eval_args") or {}).get("mode") or {}
     return {*own.values(), *([other] if isinstance(other, str) else other.values())}
