@@ -70,8 +70,11 @@ def reranks(settings: Mapping[str, Any], mode: str) -> bool:
     return settings["full_ranking"] == "rerank" if mode == "full" else bool(settings["rerank_candidates"])
 
 
-def asked_modes(settings: Mapping[str, Any]) -> set[str]:
-    """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set."""
-    own = settings["eval_args"]["mode"]
-    other = ((settings["eval_config"] or {}).get("eval_args") or {}).get("mode") or {}
-    return {*own.values(), *([other] if isinstance(other, str) else other.values())}
+def asked_modes(settings: Mapping[str, Any]) -> list[Any]:
+    """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set.
+
+    The latter as they were typed: runs are named before ``eval_config`` is checked.
+    """
+    other = (settings["eval_config"] or {}).get("eval_args")
+    mode = other.get("mode") if isinstance(other, dict) else None
+    return [*settings["eval_args"]["mode"].values(), *(mode.values() if isinstance(mode, dict) else [mode])]

@@ -104,6 +104,13 @@ def test_what_a_run_reads_names_it(given: dict[str, Any], read: set[str], tiny: 
         assert run_folder_of(LLMConfig(config_dict={**tiny, **given, key: OTHER[key]})) != before, key
 
 
+@pytest.mark.parametrize("asked", ["full", {"mode": 3}, {"mode": ["full"]}, {"mode": None}, None])
+def test_an_unchecked_eval_config_is_no_obstacle(asked: Any, tiny: dict[str, Any]) -> None:
+    """compare names its runs first, and tells what is wrong with eval_config after."""
+    settings = {**tiny, "eval_dataset": "toy", "eval_config": {"eval_args": asked}}
+    assert "full_ranking" in unread(LLMConfig(config_dict=settings).final_config_dict)
+
+
 def test_keys_of_other_models_are_all_read(toy: dict[str, Any]) -> None:
     assert unread(LLMConfig(config_dict={**toy, "model": "SASRec"}).final_config_dict) == set()
     assert unread(LLMConfig(config_dict={**toy, "model": "DPO4Rec", "llm": "tiny"}).final_config_dict) == set()
