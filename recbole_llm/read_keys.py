@@ -8,7 +8,7 @@ from typing import Any
 from recbole_llm import keys
 
 LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
-TRAINING_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions"}
+FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions"}
 # Read by preference losses alone. Not here: `rejected` and how it draws, for SFT on pairs of titles draws too, and
 # switches that are refused where nothing reads them.
 PREFERENCE_KEYS = {
@@ -24,7 +24,7 @@ PREFERENCE_KEYS = {
     "preference_learning_rate",
     "preference_positions",
 }
-RERANK_KEYS = {"rerank_model", "rerank_topk"}
+BASE_KEYS = {"rerank_model", "rerank_topk"}
 
 
 def unread(settings: Mapping[str, Any]) -> set[str]:
@@ -40,11 +40,11 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
     if settings["finetune"] != "lora":
         found |= LORA_KEYS
     if settings["finetune"] == "none":
-        found |= TRAINING_KEYS
+        found |= FINETUNE_KEYS
     if settings["finetune"] == "none" or settings["loss"] == "SFT":
         found |= PREFERENCE_KEYS
     if not any(reranks(settings, mode) for mode in asked_modes(settings)):
-        found |= RERANK_KEYS
+        found |= BASE_KEYS
     if "full" not in asked_modes(settings):
         found.add("full_ranking")
     return found if needed_recommenders(settings) else found | {"recommender_config"}

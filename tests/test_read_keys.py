@@ -10,7 +10,7 @@ import pytest
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.read_keys import LORA_KEYS, PREFERENCE_KEYS, RERANK_KEYS, TRAINING_KEYS, unread
+from recbole_llm.read_keys import BASE_KEYS, FINETUNE_KEYS, LORA_KEYS, PREFERENCE_KEYS, unread
 from recbole_llm.run_folder import run_folder_of
 
 SINGLE = {"full_ranking", "recommender_config"}
@@ -43,9 +43,9 @@ OTHER: dict[str, Any] = {
 RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "zero-shot": (
         {"finetune": "none"},
-        LORA_KEYS | TRAINING_KEYS | PREFERENCE_KEYS | SINGLE | RERANK_KEYS,
+        LORA_KEYS | FINETUNE_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS,
     ),
-    "SFT": ({}, PREFERENCE_KEYS | SINGLE | RERANK_KEYS),
+    "SFT": ({}, PREFERENCE_KEYS | SINGLE | BASE_KEYS),
     "SFT on pairs": (
         {
             "prompt": "pair",
@@ -54,15 +54,15 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "topk": [1],
             "valid_metric": "Hit@1",
         },
-        PREFERENCE_KEYS | SINGLE | RERANK_KEYS,
+        PREFERENCE_KEYS | SINGLE | BASE_KEYS,
     ),
-    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_KEYS | SINGLE | RERANK_KEYS),
-    "DPO": ({"loss": "DPO", "rejected_num": 1}, SINGLE | RERANK_KEYS),
+    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS),
+    "DPO": ({"loss": "DPO", "rejected_num": 1}, SINGLE | BASE_KEYS),
 }
 
 
 def test_every_key_that_may_be_unread_is_tried() -> None:
-    assert set(OTHER) == LORA_KEYS | TRAINING_KEYS | PREFERENCE_KEYS | SINGLE | RERANK_KEYS
+    assert set(OTHER) == LORA_KEYS | FINETUNE_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -95,7 +95,7 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
             {"rerank_model", "rerank_topk", "recommender_config", "full_ranking"},
         ),
         ({"eval_dataset": "toy", "eval_config": {"eval_args": {"mode": "full"}}}, {"rerank_model", "full_ranking"}),
-        ({}, LORA_KEYS | TRAINING_KEYS),
+        ({}, LORA_KEYS | FINETUNE_KEYS),
     ],
 )
 def test_what_a_run_reads_names_it(given: dict[str, Any], read: set[str], tiny: dict[str, Any]) -> None:
