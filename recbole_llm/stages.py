@@ -21,7 +21,7 @@ from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
-from recbole_llm.read_keys import reranks
+from recbole_llm.read_keys import reranks, unread
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_folder import NOT_IN_HASH, data_hash
 
@@ -163,7 +163,8 @@ def base_hash(llm: LLM, texts: list[str]) -> str:
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
-    settings = {key: config[key] for key in (*SFT_KEYS, *_sometimes(config, protocol))}
+    named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
+    settings = {key: config[key] for key in named_by}
     settings["eval_args"] = _split(config)
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
@@ -173,8 +174,9 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
 
 
 def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
-    """``<checkpoint_dir>/stages/<loss>-<hash>`` of all settings but those that say how the trained model is asked."""
-    left_out = NOT_IN_HASH | ASKS_TEST | (set() if config["eval_step"] else ASKS)
+    """``<checkpoint_dir>/stages/<loss>-<hash>`` of all that is read but how the trained model is asked."""
+    left_out = NOT_IN_HASH | ASKS_TEST | unread(config.final_config_dict)
+    left_out = left_out - ASKS if config["eval_step"] else left_out | ASKS
     settings = {key: value for key, value in config.final_config_dict.items() if key not in left_out}
     settings["eval_args"] = _split(config)
     template = load_template(config["prompt"], config.properties)
@@ -196,4 +198,5 @@ def _sometimes(config: Config, protocol: Protocol) -> list[str]:
     """
     keys = list(SELECTION_KEYS) if config["eval_step"] else []
     keys += RERANK_KEYS if config["eval_step"] and reranks(config, protocol.valid.mode) else []
-    return keys + (["attention", "token_budget"] if config["lora_dropout"] > 0 else [])
+    drops = config["finetune"] == "lora" and config["lora_dropout"] > 0
+    return keys + (["attention", "token_budget"] if drops else [])

@@ -57,7 +57,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
         PREFERENCE_KEYS | SINGLE | BASE_KEYS,
     ),
     "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS),
-    "DPO": ({"loss": "DPO", "rejected_num": 1}, SINGLE | BASE_KEYS),
+    "DPO": ({"loss": "DPO", "rejected_num": 1, "eval_step": 0}, SINGLE | BASE_KEYS),
 }
 
 
@@ -70,14 +70,17 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
     given, expected = RUNS[name]
     settings = {**tiny, "few_shot": 20, "eval_users": 20, "preference_epochs": 1, **given}
     assert unread(LLMConfig(config_dict=settings).final_config_dict) == expected
-    ranks, folders = [], []
+    ranks, folders, stages = [], [], []
     for place, other in (("one", {}), ("two", {key: OTHER[key] for key in expected})):
         result = run_recbole_llm(config_dict={**settings, **other, "checkpoint_dir": str(tmp_path / place)})
         folder = Path(result["run_folder"])
         ranks.append(pd.read_csv(folder / "per_user.csv.gz"))
         folders.append(folder.name)
+        stages.append({stage.name for stage in tmp_path.glob(f"{place}/stages/*/")})
     pd.testing.assert_frame_equal(*ranks)
     assert folders[0] == folders[1]
+    assert stages[0] == stages[1]  # so runs of other models and modes share them
+    assert any(name.startswith("DPO-") for name in stages[0]) == (name == "DPO")
 
 
 @pytest.mark.parametrize(
