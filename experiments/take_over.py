@@ -4,7 +4,7 @@
 
 FOLDER is the other machine's ``checkpoint_dir`` (without weights: results, candidates and trials are enough). A run is
 taken over when its configuration, data and code are the same; versions of packages (so the build of torch) may differ,
-and so may what changes numbers in their last digits alone: OTHER, as the other machine's runs had it. What is not
+and so may what changes numbers in their last digits alone: OTHERS, as the other machine's runs had it. What is not
 there is run here. Records keep the versions and the device that they were made with.
 
 So were the tables of results/ made whose LLM lines ran on one H200 and whose recommenders ran on a CPU.
@@ -25,8 +25,8 @@ from recbole_llm.cli import main
 from recbole_llm.report import ahead, trials
 from recbole_llm.report.grid import Cell
 
-# Of LLMs: the kernel of attention, the packing, and a type that `auto` is on a CPU.
-OTHER = {"attention": "sdpa", "token_budget": 2048, "dtype": "float32"}
+# Of LLMs: the kernel of attention (`blocks` for `exact_topk`), the packing, and a type that `auto` is on a CPU.
+OTHERS = [{"attention": kernel, "token_budget": 2048, "dtype": "float32"} for kernel in ("sdpa", "blocks")]
 
 
 def versions_of(other: Path) -> dict[str, Any]:
@@ -45,18 +45,20 @@ def versions_of(other: Path) -> dict[str, Any]:
     return versions
 
 
-def name_there(config: Config, versions: dict[str, Any]) -> str:
-    """What the other machine calls the run of this configuration."""
+def names_there(config: Config, versions: dict[str, Any]) -> list[str]:
+    """What the other machine may call the run of this configuration."""
     settings, ours = config.final_config_dict, run_folder.versions
-    kept = dict(settings)
-    settings.update({key: value for key, value in OTHER.items() if key in settings})
+    kept, found = dict(settings), []
     run_folder.versions = lambda: versions
     try:
-        return run_folder.run_folder_of(config).name
+        for other in OTHERS:
+            settings.update({key: value for key, value in other.items() if key in settings})
+            found.append(run_folder.run_folder_of(config).name)
     finally:
         run_folder.versions = ours
         settings.clear()
         settings.update(kept)
+    return list(dict.fromkeys(found))
 
 
 def take_over(other: Path) -> None:
@@ -64,19 +66,20 @@ def take_over(other: Path) -> None:
     versions, trial_file = versions_of(other), trials.trial_file
 
     def trial(config: Config) -> Path:
-        file, there = trial_file(config), other / "trials" / f"{name_there(config, versions)}.json"
-        if not file.is_file() and there.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(there, file)
+        file = trial_file(config)
+        for name in names_there(config, versions):
+            there = other / "trials" / f"{name}.json"
+            if not file.is_file() and there.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(there, file)
         return file
 
     def folder(self: Cell) -> Path:
         here = run_folder.run_folder_of(self.config)
-        if not (here / "result.json").is_file():
-            there = other / name_there(self.config, versions)
-            if (there / "result.json").is_file():
-                print(f"taken over: {self.label} ({there.name})", flush=True)
-                shutil.copytree(there, here, dirs_exist_ok=True)
+        for name in names_there(self.config, versions):
+            if not (here / "result.json").is_file() and (other / name / "result.json").is_file():
+                print(f"taken over: {self.label} ({name})", flush=True)
+                shutil.copytree(other / name, here, dirs_exist_ok=True)
         return here
 
     trials.trial_file = ahead.trial_file = trial
