@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from recbole import __file__ as recbole_file
 from recbole.utils import ModelType
@@ -18,8 +19,8 @@ from recbole_llm.data.item_text import text_template
 from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
-from recbole_llm.model import model_class
-from recbole_llm.read_keys import reranks
+from recbole_llm.model import OWN_MODELS, model_class
+from recbole_llm.read_keys import eval_config_modes, reranks
 from recbole_llm.wandb_log import wandb_is_installed
 
 # What the data are read with.
@@ -37,6 +38,15 @@ READ_WITH = (
     "liked_only",
     "min_disliked",
 )
+
+# A switch of a preference loss -> the losses that read it.
+SWITCHES = {
+    "pairwise_mean": ("DMPO",),
+    "reference_free": ("DMPO",),
+    "robust": ("RosePO",),
+    "boundary_negatives": ("DMPO", "SDPO", "RosePO"),
+    "dynamic_beta": ("DMPO", "SDPO", "RosePO"),
+}
 
 
 def model_keys(properties: Path) -> dict[str, list[str]]:
@@ -87,11 +97,12 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
         problems += [told for told, wrong in _wrong_training(settings).items() if wrong]
         problems += _wrong_switches(settings)
     base = settings["rerank_model"]
-    if base == "LLMRanker":
+    if base in OWN_MODELS:
         problems.append(
-            f"--rerank_model={base}: an LLM reorders the top items of a recommender; name one, for example Pop."
+            f"--rerank_model={base}: an LLM reorders the top items of a recommender of RecBole; name one, for example "
+            "SASRec."
         )
-    if not ill_typed & {"rerank_candidates", "rerank_weight", "full_ranking"}:
+    if not ill_typed & {"rerank_candidates", "rerank_weight", "full_ranking", "eval_config"}:
         problems += _wrong_mixture(settings)
     for key in ("rerank_model", "from_model", "oracle_model"):
         if isinstance(settings[key], str) and settings[key]:
@@ -105,7 +116,8 @@ def _wrong_mixture(settings: Mapping[str, Any]) -> list[str]:
     weight, mode = settings["rerank_weight"], (settings["eval_args"] or {}).get("mode")
     modes = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}
     mixed = [split for split, asked in modes.items() if reranks(settings, str(asked))]
-    if weight != 1 and not mixed:
+    elsewhere = any(reranks(settings, str(asked)) for asked in eval_config_modes(settings))
+    if weight != 1 and not mixed and not elsewhere:
         return [
             f"--rerank_weight={weight}: there is no re-ranking to mix in; set --rerank_candidates=True, or ask in mode "
             "full with --full_ranking=rerank."
@@ -169,23 +181,16 @@ def _wrong_training(settings: Mapping[str, Any]) -> dict[str, bool]:
 
 def _wrong_switches(settings: Mapping[str, Any]) -> list[str]:
     """Switches that the loss at hand does not read."""
-    loss, many = settings["loss"], ("DMPO", "SDPO", "RosePO")
-    readers = {
-        "pairwise_mean": ("DMPO",),
-        "reference_free": ("DMPO",),
-        "robust": ("RosePO",),
-        "boundary_negatives": many,
-        "dynamic_beta": many,
-    }
+    loss = settings["loss"]
     problems = [
         f"--{key}=True: {loss} does not read it; it belongs to {' and '.join(losses)}. Leave it out, or set --loss."
-        for key, losses in readers.items()
+        for key, losses in SWITCHES.items()
         if settings[key] and loss not in losses
     ]
     if settings["chosen_num"] > 1 and loss != "MultDPO":
         problems.append(f"--chosen_num={settings['chosen_num']}: {loss} takes one chosen item; set --loss=MultDPO.")
     most = settings["smoothing_max"] if settings["smoothing"] == "oracle" else settings["smoothing"]
-    if settings["robust"] and most >= 0.5:
+    if settings["robust"] and np.float32(most) >= 0.5:  # the type of the loss
         problems.append("--robust=True divides by 1 - 2 epsilon; set --smoothing_max=0.49, or a --smoothing below 0.5.")
     return problems
 

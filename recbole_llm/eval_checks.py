@@ -13,6 +13,7 @@ from recbole_llm import keys
 from recbole_llm.key_checks import integer, number
 
 RANKING = sorted(name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING)
+OF_ITEMS = {"itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage"}
 EVAL_ARGS = ("split", "group_by", "order", "mode")
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
 MODE = re.compile(r"full|(uni|pop|low)[1-9]\d{0,8}")
@@ -33,6 +34,8 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
     if not topk or any(integer(1)(k) for k in topk):
         return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
+    if isinstance(eval_args, dict):
+        problems += _wrong_item_metrics(eval_args.get("mode", "full"), settings["next_items"], metrics, topk)
     if isinstance(eval_args, dict) and settings.get("full_ranking") == "exact_topk":
         problems += _wrong_topk_search(settings, eval_args["mode"], metrics)
     return problems + _wrong_valid_metric(settings["valid_metric"], metrics, topk)
@@ -103,6 +106,21 @@ def _wrong_topk_search(settings: Mapping[str, Any], mode: Any, metrics: Sequence
             "which this back end cannot; set --attention=auto, or --full_ranking=exact."
         )
     return problems
+
+
+def _wrong_item_metrics(mode: Any, size: Any, metrics: Sequence[Any], topk: Sequence[int]) -> list[str]:
+    """RecBole's metrics of recommended items, where a list is shorter than K: they would count its empty places."""
+    modes = [str(m) for m in (mode.values() if isinstance(mode, dict) else [mode])]
+    lists = {m: int(m[3:]) + size for m in modes if m != "full" and MODE.fullmatch(m) and not integer(1)(size)}
+    shortest = min(lists, key=lists.__getitem__, default=None)
+    asked = [str(m) for m in metrics if str(m).lower() in OF_ITEMS]
+    if not asked or shortest is None or max(topk) <= lists[shortest]:
+        return []
+    return [
+        f"--metrics: {', '.join(asked)} would count empty places, for {shortest} asks among {lists[shortest]} items "
+        f"and --topk={list(topk)} for more; leave that K out, or take coverage, gini and popularity_lift, which every "
+        "run has."
+    ]
 
 
 def _no_ranking(metric: Any) -> str | None:

@@ -133,7 +133,7 @@ class PerUserEvaluator(Evaluator):
         """RecBole's result and one line for each row.
 
         Args:
-            num_items: size of the item vocabulary as RecBole counts it (padding included).
+            num_items: of the catalogue, as RecBole counts them (padding included).
             item_counter: training interactions of each item, for the popularity metrics.
 
         Returns:

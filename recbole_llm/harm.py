@@ -37,7 +37,12 @@ logger = logging.getLogger()
 
 
 def harm_metrics(
-    config: Config, rows: EvalRows, top: np.ndarray, popularity: np.ndarray, embeddings: np.ndarray | None
+    config: Config,
+    rows: EvalRows,
+    top: np.ndarray,
+    popularity: np.ndarray,
+    embeddings: np.ndarray | None,
+    catalogue: np.ndarray | None = None,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Harm of a ranking at every K of ``topk`` that leaves some of the candidates out.
 
@@ -46,23 +51,27 @@ def harm_metrics(
         top: item ids of the best ``[R, K]``.
         popularity: training interactions of each item ``[n_items]``.
         embeddings: unit rows of the titles ``[n_items, d]``, zeros where there is none; None = no hallucination.
+        catalogue: ids of the items that can be answers; None = all.
 
     Returns:
         Name -> mean over the rows where it is defined, and a table of the values of each row ``[R]``.
     """
     topk = [k for k in config["topk"] if rows.candidates is None or k < rows.candidates.shape[1]]
+    catalogue = np.arange(1, len(popularity)) if catalogue is None else catalogue
+    if embeddings is not None and len(catalogue) < len(embeddings) - 1:
+        embeddings = np.where(np.isin(np.arange(len(embeddings)), catalogue)[:, None], embeddings, 0)
     alike = None if embeddings is None else look_alikes(rows.history, embeddings, config["look_alikes"])
     by_row: dict[str, np.ndarray] = {}
     for k in topk:
         by_row[f"popularity_lift@{k}"] = popularity_lift(top[:, :k], rows.history, popularity)
-        by_row[f"long_tail@{k}"] = long_tail_share(top[:, :k], popularity)
+        by_row[f"long_tail@{k}"] = long_tail_share(top[:, :k], popularity, catalogue)
         if alike is not None:
             by_row[f"hallucination@{k}"] = hallucination(top[:, :k], rows.relevant, alike)
     if topk and alike is not None and rows.candidates is not None:
         by_row["hallucination_base"] = hallucination(rows.candidates, rows.relevant, alike)
     result = _means(by_row)
     for k in topk:
-        result.update(catalogue_metrics(config, top[:, :k], len(popularity), f"@{k}"))
+        result.update(catalogue_metrics(config, top[:, :k], len(catalogue) + 1, f"@{k}"))
     return {name: round(v, config["metric_decimal_place"]) for name, v in result.items()}, pd.DataFrame(by_row)
 
 
@@ -95,20 +104,20 @@ def popularity_lift(top: np.ndarray, history: Sequence[np.ndarray], popularity: 
     return (_mean_of(popularity[top], top > 0) - chosen) / chosen
 
 
-def long_tail(popularity: np.ndarray) -> np.ndarray:
+def long_tail(popularity: np.ndarray, catalogue: np.ndarray | None = None) -> np.ndarray:
     """Which items are long tail: those outside the 20 % most popular of the catalogue ``[n_items]``, bool.
 
     Where items tie at that border all of them are long tail, so that no numbering of the items decides.
     """
-    counts = np.sort(popularity[1:])[::-1]
+    counts = np.sort(popularity[1:] if catalogue is None else popularity[catalogue])[::-1]
     tail = popularity <= counts[int(HEAD_SHARE * len(counts))]
     tail[0] = False
     return tail
 
 
-def long_tail_share(top: np.ndarray, popularity: np.ndarray) -> np.ndarray:
+def long_tail_share(top: np.ndarray, popularity: np.ndarray, catalogue: np.ndarray | None = None) -> np.ndarray:
     """Share of the top-K that is long tail ``[R]``."""
-    return _mean_of(long_tail(popularity)[top], top > 0)
+    return _mean_of(long_tail(popularity, catalogue)[top], top > 0)
 
 
 def _mean_of(values: np.ndarray, there: np.ndarray) -> np.ndarray:

@@ -156,7 +156,9 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
         steps = stage.epochs * sum(1 for _ in self._steps(0))
         warmup = int(steps * self.config["warmup_ratio"])
-        self.scheduler = get_scheduler(self.config["lr_scheduler"], self.optimizer, warmup, steps)
+        schedule = self.config["lr_scheduler"]
+        schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
+        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, steps)
         positions, clock, cpu = sum(len(w.targets) for w in stage.windows), time.perf_counter(), time.process_time()
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "

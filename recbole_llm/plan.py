@@ -113,6 +113,7 @@ def _all_work(
             validations += stage.epochs // min(config["eval_step"], stage.epochs)
         work += parts
     validations = validations if work else 1  # zero-shot: RecBole's result has a validation part all the same
+    validations += config["rerank_weight"] == "auto"  # one pass tells the best share
     if validations:
         work += eval_work(config, catalogue.prompt, protocol.valid, protocol.popularity, llm.context, validations)
     work += eval_work(config, ranked.prompt, asked.test, asked.popularity, llm.context, 1)

@@ -119,14 +119,14 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     title_embeddings(asked.dataset)  # kept for the evaluation
     try_ahead(config, protocol)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
-    train_base(config, recommender, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
+    train_base(config, recommender, told, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
     clock.lap("data_and_model")
     best_score, best_valid = fit(config, trainer, protocol, saved)
     clock.lap("train")
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
-        train_base(test_config, recommender, asked.test.mode)
+        train_base(test_config, recommender, told, asked.test.mode)
     test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)
     clock.lap("test")
@@ -178,10 +178,18 @@ def build_trainer(config: LLMConfig, protocol: Protocol, folder: Path, told: Pat
     return trainer
 
 
-def train_base(config: LLMConfig, recommender: Any, *modes: str) -> None:
-    """For a model that reorders the top of another one where it is asked in one of these modes: that other one."""
+def train_base(config: LLMConfig, recommender: Any, told: Path | None, *modes: str) -> None:
+    """For a model that reorders the top of another one where it is asked in one of these modes: that other one.
+
+    Args:
+        told: as for ``read_data``.
+
+    Raises:
+        UserError: it cannot be built or trained with these settings.
+    """
     if hasattr(recommender, "rerank_with") and any(reranks(config, mode) for mode in modes):
-        recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
+        with explained(config, told, f"training --rerank_model={config['rerank_model']}"):
+            recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
 
 
 def fit(config: LLMConfig, trainer: Any, protocol: Protocol, saved: bool) -> tuple[float, dict[str, float] | None]:
@@ -251,6 +259,7 @@ def save_run(
         UserError: the disk is full or the folder cannot be written.
     """
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    ranked = eval_config_of(config)
     record = {
         "model": config["model"],
         "dataset": config["eval_dataset"] or config["dataset"],
@@ -260,9 +269,10 @@ def save_run(
         "valid_metric": config["valid_metric"].lower(),
         "candidate_hash": asked.candidate_hash,
         "valid_candidate_hash": protocol.valid.digest,
-        "data_hash": data_hash(config),
+        "data_hash": data_hash(ranked),
+        "training_data_hash": data_hash(config),
         "seed": config["seed"],
-        "candidate_seed": config["candidate_seed"],
+        "candidate_seed": ranked["candidate_seed"],
         "few_shot": config["few_shot"],
         "few_shot_seed": config["few_shot_seed"],
         "mode": asked.test.mode,

@@ -71,10 +71,12 @@ def reranks(settings: Mapping[str, Any], mode: str) -> bool:
 
 
 def asked_modes(settings: Mapping[str, Any]) -> list[Any]:
-    """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set.
+    """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set."""
+    return [*settings["eval_args"]["mode"].values(), *eval_config_modes(settings)]
 
-    The latter as they were typed: runs are named before ``eval_config`` is checked.
-    """
+
+def eval_config_modes(settings: Mapping[str, Any]) -> list[Any]:
+    """Those of ``eval_config``, as they were typed: runs are named before it is checked."""
     other = (settings["eval_config"] or {}).get("eval_args")
     mode = other.get("mode") if isinstance(other, dict) else None
-    return [*settings["eval_args"]["mode"].values(), *(mode.values() if isinstance(mode, dict) else [mode])]
+    return [*mode.values()] if isinstance(mode, dict) else [mode] if mode is not None else []

@@ -22,16 +22,19 @@ def rerank(base: torch.Tensor, llm: torch.Tensor, top: torch.Tensor, weight: flo
         weight: share of the LLM in ``weight * z(llm) + (1 - weight) * z(base)``, z over the top-K; 1 = its order alone.
 
     Returns:
-        ``[B, n]`` scores; ties of either model stay ties.
+        ``[B, n]`` scores; ties of either model stay ties. A row in which a model has no score is NaN throughout, for
+        an order would hide it.
     """
     behind = -_dense_rank(-base) - 1.0
     scores = torch.where(base == -torch.inf, -torch.inf, behind)
     found = base.gather(1, top)
     kept = found == -torch.inf  # a short list: its fill is no answer
+    broken = (~torch.isfinite(llm) & ~kept).any(1) | (torch.isnan(base) | torch.isposinf(base)).any(1)
     if weight < 1:
         llm = weight * standardised(llm, ~kept) + (1 - weight) * standardised(found, ~kept)
     ahead = _dense_rank(llm).to(scores.dtype)
-    return scores.scatter(1, top, torch.where(kept, -torch.inf, ahead))
+    scores = scores.scatter(1, top, torch.where(kept, -torch.inf, ahead))
+    return torch.where(broken[:, None], torch.nan, scores)
 
 
 def standardised(scores: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

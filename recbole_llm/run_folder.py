@@ -60,8 +60,10 @@ def run_hash(config: Config) -> str:
     for key in FAMILIES:  # a file of that name may change
         if key in config:
             what.append(load_template(config[key], config.properties, key))
-    if "llm" in config and (weights := local_weights(config["llm"])):  # what lies there may change too
-        what.append(weights)
+    asked = (config["eval_config"] or {}).get("encoder")
+    for model in [*(config[key] for key in ("llm", "encoder", "text_encoder") if key in config), asked]:
+        if model and (weights := local_weights(model)):  # what lies there may change too
+            what.append(weights)
     if other := config["eval_dataset"]:
         given = {**config.external_config_dict, **(config["eval_config"] or {})}
         path = given.get("data_path", config.internal_config_dict["data_path"])

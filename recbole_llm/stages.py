@@ -18,10 +18,10 @@ from recbole_llm.distributed import from_first
 from recbole_llm.environment import versions
 from recbole_llm.files import content_hash
 from recbole_llm.harm import title_vectors
-from recbole_llm.llm.identity import PARTS, identity
+from recbole_llm.llm.identity import PARTS, identity, local_weights
 from recbole_llm.llm.pretrained import LLM
 from recbole_llm.oracle import train_oracle
-from recbole_llm.read_keys import reranks, unread
+from recbole_llm.read_keys import needed_recommenders, reranks, unread
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_folder import NOT_IN_HASH, data_hash
 
@@ -43,8 +43,8 @@ RERANK_KEYS = (
     "full_ranking",
     "recommender_config",
 )
-# What says how a trained model is asked: with epochs that validation selects, ASKS says what is trained, too.
-ASKS = {*SELECTION_KEYS, *RERANK_KEYS} - {"recommender_config"}
+# What names a stage under some settings alone: `_sometimes` says when.
+SOMETIMES = {*SELECTION_KEYS, *RERANK_KEYS, "attention", "token_budget"}
 ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", "eval_config", "look_alikes"}
 ASKS_TEST |= {"eval_args", "test_neg_sample_args"}  # both say how validation asks too; its rows have a digest
 
@@ -164,7 +164,7 @@ def base_hash(llm: LLM, texts: list[str]) -> str:
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
-    settings = {key: config[key] for key in named_by}
+    settings = {key: _as_trained(config, key) for key in named_by}
     settings["eval_args"] = _split(config)
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
@@ -175,9 +175,13 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
 
 def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     """``<checkpoint_dir>/stages/<loss>-<hash>`` of all that is read but how the trained model is asked."""
-    left_out = NOT_IN_HASH | ASKS_TEST | unread(config.final_config_dict)
-    left_out = left_out - ASKS if config["eval_step"] else left_out | ASKS
-    settings = {key: value for key, value in config.final_config_dict.items() if key not in left_out}
+    read = _sometimes(config, protocol)
+    if {"oracle_model", "from_model"} & set(needed_recommenders(config)):  # which validate, whether or not we do
+        read += ["recommender_config", "valid_metric", "metric_decimal_place"]
+    left_out = NOT_IN_HASH | ASKS_TEST | unread(config.final_config_dict) | (SOMETIMES - set(read))
+    settings = {key: _as_trained(config, key) for key in config.final_config_dict if key not in left_out}
+    if "semantic" in config["rejected"].split("+"):
+        settings["encoder weights"] = local_weights(config["encoder"])
     settings["eval_args"] = _split(config)
     template = load_template(config["prompt"], config.properties)
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
@@ -190,8 +194,13 @@ def _split(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config["eval_args"].items() if key != "mode"}
 
 
+def _as_trained(config: Config, key: str) -> Any:
+    """A setting while the model is trained: the share of a mixture that is chosen in the end is 1 until then."""
+    return 1.0 if key == "rerank_weight" and config[key] == "auto" else config[key]
+
+
 def _sometimes(config: Config, protocol: Protocol) -> list[str]:
-    """Keys that determine the SFT adapter under some settings alone.
+    """Keys that determine what a stage trains under some settings alone.
 
     ``exact`` and ``exact_topk`` select the same epoch. Back ends and passes move the last bits, which no two machines
     share; under dropout they move what is dropped.

@@ -85,14 +85,15 @@ class ProtocolEvaluation(_Trainer):
         self.model.eval()
         with random_state_kept(self.device):  # evaluation must not move training
             ranking = self._rank(eval_data, list(self._batches(eval_data)), show_progress)
-        counter = self.protocol.item_counter
-        num_items = self.protocol.dataset.item_num
+        counter, catalogue = self.protocol.item_counter, self.protocol.events.catalogue
+        num_items = len(catalogue) + 1  # with RecBole's padding item
         result, self.per_user = self.per_user_evaluator.evaluate_ranking(ranking, eval_data, num_items, counter)
         if eval_data.split == "test":  # validation selects by accuracy, and pays for nothing else
             top, embeddings = ranking.whole("top"), title_embeddings(self.protocol.dataset)
-            harm, by_row = harm_metrics(self.config, eval_data, top, self.protocol.popularity, embeddings)
+            popularity = self.protocol.popularity
+            harm, by_row = harm_metrics(self.config, eval_data, top, popularity, embeddings, catalogue)
             result.update(harm)
-            self.per_user = self.per_user.join(by_row).assign(**_traits(eval_data, self.protocol.popularity))
+            self.per_user = self.per_user.join(by_row).assign(**_traits(eval_data, popularity))
             self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 
@@ -149,7 +150,7 @@ class ProtocolEvaluation(_Trainer):
         pairs.update(Interaction({self.config["ITEM_ID_FIELD"]: items.reshape(-1)}))
         pairs = self.protocol.dataset.join(pairs.to("cpu")).to(self.device)
         if getattr(self.model, "ranks_candidates", False):
-            return self.model.predict(pairs).view(items.shape)
+            return self.model.predict(pairs, items.shape[1]).view(items.shape)
         size = self.config["eval_batch_size"]
         chunks = [self.model.predict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
         return torch.cat([c.reshape(-1) for c in chunks]).view(items.shape)

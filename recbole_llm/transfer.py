@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from recbole_llm import keys
+from recbole_llm.checks import SWITCHES
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 
 # What `eval_config` may hold: how that data set is read, whom it asks and what.
 MAY_DIFFER = keys.READING_KEYS | {"eval_args", "eval_users", "candidate_seed", "min_disliked", "liked_only", "encoder"}
-# What training alone needs; the other data set need not have as many users, nor ratings.
-OF_TRAINING = {"few_shot", "few_shot_seed", "disjoint_users", "valid_users", "loss", "rejected"}
+# What training alone needs; the other data set need not have as many users, nor ratings, and
+# without `loss` its switches belong to none.
+OF_TRAINING = {
+    "few_shot",
+    "few_shot_seed",
+    "disjoint_users",
+    "valid_users",
+    "loss",
+    "rejected",
+    "chosen_num",
+    *SWITCHES,
+}
 
 
 def eval_config_of(config: LLMConfig) -> LLMConfig:

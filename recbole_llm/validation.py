@@ -58,7 +58,7 @@ def _validate(config: LLMConfig, folder: Path) -> tuple[float, dict[str, float]]
     protocol = read_data(config, None)
     trainer = build_trainer(config, protocol, folder, None)
     try_ahead(config, protocol)
-    train_base(config, trainer.model, protocol.valid.mode)
+    train_base(config, trainer.model, None, protocol.valid.mode)
     score, result = fit(config, trainer, protocol, saved=False)
     if result is None:
         result = trainer.evaluate(protocol.valid, load_best_model=False, show_progress=config["show_progress"])

@@ -417,6 +417,23 @@ def test_different_candidates_share_no_table(toy: dict[str, Any], monkeypatch: p
         compare("Pop,BPR", None, toy)
 
 
+def test_a_damaged_record_is_a_failed_run(toy: dict[str, Any]) -> None:
+    compare("Pop,BPR", None, toy)
+    (file,) = Path(toy["checkpoint_dir"]).glob("BPR-*/result.json")
+    file.write_text(file.read_text()[:100])
+    assert compare("Pop,BPR", None, toy)["failed"] == ["BPR"]
+    file.unlink()
+    assert not compare("Pop,BPR", None, toy)["failed"]
+
+
+def test_a_damaged_trial_is_done_again(toy: dict[str, Any]) -> None:
+    asked = {**toy, "tune": 1}
+    before = compare("Pop,BPR", None, asked)["table"]
+    for file in Path(toy["checkpoint_dir"]).glob("trials/BPR-*.json"):
+        file.write_text("{")
+    pd.testing.assert_frame_equal(compare("Pop,BPR", None, asked)["table"], before)
+
+
 def test_rows_that_are_gone(toy: dict[str, Any]) -> None:
     compare("Pop,BPR", None, toy)
     (file,) = Path(toy["checkpoint_dir"]).glob("BPR-*/per_user.csv.gz")

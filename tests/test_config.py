@@ -354,6 +354,10 @@ def test_epochs_zero_is_for_the_llm_alone(tiny: dict[str, Any], toy: dict[str, A
         ({"topk": []}, "--topk=[]: must be a list of whole numbers >= 1."),
         ({"topk": [1, "5"]}, "must be a list of whole numbers >= 1."),
         ({"topk": True}, "must be a list of whole numbers >= 1."),
+        (
+            {"metrics": ["NDCG", "ItemCoverage"], "eval_args": {"mode": {"valid": "full", "test": "uni4"}}},
+            "--metrics: ItemCoverage would count empty places, for uni4 asks among 5 items",
+        ),
         ({"valid_metric": "NDCG@3"}, "--valid_metric='NDCG@3': its K is not in --topk=[1, 5, 10]"),
         ({"valid_metric": "Recall@10"}, "--valid_metric='Recall@10': not among --metrics=['Hit', 'NDCG', 'MRR']"),
         ({"valid_metric": "NDCG"}, "--valid_metric='NDCG': must look like NDCG@10, or be GAUC."),

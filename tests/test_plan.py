@@ -140,6 +140,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         {"loss": "SDPO", "rejected": "uniform+popularity", "epochs": 2, "token_budget": 512},
         {"loss": "DPO", "rejected_num": 1, "prompt": "instruct", "score_norm": "pmi"},
         {"loss": "SFT", "finetune": "none"},
+        {"loss": "SFT", "finetune": "none", "rerank_candidates": True, "rerank_weight": "auto", "rerank_model": "Pop"},
         {"loss": "SFT", "epochs": 3, "eval_step": 2, "sft_positions": 3},
         {"loss": "DPO", "rejected_num": 1, "prompt": "pair", "eval_args": {"mode": {"valid": "uni1", "test": "uni1"}}},
         {"loss": "SFT", "finetune": "none", "token_budget": 64, "score_norm": "pmi", "eval_users": None},

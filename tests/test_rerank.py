@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ import pytest
 import torch
 from scipy.stats import zscore
 
-from recbole_llm.errors import ConfigError
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
+from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.recommender import train_recommender
 from recbole_llm.rerank import WEIGHTS, choose_weight, rerank, standardised
 from recbole_llm.validation import validate
+from tests.conftest import started
 
 
 def test_standardised_is_scipys_zscore_over_the_answers() -> None:
@@ -93,8 +99,6 @@ def test_the_share_is_the_best_on_validation(mixed: dict[str, Any]) -> None:
 
 
 def test_the_llm_scores_each_list_once(mixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from recbole_llm.model.llmranker import LLMRanker
-
     asked, real = [], LLMRanker._computed_scores
     monkeypatch.setattr(LLMRanker, "_computed_scores", lambda self, h, i: asked.extend(h) or real(self, h, i))
     monkeypatch.setattr(
@@ -133,3 +137,52 @@ def test_wrong_mixtures_are_told(tiny: dict[str, Any], given: dict[str, Any], to
 
 
 SHARED = {"dataset", "data_path", "checkpoint_dir", "eval_args", "seed", "show_progress", "MAX_ITEM_LIST_LENGTH"}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.0])
+def test_a_row_without_a_score_is_nan_throughout(weight: float) -> None:
+    """An order would hide it: NaN sorts behind all numbers. Fill of a short list needs no score."""
+    base, top = torch.tensor([[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [4.0, torch.nan, 2.0], [4.0, -torch.inf, 2.0]]), [0, 1]
+    llm = torch.tensor([[1.0, torch.nan], [1.0, 2.0], [1.0, 2.0], [1.0, torch.nan]])
+    nan = rerank(base, llm, torch.tensor([top] * 4), weight).isnan()
+    assert nan.all(1).tolist() == [True, False, True, False] and nan.any(1).tolist() == [True, False, True, False]
+
+
+def test_an_llm_without_scores_is_told_and_not_ranked_as_its_base(
+    mixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        LLMRanker, "_computed_scores", lambda self, histories, items: [torch.full((len(i),), torch.nan) for i in items]
+    )
+    with pytest.raises(UserError, match="not a number"):
+        run_recbole_llm(config_dict={**mixed, "finetune": "none", "rerank_model": "Pop", "rerank_weight": 0.5})
+
+
+def test_lists_of_one_user_and_history_are_ranked_apart(mixed: dict[str, Any]) -> None:
+    """Two rows of a user whose cut histories are equal: the base's top-K is that of each list alone."""
+    config = LLMConfig(config_dict={**mixed, "rerank_topk": 2})
+    protocol = prepare_data(config)
+    trainer = started(config, protocol)
+    trainer.model.rerank_with(train_recommender(config, "SASRec").model)
+    trainer.model.eval()
+    test = protocol.test
+    one = trainer.score_rows(test, np.array([0]))[0]
+    twice = copy.copy(test)
+    twice.candidates = np.stack([test.candidates[0], test.candidates[1]])
+    twice.visible = test.visible[torch.tensor([0, 0])]
+    both = trainer.score_rows(twice, np.array([0, 1]))[0]
+    torch.testing.assert_close(both[0], one[0])
+    assert (both[1].sort()[0] == one[0].sort()[0]).all()  # two in front, the others behind, as in every list
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rerank_model": "DPO4Rec"}, "--rerank_model=DPO4Rec"),
+        ({"rerank_model": "LLMRanker"}, "--rerank_model=LLMRanker"),
+        ({"recommender_config": {"n_heads": 3}}, "training --rerank_model=SASRec failed"),
+    ],
+)
+def test_a_base_that_cannot_serve_is_told(mixed: dict[str, Any], settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        run_recbole_llm(config_dict={**mixed, **settings})

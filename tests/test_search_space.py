@@ -271,6 +271,15 @@ def test_a_finite_space_is_tried_once_and_whole(bigger: bool) -> None:
     assert found[0] == {"a": [3], "b": 5, "c": 0.1, "d": "x"}
 
 
+def test_fine_steps_and_other_spellings_of_a_number_are_told_apart() -> None:
+    """Steps below the digits that are printed elsewhere; 0 as given is 0.0 of the space."""
+    found = proposed(Proposals(space_of(a={"uniform": [1.0, 1.0005, 0.0001]}), {"a": 1.0}, 1, True), 10, lambda v: 1.0)
+    assert sorted(v["a"] for v in found) == [1.0, 1.0001, 1.0002, 1.0003, 1.0004, 1.0005]
+    for seed in range(5):
+        found = proposed(Proposals(space_of(a=[0.0, 0.2]), {"a": 0}, seed, True), 10, lambda values: 1.0)
+        assert [v["a"] for v in found] == [0, 0.2]
+
+
 def test_values_as_given_may_lie_outside() -> None:
     proposals = Proposals(space_of(a=[1, 2], b=["x", "y"]), {"a": 7, "b": None}, 1, True)
     found = proposed(proposals, 10, lambda values: 1.0)

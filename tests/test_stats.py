@@ -252,3 +252,12 @@ def test_intervals_cover() -> None:
     hits = (rng.random((1500, 200)) < 0.3).astype(float)
     low, high = stats.bootstrap_interval(hits, resamples=999)
     assert ((low <= 0.3) & (high >= 0.3)).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_sign_flips_of_many_users() -> None:
+    """More users than a float has powers of two; p as the normal approximation has it, to the draws' own error."""
+    rng = np.random.default_rng(0)
+    given = rng.normal(0.04, 1.0, (3, 2000))
+    p = stats.sign_flip(given, np.ones(3), resamples=4000)
+    z = np.abs(given.sum(1)) / np.sqrt((given**2).sum(1))
+    assert p == pytest.approx(2 * scipy_stats.norm.sf(z), abs=0.03)

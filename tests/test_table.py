@@ -21,7 +21,7 @@ from recbole_llm.report import frames
 from recbole_llm.report.entries import Options, parse_models
 from recbole_llm.report.formats import html_table, latex, latex_file, latex_text, markdown
 from recbole_llm.report.grid import Setting
-from recbole_llm.report.results import Line, Results, direction, merit, metric_name
+from recbole_llm.report.results import Line, Results, direction, merit, metric_name, user_rows
 from recbole_llm.report.significance import baselines, comparisons
 from recbole_llm.report.summary import found
 from recbole_llm.report.table import (
@@ -445,6 +445,33 @@ def test_latex_by_hand() -> None:
         r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
         r"\end{table}",
     ]
+
+
+def test_a_name_is_no_argument_of_latex() -> None:
+    rows = [[Value(name), Value("1")] for name in ("[ours]", "*new*", "A [b]")]
+    lines = latex(Table("t", "T", "", ["Model", "Hit"], rows)).splitlines()
+    assert lines[lines.index(r"\midrule") + 1 :][:3] == [r"{}[ours] & 1 \\", r"{}*new* & 1 \\", r"A [b] & 1 \\"]
+
+
+def test_damaged_rows_are_told(results: Results) -> None:
+    """Whatever byte of the compressed part is another one."""
+    file = Path(results.lines[0].runs[0]["run_folder"]) / "per_user.csv.gz"
+    whole = file.read_bytes()
+    told = 0
+    for place in range(10, len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            user_rows(results.lines[0].runs[0])
+        except UserError as error:
+            told += "per_user.csv.gz cannot be read" in str(error)
+    assert told > 0.9 * (len(whole) - 10)
+
+
+def test_lines_of_other_few_shot_say_so(tmp_path: Path) -> None:
+    rows = {"ndcg@10": [0.5, 0.0]}
+    lines = [Line(f"A{n}", [record(tmp_path, f"A{n}", 1, rows, few_shot=n)], []) for n in (20, 5)]
+    results = Results(Setting("toy", None, False, None), lines)
+    assert frames.results_frame([results])["few_shot"].tolist() == [20, 5]
 
 
 def test_unreadable_rows_are_told(results: Results) -> None:

@@ -16,7 +16,8 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.adapter import load_adapter
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
-from recbole_llm.run_folder import run_hash
+from recbole_llm.run_folder import data_hash, run_hash
+from recbole_llm.transfer import eval_config_of
 from tests.conftest import started, write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +87,37 @@ def test_the_other_data_set_needs_nothing_that_only_training_needs(both: dict[st
     file.write_text("\n".join("\t".join((u, i, t)) for u, i, _, t in rows) + "\n")
     training = {"few_shot": 30, "rejected": "low_rating", "loss": "DMPO", "rejected_num": 2}
     assert run_recbole_llm(config_dict={**both, **training})["test_result"]["hit@10"] > 0
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"loss": "SDPO", "rejected_num": 2, "boundary_negatives": True, "dynamic_beta": True},
+        {"loss": "DMPO", "rejected_num": 2, "reference_free": True, "pairwise_mean": True},
+        {"loss": "RosePO", "robust": True, "smoothing": 0.2},
+        {"loss": "MultDPO", "chosen_num": 2},
+        {
+            "full_ranking": "rerank",
+            "rerank_weight": 0.5,
+            "rerank_model": "Pop",
+            "eval_config": {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}},
+        },
+    ],
+)
+def test_settings_of_training_are_not_asked_of_the_other_data_set(both: dict[str, Any], training: Any) -> None:
+    config = LLMConfig(config_dict={**both, **training})
+    assert eval_config_of(config)["dataset"] == "other"
+
+
+def test_the_record_has_the_seed_and_data_of_what_was_ranked(both: dict[str, Any]) -> None:
+    result = run_recbole_llm(config_dict={**both, "eval_config": {"candidate_seed": 7, "eval_users": 8}})
+    folder = Path(result["run_folder"])
+    record = json.loads((folder / "result.json").read_text())
+    own, other = (
+        data_hash(LLMConfig(config_dict={**both, "dataset": d, "eval_dataset": None})) for d in ("toy", "other")
+    )
+    assert (record["candidate_seed"], record["data_hash"], record["training_data_hash"]) == (7, other, own)
+    assert "7 (candidates)" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class EvalRows:
         visible: what a model may see of each row: user and history, no target, label, rating or time of it ``[R]``.
         users, targets: internal ids of the user and of the next item ``[R]``.
         candidates: internal item ids in an order that says nothing ``[R, N + P]``; None for "full".
-        hidden: items that are no answers in "full" mode, for each row.
+        hidden: items that are no answers in "full" mode, for each row; those of the vocabulary that nobody met, too.
         digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
         history: items of the user before each row, oldest first, uncut; for measures, not for models.
         relevant: internal ids of the next P items by time; one that the user met twice stands twice ``[R, P]``.
@@ -129,6 +129,9 @@ def freeze_rows(
     if mode == "full":
         masked = config["mask_history"]
         rows.hidden = [h[~np.isin(h, r)] if masked else h[:0] for h, r in zip(rows.history, relevant, strict=True)]
+        # What a model's `load_col` brings along and nobody met is no answer: others do not have it.
+        unmet = np.setdiff1d(np.arange(1, part.item_num), events.catalogue)
+        rows.hidden = [np.append(h, unmet) for h in rows.hidden]
     else:
         rows.candidates = _draw(config, rows, positions, events, train_ends)
     rows.digest = _digest(rows.records(), split, mode, config["mask_history"])

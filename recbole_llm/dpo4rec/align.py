@@ -33,6 +33,7 @@ LLM_SETTINGS = tuple(
     lora_target_modules
 """.split()
 )
+OF_STAGES = ("beta", "lr_scheduler", "warmup_ratio", "token_budget", "save_every", "resume")
 
 
 def policy_config(config: LLMConfig) -> LLMConfig:
@@ -40,7 +41,7 @@ def policy_config(config: LLMConfig) -> LLMConfig:
     shared = shared_settings(config)
     shared.pop("loss_type", None)  # of the recommender
     stage = {
-        **{key: config[key] for key in (*LLM_SETTINGS, "beta", "lr_scheduler", "warmup_ratio", "token_budget")},
+        **{key: config[key] for key in (*LLM_SETTINGS, *OF_STAGES)},
         "item_text": item_template(config.final_config_dict, config["dataset"]),  # checked, and read by nothing
         "loss": config["alignment"],
         "rejected_num": 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         Returns:
             Its best validation score and result.
         """
-        # Runs share texts, judgements and adapters stage by stage, so one run at a time works on them.
-        with only_here(Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec"):
+        with self.alone():
             return self._iterations(valid_data, verbose, show_progress)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Runs share texts, judgements and adapters stage by stage, so one at a time works on them."""
+        return only_here(Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec")
 
     def _iterations(
         self, valid_data: EvalRows | None, verbose: bool, show_progress: bool

@@ -11,7 +11,7 @@ from recbole_llm.data.protocol import prepare_data
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.dpo4rec.work import Judged, Work
 from recbole_llm.errors import UserError
-from recbole_llm.files import make_stage_folder
+from recbole_llm.files import make_stage_folder, only_here
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
 
@@ -36,13 +36,15 @@ def preview_texts(config: LLMConfig, user: str | None) -> str:
     with explained(config, None, "reading the data"):
         protocol = prepare_data(config)
     trainer = DPO4RecTrainer(config, config.model_class(config, protocol.train_data._dataset).to(config["device"]))
-    trainer.start(protocol, make_stage_folder(run_folder_of(config)))
+    folder = make_stage_folder(run_folder_of(config))
+    trainer.start(protocol, folder)
     names = {str(trainer.work.user_tokens[u]): u for u in trainer.places.pairs}
     if user is not None and user not in names:
         some = ", ".join(sorted(names)[:5])
         raise UserError(f"--user={user}: not a pair user; there are {len(names)}, for example {some}.")
-    trainer.teach_recommender(0, protocol.valid, show_progress=config["show_progress"])
-    judged = trainer.work.judge(trainer.model, trainer.places.pairs)
+    with only_here(folder), trainer.alone():
+        trainer.teach_recommender(0, protocol.valid, show_progress=config["show_progress"])
+        judged = trainer.work.judge(trainer.model, trainer.places.pairs)
     internal = names[user] if user is not None else next(iter(trainer.places.pairs))
     row = list(trainer.places.pairs).index(internal)
     return _shown(trainer, judged, row, str(trainer.work.user_tokens[internal]))

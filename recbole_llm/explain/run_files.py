@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def read_per_user(folder: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(file, dtype={"user": str, "target": str}, keep_default_na=False)
         table["rank"] = table["rank"].astype(float)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}: {error}); run it again.") from None
     return table
 

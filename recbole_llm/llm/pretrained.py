@@ -29,6 +29,9 @@ CHOICES = {
     "attention": ("auto", "blocks", "flex", "sdpa", "eager"),
 }
 
+# Attributes by which modules of transformers drop without a Dropout of their own.
+DROPS = {"dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "resid_dropout", "layerdrop"}
+
 
 @dataclass
 class LLM:
@@ -102,6 +105,7 @@ def load_llm(
         model, tokenizer, revision = load_base(llm, where, getattr(torch, dtype), quantization)
         model.config.use_cache = False
         model.requires_grad_(finetune == "full")
+        no_dropout(model)
         kernels = {"layers": DEFAULT, "head": DEFAULT}
         if fast_linears and not quantization and device.type == "cpu":
             kernels = speed_up_linears(model)
@@ -116,6 +120,19 @@ def load_llm(
             model = add_lora(model, {**lora, "target_modules": lora_target_modules})
             keep_half_inputs(model)
     return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device), kernels)
+
+
+def no_dropout(model: torch.nn.Module) -> None:
+    """Switch off what the base LLM drops in training (GPT-2, OPT, ...): ``lora_dropout`` alone says what is dropped.
+
+    Else a policy would not begin as its reference, and kernels of attention and cuts of passes would move the loss.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in DROPS.intersection(vars(module)):
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
 
 
 def dtype_of(dtype: str, device: torch.device) -> str:

@@ -151,13 +151,20 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
 
     # ---- ranking
 
-    def predict(self, interaction: Interaction) -> torch.Tensor:
-        """Scores of (history, item) rows ``[B]``; consecutive rows of one history share one pass of the prompt."""
+    def predict(self, interaction: Interaction, length: int | None = None) -> torch.Tensor:
+        """Scores of (history, item) rows ``[B]``; consecutive rows of one history share one pass of the prompt.
+
+        Args:
+            length: of each list of candidates; None = a list ends where the user or the history changes.
+        """
         histories, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         change = (histories[1:] != histories[:-1]).any(1) | (lengths[1:] != lengths[:-1])
         if self.USER_ID in interaction:  # two users may have the same history, and candidates of their own
             change |= interaction[self.USER_ID][1:] != interaction[self.USER_ID][:-1]
-        starts = [0, *(torch.nonzero(change)[:, 0] + 1).tolist(), len(histories)]
+        if length:
+            starts = [*range(0, len(histories), length), len(histories)]
+        else:
+            starts = [0, *(torch.nonzero(change)[:, 0] + 1).tolist(), len(histories)]
         firsts = starts[:-1]
         told = [h[:n] for h, n in zip(histories[firsts].tolist(), lengths[firsts].tolist(), strict=True)]
         items = interaction[self.ITEM_ID].tolist()

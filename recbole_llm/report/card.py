@@ -91,7 +91,7 @@ def _data(record: Mapping[str, Any]) -> str:
     users = "all users" if number is None else f"{number:,} users"
     users += " (few-shot)" if record["few_shot"] else ""
     return (
-        f"{record['training_dataset']}, files {record['data_hash'][:12]} (SHA-256); trained on {users}, "
+        f"{record['training_dataset']}, files {record['training_data_hash'][:12]} (SHA-256); trained on {users}, "
         f"{record['training_interactions']:,} interactions"
     )
 

@@ -28,7 +28,7 @@ def markdown(table: Table) -> str:
 def _markdown_text(text: str) -> str:
     """One line in which nothing is markup; names such as ``rejected_num`` stay readable."""
     plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split())))
-    return re.sub(r"([\\|*`~]|\](?=\()|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", plain)
+    return re.sub(r"([\\|*`~$]|\](?=\()|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", plain)
 
 
 def _markdown_value(value: Value) -> str:
@@ -86,10 +86,15 @@ def latex_file(tables: Iterable[Table]) -> str:
     return LATEX_BEGIN + "\n".join(latex(table) for table in tables) + LATEX_END
 
 
+def _behind_a_break(row: str) -> str:
+    """A row that LaTeX does not take for an argument of the rule or the line break before it."""
+    return "{}" + row if row.startswith(("[", "*")) else row
+
+
 def latex(table: Table) -> str:
     """A ``table`` environment with booktabs rules, as wide as the line at most."""
     columns = "l" * table.left + "r" * (len(table.header) - table.left)
-    rows = [" & ".join(map(_latex_value, row)) + r" \\" for row in table.rows]
+    rows = [_behind_a_break(" & ".join(map(_latex_value, row))) + r" \\" for row in table.rows]
     notes = "".join(f"\n\n\\smallskip\\footnotesize {latex_text(note)}" for note in table.notes)
     body = "\n".join(
         [

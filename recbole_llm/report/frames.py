@@ -26,6 +26,11 @@ def setting_columns(results: Results) -> dict[str, Any]:
     }
 
 
+def line_columns(line: Line) -> dict[str, Any]:
+    """Where a line has training users of its own, they win over the table's."""
+    return {"few_shot": line.runs[0].get("few_shot")} if line.runs else {}
+
+
 def results_frame(every: Sequence[Results]) -> pd.DataFrame:
     """One row a setting and model: ``dataset, few_shot, mode, model, seeds, failed, parameters``, then each metric.
 
@@ -36,12 +41,16 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
     for results in every:
         metrics = results.metrics()
         for line in results.lines:
-            row = setting_columns(results) | {
-                "model": line.label,
-                "seeds": " ".join(str(run["seed"]) for run in line.runs),
-                "failed": len(line.errors),
-                "trainable parameters": line.runs[0]["trainable_parameters"] if line.runs else None,
-            }
+            row = (
+                setting_columns(results)
+                | line_columns(line)
+                | {
+                    "model": line.label,
+                    "seeds": " ".join(str(run["seed"]) for run in line.runs),
+                    "failed": len(line.errors),
+                    "trainable parameters": line.runs[0]["trainable_parameters"] if line.runs else None,
+                }
+            )
             if line.runs:
                 found = line.by_seed.reindex(columns=metrics)
                 row |= found.mean().to_dict()

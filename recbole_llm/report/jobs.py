@@ -68,7 +68,11 @@ def _record(cell: Cell, error: str | None) -> dict[str, Any]:
     if error is not None:
         logging.getLogger().error(f"{cell.label} failed: {error}")
         return base | {"error": error}
-    record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+    try:
+        record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        told = f"{cell.folder / 'result.json'} cannot be read ({wrong}); remove it, and the run is done anew"
+        return base | {"error": told}
     return record | base | {"run_folder": str(cell.folder)}
 
 

@@ -49,7 +49,8 @@ class Proposals:
         if not self.tried:
             draws = self._draws_of(self.first)
             self.trial = None if draws is None else self._ask(draws)
-            return self._take(self.first)
+            self.tried.add(content_hash(self.first if draws is None else self._values_of(draws)))  # 0 and 0.0 are one
+            return self.first
         if len(self.tried) >= self.most():
             return None
         for _ in range(PATIENCE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,12 +164,14 @@ def user_traits(run: dict[str, Any]) -> pd.DataFrame:
 def _rows(run: dict[str, Any]) -> pd.DataFrame:
     file = Path(run["run_folder"]) / "per_user.csv.gz"
     try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)  # a user may be called NA
-    except (OSError, EOFError, ValueError) as error:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)  # a user may be called NA
+        table["user"]
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise UserError(
             f"{file} cannot be read ({error}), and there is no test without it. Remove that folder and give the same "
             "command again: the run is done anew."
         ) from error
+    return table
 
 
 def _by_user(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

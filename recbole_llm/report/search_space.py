@@ -59,7 +59,8 @@ class Parameter:
         if self.kind == "int":
             return int(drawn)
         low, high = self.bounds[:2]
-        return min(max(float(f"{drawn:.{DIGITS}g}"), low), high)
+        digits = DIGITS if self.step is None else 12  # neighbours stay apart; 3 * .1 is .30000000000000004
+        return min(max(float(f"{drawn:.{digits}g}"), low), high)
 
     def drawn(self, value: Any) -> float | None:
         """The draw that means a value; None where the value lies outside."""

@@ -60,7 +60,7 @@ def sign_flip(
     if alternative == "two-sided":
         observed = np.abs(observed)
     limit = observed - 1e-9 * np.abs(given).sum(1)  # sums of the same numbers in another order
-    count, drawn, exact = np.zeros(len(given)), 0, 2.0 ** given.shape[1] <= resamples + 1
+    count, drawn, exact = np.zeros(len(given)), 0, 2 ** given.shape[1] <= resamples + 1
     for flips in _all_flips(given.shape[1]) if exact else _random_flips(given.shape[1], resamples, seed):
         sums = flips @ given.T
         count += ((np.abs(sums) if alternative == "two-sided" else sums) >= limit).sum(0)

@@ -53,9 +53,8 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
     except ConfigError as wrong:  # values that are fine alone and wrong together
         return Trial(number, values, None, 0.0, in_a_line(wrong))
     file = trial_file(config)
-    if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return Trial(number, values, record["score"], record["seconds"], record["error"])
+    if kept := _kept(file):
+        return Trial(number, values, kept["score"], kept["seconds"], kept["error"])
     clock, found, score, where = time.perf_counter(), {}, None, None
     try:
         found = validate(model, dataset, None, mine)
@@ -83,6 +82,15 @@ def trial_file(config: LLMConfig) -> Path:
     """Where the trial of this configuration is kept."""
     folder = trial_folder_of(config)
     return folder.with_name(f"{folder.name}.json")
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """A trial done before; one that was damaged since is done again."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record
 
 
 def _keep(file: Path, config: LLMConfig, done: Trial, result: dict[str, float] | None, where: str | None) -> None:
