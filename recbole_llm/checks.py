@@ -176,6 +176,8 @@ def _wrong_training(settings: Mapping[str, Any]) -> dict[str, bool]:
         "--fsdp=True: 4-bit weights cannot be spread over processes; drop --quantization, or --fsdp.": settings["fsdp"]
         and quantized,
         "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings["llm"] == "tiny",
+        "--learner=sparse_adam: gradients of an LLM are not sparse; use adamw.": str(settings["learner"]).lower()
+        == "sparse_adam",
     }
 
 

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from safetensors.numpy import load_file
 
 from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
+from recbole_llm.dpo4rec.align import policy_config
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
@@ -118,11 +121,22 @@ def test_no_pairs(small: dict[str, Any]) -> None:
     assert "no pair differs by --reward_gap=1.5" in (Path(run["run_folder"]) / "train.log").read_text()
 
 
-def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """A pair user's prompt, texts, rewards and pair, as the run has them."""
+def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair user's prompt, texts, rewards and pair, as the run has them; a run waits while preview works there."""
+
+    def alone(work: Any) -> Any:
+        def held(self: DPO4RecTrainer, *args: Any, **more: Any) -> Any:
+            for folder in (self.run_folder, Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec"):
+                with ThreadPoolExecutor() as other, pytest.raises(Timeout):
+                    other.submit(FileLock(folder.resolve() / ".lock", timeout=0).acquire).result()
+            return work(self, *args, **more)
+
+        return held
+
     run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 1})
     flags = [f"--{key}={value}" for key, value in {**small, "iterations": 1}.items()]
     line = json.loads((Path(run["run_folder"]) / "judged-0.jsonl").read_text(encoding="utf-8").split("\n")[2])
+    monkeypatch.setattr(DPO4RecTrainer, "teach_recommender", alone(DPO4RecTrainer.teach_recommender))
     assert main(["preview", "--model=DPO4Rec", *flags, f"--user={line['user']}"]) == 0
     shown = capsys.readouterr().out
     assert f"user {line['user']}: 8 items known" in shown
@@ -263,3 +277,8 @@ def test_plan(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None
     assert recommender["rounds"] == len(records) * small["epochs"]
     assert main(["plan", "--model=DPO4Rec", "--probe=False", *[f"--{k}={v}" for k, v in settings.items()]]) == 0
     assert "texts to judge" in capsys.readouterr().out
+
+
+def test_alignment_reads_how_often_to_save(small: dict[str, Any]) -> None:
+    config = policy_config(LLMConfig("DPO4Rec", config_dict={**small, "save_every": 0, "resume": False}))
+    assert (config["save_every"], config["resume"]) == (0, False)

@@ -272,6 +272,26 @@ def test_top_k_that_is_everything_is_left_out(toy: dict[str, Any]) -> None:
     assert {name: table[name].mean() for name in rows} == pytest.approx({n: result[n] for n in rows}, abs=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["full", "uni19"])
+def test_items_that_nobody_met_change_nothing(toy: dict[str, Any], mode: str) -> None:
+    """A model that loads columns of items knows all of ``.item``; it is measured as one that does not."""
+    file = Path(toy["data_path"]) / "toy" / "toy.item"
+    file.write_text(file.read_text() + "".join(f"x{i}\tred cat {i}\t1950\n" for i in range(200)))
+    settings = {**toy, "eval_args": {"mode": mode}, "metrics": ["NDCG", "ItemCoverage"]}
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
+
+    def rule(self: Any, interaction: Interaction) -> torch.Tensor:  # no ties
+        return torch.arange(float(self.n_items)).cos().cumsum(0).expand(len(interaction), -1).clone()
+
+    found = []
+    for more in ({}, {"load_col": columns}):
+        config, protocol = prepared({**settings, **more}, "SASRec")
+        found.append(started(config, protocol, type("Any", (Scorer,), {"rule": rule})))
+    assert found[1].model.n_items == found[0].model.n_items + 200
+    plain, loaded = (trainer.evaluate(trainer.protocol.test, load_best_model=False) for trainer in found)
+    assert loaded == plain
+
+
 def test_rounded_as_recbole_rounds(toy: dict[str, Any]) -> None:
     result = run_recbole_llm("Pop", config_dict={**toy, "metric_decimal_place": 2})["test_result"]
     assert all(value == round(value, 2) for value in result.values())

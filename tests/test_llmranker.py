@@ -400,3 +400,21 @@ def test_prior_of_an_evaluation_is_of_the_weights_that_are_evaluated(tiny: dict[
         model.config["score_norm"] = "sum"
         expected = model.predict(rows) - model.predict(asked(model, [[]], [[5, 6, 7]]))
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(tiny: dict[str, Any], schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the steps: rates rise from 0 to the rate given, which `constant` then keeps."""
+    rates: list[float] = []
+
+    def seen(self: torch.optim.AdamW, *args: Any, **more: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **more)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    settings = {**tiny, "learning_rate": 0.01, "warmup_ratio": 0.5, "lr_scheduler": schedule, "learner": "adamw"}
+    run_recbole_llm(config_dict={**settings, "train_batch_size": 16})
+    half = len(rates) // 2
+    assert len(rates) > 8 and np.allclose(rates[:half], 0.01 * np.arange(half) / half)
+    assert (np.allclose(rates[half:], 0.01)) == (schedule == "constant")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, LlamaConfig, LlamaModel, MistralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    OPTConfig,
+    T5Config,
+)
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm import adapter
@@ -92,6 +102,26 @@ def test_folder_is_the_same_model(folder: Path) -> None:
     from_folder, tiny = load(folder), load()
     assert torch.equal(logits(from_folder), logits(tiny))
     assert from_folder.name == str(folder) and from_folder.context == 8192
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=1100),
+        OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1100,
+                               word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2, layerdrop=0.5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_base_drops_nothing(config: Any, attention: str, folder: Path) -> None:
+    """In training mode log-probs are those of evaluation, so a policy begins as its reference."""
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(folder)
+    model = load_llm(llm=str(folder), device=torch.device("cpu"), attention=attention, seed=0).model
+    ids = torch.arange(12)[None]
+    expected = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, expected)
+    assert not torch.allclose(base.train()(input_ids=ids).logits, base.eval()(input_ids=ids).logits)
 
 
 def test_revision_sees_every_part_of_the_weights(folder: Path) -> None:

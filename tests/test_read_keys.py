@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.read_keys import BASE_KEYS, FINETUNE_KEYS, LORA_KEYS, PREFERENCE_KEYS, unread
 from recbole_llm.run_folder import run_folder_of
+from recbole_llm.stages import preference_folder, sft_folder
 
 SINGLE = {"full_ranking", "recommender_config"}
 # Of each key a value that is not the default.
@@ -117,3 +119,84 @@ def test_an_unchecked_eval_config_is_no_obstacle(asked: Any, tiny: dict[str, Any
 def test_keys_of_other_models_are_all_read(toy: dict[str, Any]) -> None:
     assert unread(LLMConfig(config_dict={**toy, "model": "SASRec"}).final_config_dict) == set()
     assert unread(LLMConfig(config_dict={**toy, "model": "DPO4Rec", "llm": "tiny"}).final_config_dict) == set()
+
+
+# ---- names of stages
+
+
+def stage_names(settings: dict[str, Any]) -> tuple[str, str]:
+    """Of the SFT and of the preference stage."""
+    config = LLMConfig(config_dict=settings)
+    protocol = prepare_data(config)
+    return sft_folder(config, protocol, "base", []).name, preference_folder(config, protocol, "base").name
+
+
+@pytest.fixture
+def pairs(tiny: dict[str, Any]) -> dict[str, Any]:
+    return {**tiny, "few_shot": 20, "eval_users": 5, "loss": "DMPO", "rejected_num": 2}
+
+
+FULL = {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
+
+
+@pytest.mark.parametrize(
+    ("shared", "one", "other"),
+    [
+        ({}, {"full_ranking": "exact"}, {"full_ranking": "rerank"}),
+        ({}, FULL, {"full_ranking": "rerank"}),
+        ({"full_ranking": "rerank", "eval_step": 0}, FULL, {}),
+        (FULL, {"rerank_topk": 3}, {"rerank_topk": 5}),
+        (FULL, {"recommender_config": {"epochs": 3}}, {}),
+        ({"rerank_candidates": True}, {"rerank_weight": "auto"}, {"rerank_weight": 1.0}),
+        ({"eval_step": 0}, {"valid_metric": "Hit@1", "stopping_step": 9}, {}),
+        ({}, {"attention": "sdpa", "token_budget": 512}, {"attention": "eager"}),
+    ],
+)
+def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, one: Any, other: Any) -> None:
+    assert stage_names({**pairs, **shared, **one}) == stage_names({**pairs, **shared, **other})
+
+
+@pytest.mark.parametrize(
+    ("shared", "changed", "sft_too"),
+    [
+        ({"loss": "RosePO", "eval_step": 0}, {"valid_metric": "Hit@1"}, False),  # its judges are validated
+        ({"rejected": "from_model", "eval_step": 0}, {"metric_decimal_place": 2}, False),
+        ({"rejected": "from_model"}, {"recommender_config": {"epochs": 3}}, False),
+        ({}, {"valid_metric": "Hit@1"}, True),
+        ({"rerank_candidates": True}, {"rerank_topk": 3}, True),
+        ({"rerank_candidates": True}, {"rerank_weight": 0.5}, True),
+        ({"lora_dropout": 0.1}, {"token_budget": 512}, True),
+        ({}, {"beta": 0.7}, False),
+    ],
+)
+def test_what_trains_names_its_stage(pairs: dict[str, Any], shared: Any, changed: Any, sft_too: bool) -> None:
+    before, after = stage_names({**pairs, **shared}), stage_names({**pairs, **shared, **changed})
+    assert before[1] != after[1] and (before[0] != after[0]) == sft_too
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("encoder", {"model": "Pop"}),
+        ("encoder", {"model": "LLMRanker", "llm": "tiny"}),
+        ("text_encoder", {"model": "DPO4Rec", "llm": "tiny"}),
+    ],
+)
+def test_other_weights_in_a_folder_are_another_run(
+    toy: dict[str, Any], folder: Path, key: str, settings: dict[str, Any]
+) -> None:
+    given = {**toy, **settings, key: str(folder)}
+    before = run_folder_of(LLMConfig(config_dict=given))
+    assert run_folder_of(LLMConfig(config_dict=given)) == before
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    assert run_folder_of(LLMConfig(config_dict=given)) != before
+
+
+def test_other_weights_that_choose_pairs_are_another_stage(pairs: dict[str, Any], folder: Path) -> None:
+    given = {**pairs, "rejected": "semantic", "encoder": str(folder)}
+    before = stage_names(given)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    after = stage_names(given)
+    assert before[0] == after[0] and before[1] != after[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ class Events:
     low_from: np.ndarray
     low_start: np.ndarray
 
-    @property
+    @cached_property
     def catalogue(self) -> np.ndarray:
         """Every item that someone met, liked or not."""
         return np.unique(np.append(self.item, self.low_item))
