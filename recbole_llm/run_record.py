@@ -1,0 +1,83 @@
+"""What a finished run leaves in its folder: rows, candidates, environment, model card, and result.json last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol
+from recbole_llm.environment import environment, versions
+from recbole_llm.errors import UserError
+from recbole_llm.files import plain, write_json, write_table, write_text
+from recbole_llm.report.card import model_card
+from recbole_llm.run_folder import data_hash
+from recbole_llm.transfer import eval_config_of
+
+
+def save_run(
+    folder: Path,
+    config: LLMConfig,
+    protocol: Protocol,
+    asked: Protocol,
+    trainer: Any,
+    result: dict[str, Any],
+    costs: dict[str, Any],
+    samples: list[dict[str, Any]],
+) -> None:
+    """Write everything but the checkpoint; ``result.json`` last, because it says that the run is whole.
+
+    Args:
+        protocol: what was trained on.
+        asked: what was tested on; another data set's where ``eval_dataset`` is given.
+        costs: ``timings`` (seconds) and ``peak_memory_bytes``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    ranked = eval_config_of(config)
+    record = {
+        "model": config["model"],
+        "dataset": config["eval_dataset"] or config["dataset"],
+        "training_dataset": config["dataset"],
+        "metrics": result["test_result"],
+        "valid_metrics": result["best_valid_result"],
+        "valid_metric": config["valid_metric"].lower(),
+        "candidate_hash": asked.candidate_hash,
+        "valid_candidate_hash": protocol.valid.digest,
+        "data_hash": data_hash(ranked),
+        "training_data_hash": data_hash(config),
+        "seed": config["seed"],
+        "candidate_seed": ranked["candidate_seed"],
+        "few_shot": config["few_shot"],
+        "few_shot_seed": config["few_shot_seed"],
+        "mode": asked.test.mode,
+        "mask_history": config["mask_history"],
+        "next_items": config["next_items"],
+        "rows": len(asked.test),
+        "training_users": None if protocol.train_users is None else len(protocol.train_users),
+        "training_interactions": sum(protocol.item_counter.values()),
+        "trainable_parameters": trainable,
+        "device": str(config["device"]),
+        **costs,
+        "versions": versions(),
+        **getattr(trainer, "facts", {}),
+    }
+    try:
+        machine = environment()
+        write_json(folder / "env.json", machine)
+        write_table(folder / "per_user.csv.gz", trainer.per_user)
+        protocol.valid.save(folder / "candidates-valid.jsonl.gz")
+        asked.test.save(folder / "candidates-test.jsonl.gz")
+        if samples:
+            lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
+            write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / "README.md", model_card(config, record, machine, folder))
+        write_json(folder / "result.json", record)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). "
+            "Free some space and run again."
+        ) from error
