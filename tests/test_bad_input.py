@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_llm import cli, quick_start, run_log
+from recbole_llm import cli, run_log, run_record
 from recbole_llm.config import LLMConfig
 from recbole_llm.llm import adapter
 from recbole_llm.llm_trainer import LLMTrainer
@@ -250,9 +250,9 @@ def test_disk_full_at_any_file(
     [
         (torch, "save"),
         (os, "fsync"),
-        (quick_start, "write_table"),
+        (run_record, "write_table"),
         (run_log, "init_logger"),
-        (quick_start, "write_json"),
+        (run_record, "write_json"),
     ],
 )
 def test_disk_full_while_writing(
@@ -289,7 +289,7 @@ def test_a_failed_run_takes_the_old_result_with_it(
     def full(*_: Any) -> None:
         raise FULL
 
-    monkeypatch.setattr(quick_start, "write_table", full)
+    monkeypatch.setattr(run_record, "write_table", full)
     refused(capsys, argv(toy, model="Pop"))
     assert left_over(toy["checkpoint_dir"]) == []
 
