@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from recbole_llm.data.item_text import text_template
 from recbole_llm.data.prompt import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts, wrong_dpo4rec
 from recbole_llm.errors import UserError
-from recbole_llm.model import OWN_MODELS, model_class
+from recbole_llm.model import OWN_MODELS, UNFIT, model_class
 from recbole_llm.read_keys import eval_config_modes, reranks
 from recbole_llm.wandb_log import wandb_is_installed
 
@@ -78,6 +79,10 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
             f"--model={model}: it predicts clicks from an interaction's own columns (rating, time), "
             "which no model may see here; name a general, sequential or knowledge-aware model."
         ]
+    if model in UNFIT:
+        return [f"--model={model}: {UNFIT[model]}; `recbole-llm ls` lists the models that can be ranked here."]
+    if model == "NCL" and find_spec("faiss") is None:
+        return ["--model=NCL: it needs the package faiss; `pip install faiss-cpu`, or name another model."]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
     return []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
-from recbole.utils import get_trainer
+from recbole.utils import ModelType, get_trainer
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
@@ -25,16 +25,17 @@ def plan_of_recbole(config: LLMConfig, probe: bool) -> dict[str, Any]:
         protocol = prepare_data(config)
         model = config.model_class(config, protocol.train_data._dataset).to(config["device"])
     batches, seconds = len(protocol.train_data), None
+    rounds = 1 if config["MODEL_TYPE"] == ModelType.TRADITIONAL else config["epochs"]  # those count, and are done
     if probe and get_trainer(config["MODEL_TYPE"], config["model"]) is Trainer:
         with explained(config, None, "training on a few batches"):
-            seconds = config["epochs"] * batches * batch_seconds(model, protocol.train_data)
+            seconds = rounds * batches * batch_seconds(model, protocol.train_data)
     notes = ["validation and test are not measured; early stopping can only shorten this."]
     notes += [] if seconds is not None else ["time: not measured."]
     training = {
         "name": "training",
-        "rounds": config["epochs"],
+        "rounds": rounds,
         "positions": len(protocol.train_data._dataset),
-        "steps": config["epochs"] * batches,
+        "steps": rounds * batches,
         "seconds": seconds,
     }
     return {

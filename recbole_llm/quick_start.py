@@ -119,13 +119,15 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
     train_base(config, recommender, told, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
     clock.lap("data_and_model")
-    best_score, best_valid = fit(config, trainer, protocol, saved)
+    with explained(config, told, "training"):
+        best_score, best_valid = fit(config, trainer, protocol, saved)
     clock.lap("train")
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
         train_base(test_config, recommender, told, asked.test.mode)
-    test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
+    with explained(config, told, "ranking the test rows"):
+        test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)
     clock.lap("test")
     result = {

@@ -82,6 +82,14 @@ def trial_folder_of(config: Config) -> Path:
     return run.parent / "trials" / run.name
 
 
+def _told(config: Config) -> dict[str, Any]:
+    """The settings as they are kept. Of two data sets RecBole has the folder of one: the other's goes to its own."""
+    path = config.external_config_dict.get("data_path")
+    if not config["eval_dataset"] or path is None:
+        return config.final_config_dict
+    return config.final_config_dict | {"eval_config": {"data_path": path, **(config["eval_config"] or {})}}
+
+
 def make_run_folder(config: Config, folder: Path) -> Path:
     """The folder of a run or trial, made and tried for writing before any work.
 
@@ -92,7 +100,7 @@ def make_run_folder(config: Config, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in ("result.json", "README.md", "traceback.txt"):  # a result stands only for a finished run
             (folder / stale).unlink(missing_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(plain(config.final_config_dict), allow_unicode=True))
+        write_text(folder / "config.yaml", yaml.safe_dump(plain(_told(config)), allow_unicode=True))
     except OSError as error:
         raise UserError(
             f"--checkpoint_dir={config['checkpoint_dir']}: cannot write {folder} ({error}). "

@@ -57,6 +57,9 @@ TEXT_FLAGS = {
 }
 
 
+WORDS = re.compile(r"\[([\w.@+-]+(?:\s*,\s*[\w.@+-]+)*)\]")  # a list as a shell leaves it: [NDCG,Hit]
+
+
 def parse_value(text: str) -> Any:
     """A value as typed: a Python literal, true/false/none in any case, else text. Never run as code.
 
@@ -70,7 +73,8 @@ def parse_value(text: str) -> Any:
         with warnings.catch_warnings(action="ignore"):  # Python's doubts about texts such as "1or"
             value = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
+        words = WORDS.fullmatch(text)
+        return [parse_value(word.strip()) for word in words[1].split(",")] if words else text
     if isinstance(value, tuple):
         return list(value)
     return text if isinstance(value, (set, bytes, complex)) or value is ... else value

@@ -21,6 +21,7 @@ from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer
 from scipy.sparse import csc_matrix, csr_matrix, lil_matrix
+from torch.nn import Module
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
@@ -169,7 +170,8 @@ class ProtocolEvaluation(_Trainer):
             "cur_step": self.cur_step,
             "best_valid_score": self.best_valid_score,
             "state_dict": self.model.state_dict(),
-            "other_parameter": self.model.other_parameter(),
+            # Layers among them (DIN, FDSA, ...) hold the data set, and their weights stand in the model's state.
+            "other_parameter": {k: v for k, v in self.model.other_parameter().items() if not isinstance(v, Module)},
             "optimizer": self.optimizer.state_dict(),
         }
         beside = f"{self.saved_model_file}.tmp"

@@ -238,6 +238,14 @@ def test_more_than_there_are_is_told(toy: dict[str, Any], tmp_path: Path, mode: 
         prepared(with_mode(toy, mode), "Pop")
 
 
+def test_the_number_that_is_advised_does_for_all(toy: dict[str, Any], tmp_path: Path) -> None:
+    """The first user may have more items left than a later one."""
+    write_events(tmp_path / "data", random_events([6] * 99 + [9]))
+    with pytest.raises(UserError, match="Use mode uni51 or less"):
+        prepared(with_mode(toy, "uni55"), "Pop")
+    prepared(with_mode(toy, "uni51"), "Pop")
+
+
 def test_saved_candidates_read_back(toy: dict[str, Any], tmp_path: Path) -> None:
     config, protocol = prepared(toy, "Pop")
     for number in (1, 2):

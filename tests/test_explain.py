@@ -480,6 +480,16 @@ def test_a_run_over_another_data_set(place: Path, given_settings: dict[str, Any]
     assert found.agrees and found.run["dataset"] == "other" and found.reference == "base LLM"
 
 
+def test_a_run_whose_data_lie_in_two_places(place: Path, given_settings: dict[str, Any]) -> None:
+    """ml-100k lies in RecBole's package, the data that are ranked where `data_path` says."""
+    films = {"dataset": "ml-100k", "few_shot": 5, "eval_users": 5, "item_text": "{movie_title}", "sft_positions": 5}
+    write_dataset(place / "data", users=15, seed=5, name="other")
+    own = {"eval_config": {"eval_users": 9}}
+    folder = run(place, given_settings, **films, **own, eval_dataset="other", epochs=1)
+    found = explain_user(FinishedRun(folder), users_of(folder)[0])
+    assert found.agrees and found.run["dataset"] == "other" and len(users_of(folder)) == 9
+
+
 # ---- over users
 
 

@@ -304,6 +304,10 @@ def test_min_disliked(many: dict[str, Any], model: str, liked_only: bool) -> Non
     assert np.array_equal(shot.popularity, everyone.popularity)
     with pytest.raises(UserError, match="--min_disliked=50.*none has 50 items"):
         prepared(settings, model, min_disliked=50)
+    if liked_only:
+        modes = {"valid": "uni4", "test": "low60"}
+        with pytest.raises(UserError, match="^--eval_args mode low60: .*none has 60 items"):
+            prepared({**settings, "eval_args": {"mode": modes}}, model, min_disliked=2)
 
 
 # ---- who trains and who is asked

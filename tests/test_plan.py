@@ -380,6 +380,12 @@ def test_a_model_of_recbole(toy: dict[str, Any]) -> None:
     assert found["seconds"]["total"] > 0 and "training" in plan_text(found)
 
 
+@pytest.mark.parametrize("model", ["Pop", "EASE"])
+def test_what_counts_is_done_in_one_round(toy: dict[str, Any], model: str) -> None:
+    training = by_name(plan(LLMConfig(model, config_dict={**toy, "epochs": 300})))["training"]
+    assert training["rounds"] == 1
+
+
 # ---- against the real thing
 
 SHAPE = ["-m", "LLMRanker", "-d", "ml-100k", "--few_shot=4", "--eval_users=8", "--epochs=1", "--loss=SDPO"]

@@ -174,20 +174,24 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
     universe = universe[np.argsort(rows.item_tokens[universe])]  # by token: internal ids may differ between models
     weight = popularity(events, train_ends, len(rows.item_tokens))[universe] if rows.mode.startswith("pop") else None
     drawn = np.zeros((len(rows), wanted + rows.relevant.shape[1]), dtype=np.int64)
+
+    def free_of(user: int) -> np.ndarray:
+        """Which items may be drawn."""
+        if rows.mode.startswith("low"):
+            return np.isin(universe, events.disliked(user, len(events.items_of(user))))
+        unmet = ~np.isin(universe, events.met(user))
+        return unmet if weight is None else unmet & (weight > 0)
+
     for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):
         rng = seeded(config["candidate_seed"], rows.split, rows.user_tokens[user], position)
-        if rows.mode.startswith("low"):
-            free = np.isin(universe, events.disliked(user, len(events.items_of(user))))
-        else:
-            free = ~np.isin(universe, events.met(user))
-        if weight is not None:
-            free &= weight > 0
+        free = free_of(user)
         relevant = np.array(list(dict.fromkeys(rows.relevant[row])))
         others = drawn.shape[1] - len(relevant)
         if free.sum() < others:
+            least = min(free_of(u).sum() for u in rows.users)
             raise UserError(
                 f"--eval_args: mode {rows.mode} needs {others} items that user {rows.user_tokens[user]} never met, "
-                f"but there are {free.sum()}. Use mode uni{free.sum() - others + wanted} or less, or full."
+                f"but there are {free.sum()}. Use mode uni{least - others + wanted} or less, or full."
             )
         # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
         # same odds as drawing one after the other, but an item that is left out moves no other.

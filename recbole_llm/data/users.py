@@ -70,8 +70,10 @@ def _pools(config: Config, events: Events, ends: np.ndarray) -> dict[str, np.nda
         enough = counts[users] >= needed[split]
         pools[split] = users[enough]
         if len(users) and not enough.any():
+            mode = f"--eval_args mode {modes[split]}"
+            asked = mode if lows[split] > config["min_disliked"] else f"--min_disliked={config['min_disliked']}"
             raise UserError(
-                f"--min_disliked={config['min_disliked']}, --eval_args mode {modes[split]}: of {len(users)} users with "
+                f"{asked}: of {len(users)} users with "
                 f"{split} interactions none has {needed[split]} items rated <= {events.threshold:g}, the most is "
                 f"{counts[users].max()}. Ask for fewer, or set another --rating_threshold."
             )

@@ -33,13 +33,15 @@ def choose_attention(model: PreTrainedModel, attention: str, llm: str, trained: 
     Raises:
         UserError: no back end, or not the one asked for, gives the right log-probs.
     """
+    if attention == "flex" and trained and model.device.type == "cpu":
+        raise UserError("--attention=flex: it cannot be trained on a CPU; use blocks, or auto.")
     fast = ["flex", "blocks"] if model.device.type == "cuda" else ["blocks"]
     tried = [attention] if attention != "auto" else [*fast, "sdpa", "eager"]
     prompt, titles = _material(model.get_input_embeddings().num_embeddings)
     expected = _one_at_a_time(model, prompt, titles)
     wrong: list[str] = []
     for kind in tried:
-        told = _lacks(model, kind, trained) or _error_of(model, kind, prompt, titles, expected)
+        told = _lacks(model, kind) or _error_of(model, kind, prompt, titles, expected)
         if told is None:
             if wrong:
                 logging.getLogger(__name__).warning(f"--attention: {kind}, because {'; '.join(wrong)}.")
@@ -52,12 +54,10 @@ def choose_attention(model: PreTrainedModel, attention: str, llm: str, trained: 
     )
 
 
-def _lacks(model: PreTrainedModel, kind: str, trained: bool) -> str | None:
+def _lacks(model: PreTrainedModel, kind: str) -> str | None:
     """What a back end is known not to do; None if nothing is."""
     if kind != "eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         return "has no soft cap"  # the error of leaving it out grows with the weights, and may be small here
-    if kind == "flex" and trained and model.device.type == "cpu":
-        return "cannot be trained on a CPU"
     return None
 
 

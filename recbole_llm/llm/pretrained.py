@@ -8,6 +8,7 @@ memory, not time.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +147,9 @@ def dtype_of(dtype: str, device: torch.device) -> str:
 def add_lora(model: CausalLM, options: dict[str, Any]) -> PeftModel:
     """LoRA adapters over a model, by peft's ``LoraConfig``; ``UserError`` names layers that are not there."""
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+        with warnings.catch_warnings():  # peft asks transformers by a name that goes in a later version
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         names = sorted({name.rpartition(".")[2] for name in linear})

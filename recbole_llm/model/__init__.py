@@ -13,6 +13,13 @@ from recbole_llm.errors import ConfigError
 
 OWN_MODELS = ("LLMRanker", "DPO4Rec")
 TREES = ("lightgbm", "xgboost")
+# Models of RecBole that cannot rank under the protocol, and why.
+UNFIT = {
+    "DIEN": "it scores a disliked item beside every answer, which no row has",
+    "GRU4RecCPR": "it reads the answer before it scores, which no model may see here",
+    "SASRecCPR": "it reads the answer before it scores, which no model may see here",
+    "RaCT": "it trains in stages of its own, whose files could only be read by running what is in them",
+}
 # Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
 PACKAGES = (
     __name__,
@@ -51,5 +58,5 @@ def model_names() -> list[str]:
     """Names of our models and of those of RecBole's that can rank under our protocol."""
     root = Path(recbole_file).parent
     others = {f.stem for f in (root / "model" / "context_aware_recommender").glob("*.py")} | set(TREES)
-    theirs = [f.stem for f in (root / "properties" / "model").glob("*.yaml") if f.stem.lower() not in others]
-    return [*OWN_MODELS, *sorted(theirs)]
+    theirs = {f.stem for f in (root / "properties" / "model").glob("*.yaml") if f.stem.lower() not in others}
+    return [*OWN_MODELS, *sorted((theirs | {"Random"}) - set(UNFIT))]
