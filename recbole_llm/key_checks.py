@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,13 @@ def text(value: Any) -> str | None:
 def optional_text(value: Any) -> str | None:
     """Text, or nothing."""
     return None if value is None else text(value)
+
+
+def interval(value: Any) -> str | None:
+    """RecBole's intervals of numbers, as in [5,inf) or (0,2];[5,inf), or nothing; others it warns of and leaves out."""
+    one = r"[\[(]\s*-?(\d+(\.\d*)?|inf)\s*,\s*-?(\d+(\.\d*)?|inf)\s*[\])]"
+    fine = value is None or (isinstance(value, str) and re.fullmatch(rf"{one}(;{one})*", value.strip()))
+    return None if fine else "must be an interval such as '[5,inf)', or empty"
 
 
 def file_name(value: Any) -> str | None:

@@ -17,6 +17,7 @@ from recbole_llm.key_checks import (
     flag,
     gpu,
     integer,
+    interval,
     learner,
     mixed,
     number,
@@ -167,6 +168,8 @@ RECBOLE_KEYS: dict[str, Check] = {
     "ITEM_ID_FIELD": text,
     "TIME_FIELD": text,
     "RATING_FIELD": text,
+    "user_inter_num_interval": interval,
+    "item_inter_num_interval": interval,
 }
 # RecBole's keys that say how a model trains, not what it is trained on or asked.
 TRAINING_KEYS = {

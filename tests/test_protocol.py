@@ -396,7 +396,7 @@ def test_failed_run_leaves_no_result(toy: dict[str, Any], monkeypatch: pytest.Mo
         raise RuntimeError("planted")
 
     monkeypatch.setattr(bpr, "calculate_loss", fail)
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(UserError, match="training failed: RuntimeError: planted"):
         run_recbole_llm("BPR", config_dict=toy)
     assert folder.is_dir() and not (folder / "result.json").exists()
 
