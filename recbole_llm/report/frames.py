@@ -41,16 +41,13 @@ def results_frame(every: Sequence[Results]) -> pd.DataFrame:
     for results in every:
         metrics = results.metrics()
         for line in results.lines:
-            row = (
-                setting_columns(results)
-                | line_columns(line)
-                | {
-                    "model": line.label,
-                    "seeds": " ".join(str(run["seed"]) for run in line.runs),
-                    "failed": len(line.errors),
-                    "trainable parameters": line.runs[0]["trainable_parameters"] if line.runs else None,
-                }
-            )
+            asked = setting_columns(results) | line_columns(line)
+            row = asked | {
+                "model": line.label,
+                "seeds": " ".join(str(run["seed"]) for run in line.runs),
+                "failed": len(line.errors),
+                "trainable parameters": line.runs[0]["trainable_parameters"] if line.runs else None,
+            }
             if line.runs:
                 found = line.by_seed.reindex(columns=metrics)
                 row |= found.mean().to_dict()
