@@ -92,6 +92,7 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
     """Settings that are fine alone and wrong together."""
     ill_typed = {k for k, v in settings.items() if k in keys.CHECKS and keys.CHECKS[k](v)}
     problems = _wrong_users(settings) if not ill_typed & {"few_shot", "disjoint_users", "liked_only"} else []
+    problems += _wrong_normalisation(settings)
     if settings.get("log_wandb") is True and not wandb_is_installed():
         problems.append("--log_wandb=True: the package wandb is not installed; `pip install wandb`, or leave it out.")
     if "recommender_model" in settings:
@@ -114,6 +115,20 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
             told = _told(partial(model_class, settings[key]))
             problems += [p.replace("--model", f"--{key}", 1) for p in told]
     return problems
+
+
+def _wrong_normalisation(settings: Mapping[str, Any]) -> list[str]:
+    """RecBole would scale ratings to 0..1 before they are compared with ``rating_threshold``, and times."""
+    fields = settings.get("normalize_field")
+    named = set(fields if isinstance(fields, (list, tuple)) else [fields])
+    read = [settings[key] for key in ("RATING_FIELD", "TIME_FIELD")]
+    if not settings.get("normalize_all") and not named & set(read):
+        return []
+    key = "normalize_all" if settings.get("normalize_all") else "normalize_field"
+    return [
+        f"--{key}={settings[key]!r}: ratings and times are compared as they stand in the file; name other columns with "
+        "--normalize_field, or leave it out."
+    ]
 
 
 def _wrong_mixture(settings: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.item_text import clean
 from recbole_llm.data.prompt import load_template
 from recbole_llm.llm.half_precision import autocast
-from recbole_llm.llm.sampling import plain_attention
+from recbole_llm.llm.sampling import cache_key, plain_attention
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run of another model need not wait
     from recbole_llm.model.llmranker import LLMRanker
@@ -104,13 +104,13 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str, token_
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
     *before, feed = torch.tensor([trunk], device=device).split(token_budget, dim=1)
     written: list[int] = []
-    cache, text = None, ""
+    cache, text, key = None, "", cache_key(model.policy)
     with plain_attention(model.policy), autocast(model.policy):
         for part in before:
-            cache = model.policy(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+            cache = model.policy(input_ids=part, use_cache=True, **{key: cache})[key]
         while len(written) < most:
-            out = model.policy(input_ids=feed, past_key_values=cache, use_cache=True)
-            feed, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            out = model.policy(input_ids=feed, use_cache=True, **{key: cache})
+            feed, cache = out.logits[:, -1:].argmax(-1), out[key]
             if int(feed) == tokenizer.eos_token_id:
                 break
             written.append(int(feed))

@@ -68,9 +68,16 @@ def optional_text(value: Any) -> str | None:
 
 def interval(value: Any) -> str | None:
     """RecBole's intervals of numbers, as in [5,inf) or (0,2];[5,inf), or nothing; others it warns of and leaves out."""
-    one = r"[\[(]\s*-?(\d+(\.\d*)?|inf)\s*,\s*-?(\d+(\.\d*)?|inf)\s*[\])]"
-    fine = value is None or (isinstance(value, str) and re.fullmatch(rf"{one}(;{one})*", value.strip()))
-    return None if fine else "must be an interval such as '[5,inf)', or empty"
+    parts = [] if value is None else [part.strip() for part in str(value).split(";")]
+    fine = all(re.fullmatch(r"[\[(][^,]*,[^,]*[\])]", part) and _rises(part[1:-1].split(",")) for part in parts)
+    return None if fine else "must be an interval such as '[5,inf)'; '[0,inf)' leaves nothing out"
+
+
+def _rises(ends: list[str]) -> bool:
+    try:
+        return float(ends[0]) <= float(ends[1])
+    except ValueError:
+        return False
 
 
 def file_name(value: Any) -> str | None:

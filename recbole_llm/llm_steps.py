@@ -88,6 +88,7 @@ class WindowSteps(_Trainer):
         if self.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, **self.clip_grad_norm)
         self.optimizer.step()
+        self.rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.tokens += sum(map(self.model.prompt.window_size, windows))
         return total, whole, logged
@@ -129,7 +130,7 @@ class WindowSteps(_Trainer):
         return sum(sum(self.model.prompt.chosen_lengths(w)) for w in windows)
 
     def _log_step(self, epoch: int, loss: float, logged: dict[str, float]) -> None:
-        values = {"loss": loss, "learning_rate": self.scheduler.get_last_lr()[0], **logged}
+        values = {"loss": loss, "learning_rate": self.rate, **logged}
         if is_first():
             with open(self.metrics_file, "a", encoding="utf-8") as out:
                 line = {"stage": self.stage.loss, "epoch": epoch, "step": self.global_step, **values}

@@ -72,6 +72,9 @@ class StageProgress:
         for index, values in trainer.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         tensors |= random_tensors(device)
+        # Not among the facts: safetensors takes 100 MB of those, and a long stage has more lines.
+        lines = trainer.metrics_file.read_bytes() if trainer.metrics_file.is_file() else b""
+        tensors["metrics"] = torch.from_numpy(np.frombuffer(lines, np.uint8).copy())
         schedule = trainer.scheduler.state_dict()
         facts = {
             "base": identity(trainer.model.llm),
@@ -85,7 +88,6 @@ class StageProgress:
             "remembered": {name: getattr(trainer, name) for name in REMEMBERED},
             "train_loss": list(trainer.train_loss_dict.items()),
             "displacement": vars(trainer.displacement),
-            "metrics": trainer.metrics_file.read_text(encoding="utf-8") if trainer.metrics_file.is_file() else "",
             "random": random_facts(),
         }
         return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts
@@ -139,7 +141,7 @@ class StageProgress:
         trainer.train_loss_dict = {int(epoch): loss for epoch, loss in facts["train_loss"]}
         vars(trainer.displacement).update(facts["displacement"])
         if is_first():
-            trainer.metrics_file.write_text(facts["metrics"], encoding="utf-8")
+            trainer.metrics_file.write_bytes(tensors["metrics"].numpy().tobytes())
             set_random(tensors, facts["random"], trainer.device)  # the others go on with their own
         self.saved = facts["saved"] + 1
         logger.info(f"Stage {trainer.stage.loss}: going on in epoch {facts['epoch']} after step {facts['steps']}.")

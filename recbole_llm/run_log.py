@@ -41,6 +41,8 @@ def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[Non
         if folder is not None:
             write_text(folder / "traceback.txt", traceback.format_exc())
             where = f" ({folder / 'traceback.txt'} says where)"
+        elif not is_first():  # of several processes the first has the folder
+            traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(
             f"--model={config['model']} --dataset={config['dataset']}: {step} failed: {reason}. Check the "

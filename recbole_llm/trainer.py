@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -170,8 +171,7 @@ class ProtocolEvaluation(_Trainer):
             "cur_step": self.cur_step,
             "best_valid_score": self.best_valid_score,
             "state_dict": self.model.state_dict(),
-            # Layers among them (DIN, FDSA, ...) hold the data set, and their weights stand in the model's state.
-            "other_parameter": {k: v for k, v in self.model.other_parameter().items() if not isinstance(v, Module)},
+            "other_parameter": _plain_parts(self.model.other_parameter()),
             "optimizer": self.optimizer.state_dict(),
         }
         beside = f"{self.saved_model_file}.tmp"
@@ -196,6 +196,15 @@ class ProtocolEvaluation(_Trainer):
             raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
         self.model.load_state_dict(state["state_dict"])
         self.model.load_other_parameter(state["other_parameter"])
+
+
+def _plain_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint can hold of a model's own parts.
+
+    Layers among them (DIN, FDSA, ...) hold the data set, and their weights stand in the model's state.
+    """
+    kept = {name: value for name, value in parts.items() if not isinstance(value, Module)}
+    return {name: dict(value) if isinstance(value, defaultdict) else value for name, value in kept.items()}
 
 
 class NoTensorboard:

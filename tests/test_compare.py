@@ -77,6 +77,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             ],
         ),
         ("Pop[]", [("Pop[]", "Pop", {})]),
+        (
+            "Pop[item_inter_num_interval=[9,inf],topk=[1,5],metrics=[NDCG,Hit]]",
+            [
+                (
+                    "Pop[item_inter_num_interval=[9,inf],topk=[1,5],metrics=[NDCG,Hit]]",
+                    "Pop",
+                    {"item_inter_num_interval": "[9,inf]", "topk": [1, 5], "metrics": ["NDCG", "Hit"]},
+                )
+            ],
+        ),
         (["Pop", "SASRec[epochs=3]"], [("Pop", "Pop", {}), ("SASRec[epochs=3]", "SASRec", {"epochs": 3})]),
     ],
 )
@@ -420,8 +430,9 @@ def test_different_candidates_share_no_table(toy: dict[str, Any], monkeypatch: p
 def test_a_damaged_record_is_a_failed_run(toy: dict[str, Any]) -> None:
     compare("Pop,BPR", None, toy)
     (file,) = Path(toy["checkpoint_dir"]).glob("BPR-*/result.json")
-    file.write_text(file.read_text()[:100])
-    assert compare("Pop,BPR", None, toy)["failed"] == ["BPR"]
+    for damaged in (file.read_text()[:100], "[1]", "{}"):
+        file.write_text(damaged)
+        assert compare("Pop,BPR", None, toy)["failed"] == ["BPR"]
     file.unlink()
     assert not compare("Pop,BPR", None, toy)["failed"]
 
@@ -429,8 +440,8 @@ def test_a_damaged_record_is_a_failed_run(toy: dict[str, Any]) -> None:
 def test_a_damaged_trial_is_done_again(toy: dict[str, Any]) -> None:
     asked = {**toy, "tune": 1}
     before = compare("Pop,BPR", None, asked)["table"]
-    for file in Path(toy["checkpoint_dir"]).glob("trials/BPR-*.json"):
-        file.write_text("{")
+    (file,) = Path(toy["checkpoint_dir"]).glob("trials/BPR-*.json")
+    file.write_text("[1]")
     pd.testing.assert_frame_equal(compare("Pop,BPR", None, asked)["table"], before)
 
 

@@ -488,6 +488,12 @@ def test_a_run_whose_data_lie_in_two_places(place: Path, given_settings: dict[st
     folder = run(place, given_settings, **films, **own, eval_dataset="other", epochs=1)
     found = explain_user(FinishedRun(folder), users_of(folder)[0])
     assert found.agrees and found.run["dataset"] == "other" and len(users_of(folder)) == 9
+    moved = place / "moved" / "other"
+    shutil.copytree(place / "data" / "other", moved)
+    shutil.rmtree(place / "data" / "other")
+    with pytest.raises(UserError, match="--eval_dataset=other"):
+        FinishedRun(folder)
+    assert explain_user(FinishedRun(folder, {"data_path": str(moved.parent)}), users_of(folder)[0]).agrees
 
 
 # ---- over users

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import ModelOutput
 
 from recbole_llm import generation
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.generation import answer_text, generated_answers, greedy_text
+from recbole_llm.llm.sampling import cache_key
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.quick_start import run_recbole_llm
 from tests.conftest import prepared
@@ -73,15 +75,13 @@ def test_the_end_of_text_ends_an_answer(tiny: dict[str, Any], monkeypatch: pytes
     written = tokenizer("red cat")["input_ids"] + [tokenizer.eos_token_id, *tokenizer(" dog")["input_ids"]]
     fed: list[list[int]] = []
 
-    class Out:
-        def __init__(self, token: int) -> None:
-            self.logits = torch.nn.functional.one_hot(torch.tensor([[token]]), len(tokenizer)).float()
-            self.past_key_values = len(fed)
+    key = cache_key(model.policy)
 
-    def policy(input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> Out:
-        assert use_cache and past_key_values == (len(fed) or None)
+    def policy(input_ids: torch.Tensor, use_cache: bool, **cache: Any) -> Any:
+        assert use_cache and cache == {key: len(fed) or None}
         fed.append(input_ids[0].tolist())
-        return Out(written[len(fed) - 1])
+        logits = torch.nn.functional.one_hot(torch.tensor([[written[len(fed) - 1]]]), len(tokenizer)).float()
+        return ModelOutput(logits=logits, **{key: len(fed)})
 
     monkeypatch.setattr(model.policy, "forward", policy)
     assert greedy_text(model, [5, 6], 50, "", 2048) == "red cat"

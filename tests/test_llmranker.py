@@ -414,7 +414,9 @@ def test_every_schedule_warms_up(tiny: dict[str, Any], schedule: str, monkeypatc
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", seen)
     settings = {**tiny, "learning_rate": 0.01, "warmup_ratio": 0.5, "lr_scheduler": schedule, "learner": "adamw"}
-    run_recbole_llm(config_dict={**settings, "train_batch_size": 16})
+    result = run_recbole_llm(config_dict={**settings, "train_batch_size": 16})
     half = len(rates) // 2
     assert len(rates) > 8 and np.allclose(rates[:half], 0.01 * np.arange(half) / half)
     assert (np.allclose(rates[half:], 0.01)) == (schedule == "constant")
+    lines = (Path(result["run_folder"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines] == rates  # of the step, not of the next one

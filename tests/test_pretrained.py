@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    FalconConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     T5Config,
 )
 
@@ -108,6 +111,8 @@ def test_folder_is_the_same_model(folder: Path) -> None:
     "config",
     [
         GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=1100),
+        GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=1100),
+        FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=1100, hidden_dropout=0.2),
         OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1100,
                                word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2, layerdrop=0.5),
     ],
@@ -139,6 +144,23 @@ def test_missing_pad_token_is_the_end_of_text(folder: Path) -> None:
     del config["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert load(folder).tokenizer.pad_token == "<|im_end|>"
+
+
+def test_context_of_longrope_is_where_its_factors_change() -> None:
+    """Beyond, the positions of every sequence in a pass hang on the longest one."""
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 32}
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=1100,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )
+    assert context_of(AutoModelForCausalLM.from_config(config), tiny_llm()[1]) == 32
 
 
 def test_context_is_at_most_the_sliding_window() -> None:

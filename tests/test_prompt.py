@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
@@ -120,6 +124,17 @@ def test_stream_reads_line_by_line() -> None:
     assert TOKENIZER.decode(prompt.trunk([1, 2])) == "Titles that one person chose, in order:\nred cat\ndog\n"
     assert TOKENIZER.decode(prompt.answers[3]) == "a much longer title about elephants\n"
     assert prompt.every_position
+
+
+def test_a_tokenizer_that_drops_the_end_of_a_title_is_told() -> None:
+    """Words alone: `Alien` would be the beginning of `Alien Resurrection` and no more."""
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "a": 2, "Alien": 3, "Resurrection": 4}, unk_token="<s>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="<s>")
+    with pytest.raises(UserError, match="drops what ends a title in .*--prompt=instruct"):
+        Prompt(load_template("stream", PROPERTIES), ["", "Alien", "Alien Resurrection"], tokenizer)
+    prompt = Prompt(load_template("instruct", PROPERTIES), ["", "Alien", "Alien Resurrection"], tokenizer)
+    assert prompt.answers[1:] == [[3, 1], [3, 4, 1]]
 
 
 def test_instruct_asks_a_question() -> None:

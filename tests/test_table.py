@@ -472,6 +472,8 @@ def test_lines_of_other_few_shot_say_so(tmp_path: Path) -> None:
     lines = [Line(f"A{n}", [record(tmp_path, f"A{n}", 1, rows, few_shot=n)], []) for n in (20, 5)]
     results = Results(Setting("toy", None, False, None), lines)
     assert frames.results_frame([results])["few_shot"].tolist() == [20, 5]
+    tests = comparisons(results, ["A20"], Options())
+    assert frames.tests_frame([results], [tests])["few_shot"].tolist() == [5] * len(tests)
 
 
 def test_unreadable_rows_are_told(results: Results) -> None:

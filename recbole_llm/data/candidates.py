@@ -188,10 +188,11 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
         relevant = np.array(list(dict.fromkeys(rows.relevant[row])))
         others = drawn.shape[1] - len(relevant)
         if free.sum() < others:
-            least = min(free_of(u).sum() for u in rows.users)
+            spare = [free_of(u).sum() + len(set(r)) for u, r in zip(rows.users, rows.relevant, strict=True)]
+            most = min(spare) - rows.relevant.shape[1]
             raise UserError(
                 f"--eval_args: mode {rows.mode} needs {others} items that user {rows.user_tokens[user]} never met, "
-                f"but there are {free.sum()}. Use mode uni{least - others + wanted} or less, or full."
+                f"but there are {free.sum()}. Use mode {rows.mode[:3]}{most} or less, or full."
             )
         # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
         # same odds as drawing one after the other, but an item that is left out moves no other.

@@ -1,7 +1,7 @@
 """History -> prompt tokens, item -> answer tokens; templates from ``properties/prompt/*.yaml``.
 
 *Stream*: a header, then one line a title; the answer is the next line. *Instruct*: a chat question that holds the
-history; the answer is the title and the end of the turn. *Pair*: see ``pair_prompt.py``. Titles are tokenised apart
+history; the answer is the title and the tokenizer's end-of-text token. *Pair*: see ``pair_prompt.py``. Titles are tokenised apart
 from the template and with special tokens switched off, so that no title can end a turn.
 """
 
@@ -57,6 +57,20 @@ class Window:
         return [a + r for a, r in zip(self.also or nothing, self.rejected or nothing, strict=True)]
 
 
+def check_end(line: str, tokenizer: Any) -> None:
+    """Whether a tokenizer keeps what ends a title in a line of the template.
+
+    Raises:
+        UserError: it drops it, so a title that begins another one would never be less likely.
+    """
+    whole, cut = plain_tokens(tokenizer, [line.replace("{title}", "a"), line.partition("{title}")[0] + "a"])
+    if whole == cut:
+        raise UserError(
+            f"--prompt: the LLM's tokenizer drops what ends a title in {line!r}, so a title that begins another would "
+            "never be less likely than it. Set --prompt=instruct, or a template whose line ends with a word or a mark."
+        )
+
+
 class Prompt:
     """Tokens of prompts and answers for one tokenizer and catalogue.
 
@@ -77,6 +91,7 @@ class Prompt:
             self.prefix, self.suffix = tokenizer(template["header"])["input_ids"], []
             if self.prefix and self.prefix[-1] == tokenizer.eos_token_id:
                 self.prefix = self.prefix[:-1]
+            check_end(line, tokenizer)
             self.lines = self.answers = plain_tokens(tokenizer, [line.replace("{title}", t) for t in texts])
         else:
             self.prefix, self.suffix = chat_parts(template["question"], ("history",), tokenizer)

@@ -73,6 +73,8 @@ def run_settings(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"The settings of the run cannot be read: {told} Run it again.") from None
     if isinstance(saved.get("data_path"), str):  # RecBole puts the data set's own folder there
         saved["data_path"] = str(Path(saved["data_path"]).parent)
+    if "data_path" in changes and isinstance(saved.get("eval_config"), dict):  # both data sets lie there then
+        saved["eval_config"] = {key: value for key, value in saved["eval_config"].items() if key != "data_path"}
     return {**saved, "checkpoint_dir": str(folder.parent), **changes}
 
 

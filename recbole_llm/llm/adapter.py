@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,8 @@ def save_adapter(llm: LLM, folder: Path) -> None:
     base = identity(llm)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".saving-*"):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             work = Path(name)
             (work / "adapter_base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")

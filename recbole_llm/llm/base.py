@@ -116,6 +116,9 @@ def context_of(model: CausalLM, tokenizer: Any) -> int:
     """The most tokens in a sequence: positions, or the sliding window where there is one."""
     config = model.config.get_text_config()
     keys = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond, one long sequence changes the positions of all others in its pass
+        return min(rope["original_max_position_embeddings"], config.max_position_embeddings)
     # Models without absolute positions (ALiBi, state space) set no limit of their own.
     return min(filter(None, (getattr(config, key, None) for key in keys)), default=tokenizer.model_max_length)
 

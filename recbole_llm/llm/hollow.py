@@ -19,6 +19,7 @@ from recbole_llm.llm.base import (
     locate,
 )
 from recbole_llm.llm.fast_linears import DEFAULT
+from recbole_llm.llm.hub_access import hub_answers
 from recbole_llm.llm.identity import fingerprint, weights_of
 from recbole_llm.llm.pretrained import LLM, add_lora, dtype_of
 from recbole_llm.llm.types import CausalLM
@@ -59,10 +60,11 @@ def _hollow_base(name: str, dtype: torch.dtype) -> tuple[CausalLM, object, str, 
         model.set_attn_implementation(NAMES["blocks"])
         return model.to("meta"), tokenizer, revision, True
     where = locate(name)
-    shape = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    offline = isinstance(where, str) and not hub_answers()
+    shape = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     check_causal(name, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
-    folder = Path(cached_file(where, "config.json")).parent
+    folder = Path(cached_file(where, "config.json", local_files_only=offline)).parent
     has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return model, load_tokenizer(name, where, model), fingerprint(weights_of(folder)), has_weights
+    return model, load_tokenizer(name, where, model, offline), fingerprint(weights_of(folder)), has_weights

@@ -30,9 +30,6 @@ CHOICES = {
     "attention": ("auto", "blocks", "flex", "sdpa", "eager"),
 }
 
-# Attributes by which modules of transformers drop without a Dropout of their own.
-DROPS = {"dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "resid_dropout", "layerdrop"}
-
 
 @dataclass
 class LLM:
@@ -131,9 +128,11 @@ def no_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in DROPS.intersection(vars(module)):
-            if isinstance(getattr(module, name), float):
-                setattr(module, name, 0.0)
+        # Some drop by a number of their own (attn_dropout, layerdrop, ...), some by one of their configuration.
+        for part in (module, getattr(module, "config", module)):
+            for name, value in list(vars(part).items()):
+                if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+                    setattr(part, name, 0.0)
 
 
 def dtype_of(dtype: str, device: torch.device) -> str:

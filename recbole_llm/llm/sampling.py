@@ -85,7 +85,7 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
                 max_new_tokens=sampling.most,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **{_cache_key(model): cache},
+                **{cache_key(model): cache},
                 **_choice(sampling),
             )
     written = [_read(tokenizer, row) for row in found[:, longest:].tolist()]
@@ -105,12 +105,12 @@ def _prompt_cache(model: CausalLM, ids: torch.Tensor, mask: torch.Tensor) -> Dyn
             attention_mask=mask[:, :-1],
             position_ids=position[:, :-1],
             use_cache=True,
-            **{_cache_key(model): cache},
+            **{cache_key(model): cache},
         )
     return cache
 
 
-def _cache_key(model: CausalLM) -> str:
+def cache_key(model: CausalLM) -> str:
     """What transformers calls a cache: ``cache`` from 5.24 on, ``past_key_values`` before."""
     return "cache" if "cache" in signature(base_model(model).forward).parameters else "past_key_values"
 

@@ -11,7 +11,7 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import Check, flag, integer, number, one_of, optional_text, text
 from recbole_llm.keys import PROTOCOL_KEYS
 from recbole_llm.model import model_class
-from recbole_llm.settings import parse_value
+from recbole_llm.settings import TEXT_FLAGS, parse_value
 
 MODEL = re.compile(r"(?P<model>\w+)(\[(?P<settings>.*)\])?", re.DOTALL)
 EXAMPLE = "--models=Pop,SASRec,LLMRanker"
@@ -156,12 +156,18 @@ def parse_models(text: str | Sequence[str]) -> list[Entry]:
         if not found or any(not key.strip() or not mark for key, mark, _ in pairs):
             problems.append(f"--models: `{part}` must look like SASRec or LLMRanker[loss=DMPO,beta=0.5].")
             continue
-        entries.append(Entry(part, found["model"], {k.strip(): parse_value(v.strip()) for k, _, v in pairs}))
+        entries.append(Entry(part, found["model"], {k.strip(): _value(k.strip(), v.strip()) for k, _, v in pairs}))
     if not entries and not problems:
         problems.append(f"--models: name at least one, for example {EXAMPLE}.")
     if problems:
         raise ConfigError(problems)
     return entries
+
+
+def _value(key: str, typed: str) -> Any:
+    """As on the command line: what is text there is text here, too."""
+    value = parse_value(typed)
+    return typed if key in TEXT_FLAGS and value is not None else value
 
 
 def split_commas(text: str) -> list[str]:

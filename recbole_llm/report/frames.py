@@ -102,11 +102,14 @@ def tests_frame(every: Sequence[Results], tests: Sequence[pd.DataFrame]) -> pd.D
     """The comparisons of all settings in one frame."""
     frames = []
     for results, found in zip(every, tests, strict=True):
+        if not len(found):
+            continue
         frame = found.copy()
         for place, (name, value) in enumerate(setting_columns(results).items()):
             frame.insert(place, name, value)
+        own = {line.label: line_columns(line)["few_shot"] for line in results.finished}
+        frame["few_shot"] = frame["model"].map(own)
         frames.append(frame)
-    frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["dataset", "metric", "model"])
 
 

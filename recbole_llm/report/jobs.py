@@ -70,8 +70,10 @@ def _record(cell: Cell, error: str | None) -> dict[str, Any]:
         return base | {"error": error}
     try:
         record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as wrong:
-        told = f"{cell.folder / 'result.json'} cannot be read ({wrong}); remove it, and the run is done anew"
+        record["metrics"], record["versions"]
+    except (OSError, ValueError, TypeError, KeyError) as wrong:
+        told = f"{cell.folder / 'result.json'} cannot be read ({wrong!r}); remove it, and the run is done anew"
+        logging.getLogger().error(f"{cell.label} failed: {told}")
         return base | {"error": told}
     return record | base | {"run_folder": str(cell.folder)}
 

@@ -88,7 +88,8 @@ def _kept(file: Path) -> dict[str, Any] | None:
     """A trial done before; one that was damaged since is done again."""
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        record["score"], record["seconds"], record["error"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return record
 
