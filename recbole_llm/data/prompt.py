@@ -1,8 +1,8 @@
 """History -> prompt tokens, item -> answer tokens; templates from ``properties/prompt/*.yaml``.
 
 *Stream*: a header, then one line a title; the answer is the next line. *Instruct*: a chat question that holds the
-history; the answer is the title and the tokenizer's end-of-text token. *Pair*: see ``pair_prompt.py``. Titles are tokenised apart
-from the template and with special tokens switched off, so that no title can end a turn.
+history; the answer is the title and the tokenizer's end-of-text token. *Pair*: see ``pair_prompt.py``. Titles are
+tokenised apart from the template and with special tokens switched off, so that no title can end a turn.
 """
 
 from __future__ import annotations
