@@ -258,7 +258,7 @@ def test_what_a_search_cannot_give_is_told_before_any_work(
 def test_a_back_end_that_auto_fell_back_to_is_refused_before_training(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_check, "_lacks", lambda model, kind, trained: "no" if kind != "eager" else None)
+    monkeypatch.setattr(attention_check, "_lacks", lambda model, kind: "no" if kind != "eager" else None)
     with pytest.raises(UserError, match=r"eager attention.*--attention=auto.*set --full_ranking=exact\."):
         ranker(full(tiny, "exact_topk"))
     ranker(full(tiny, "exact"))

@@ -94,7 +94,7 @@ def test_test_rows_are_never_scored(bpr: dict[str, Any], tiny: dict[str, Any], m
     found = [tune("BPR", None, bpr, 2), tune("ItemKNN", None, bpr, 2), tune("LLMRanker", None, tiny, 2)]
     assert all(trial.error is None for tuned in found for trial in tuned.trials)
     assert set(scored) == {"valid"}
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match="ranking the test rows failed: AssertionError"):
         run_recbole_llm("BPR", None, None, bpr)
 
 

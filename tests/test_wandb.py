@@ -156,7 +156,7 @@ def test_a_failed_run_is_told(toy: dict[str, Any], wandb: ModuleType, monkeypatc
         raise RuntimeError("planted")
 
     monkeypatch.setattr(bpr, "calculate_loss", fail)
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(UserError, match="training failed: RuntimeError: planted"):
         run_recbole_llm("BPR", config_dict={**toy, "log_wandb": True})
     assert wandb.runs[0].exit_code == 1 and wandb.run is None
 
