@@ -50,6 +50,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,few-shot-ml-100k losses-ml-100k,losses-ml-100k)
 	$(call compare,few-shot-ml-100k rosepo-ml-100k,rosepo-ml-100k)
 	$(call compare,few-shot-ml-100k rosepo-seeds,rosepo-seeds)
+	$(call compare,few-shot-ml-100k rosepo-seeds full-ranking-losses,full-ranking-losses)
 	$(call compare,few-shot-ml-100k full-ranking-few-shot,full-ranking-few-shot)
 	$(call compare,full-ml-100k,full-ml-100k)
 	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)

@@ -114,7 +114,7 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prompt: instruct, pair, reasoning, stream" in told and "dataset: ml-100k" in told
     assert (
         "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-ml-100k, "
-        "full-ml-100k, full-ranking-few-shot, full-ranking-ml-100k, "
+        "full-ml-100k, full-ranking-few-shot, full-ranking-losses, full-ranking-ml-100k, "
         "losses-games, losses-ml-100k, model-size, quick, rerank_lists, rosepo-ml-100k, rosepo-seeds, "
         "transfer-to-films, transfer-to-games\n"
         in told
