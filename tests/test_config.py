@@ -137,10 +137,11 @@ def test_every_properties_file_loads(file: Path, tmp_path: Path) -> None:
         key = "reasoning_prompt" if settings["family"] == "reasoning" else "prompt"
         load_template(file.stem, PROPERTIES, key)
     elif kind == "compare":
-        if "dataset" not in settings:  # laid over another file, which its head names
+        while "dataset" not in settings:  # laid over another file, which its head names
             under = re.search(r"(\S+)\.yaml properties/compare/" + file.name, file.read_text(encoding="utf-8"))
             assert under, file
-            settings = read_yaml(str(file.with_name(f"{Path(under[1]).name}.yaml"))) | settings
+            file = file.with_name(f"{Path(under[1]).name}.yaml")
+            settings = read_yaml(str(file)) | settings
         entries = parse_models(settings.pop("models"))
         needed = {settings["dataset"], *(entry.settings.get("dataset", "ml-100k") for entry in entries)}
         for name in needed - {"ml-100k"}:  # the only one that comes with RecBole
