@@ -131,7 +131,7 @@ def no_dropout(model: torch.nn.Module) -> None:
         # Some drop by a number of their own (attn_dropout, layerdrop, ...), some by one of their configuration.
         for part in (module, getattr(module, "config", module)):
             for name, value in list(vars(part).items()):
-                if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+                if isinstance(value, float) and "drop" in name:
                     setattr(part, name, 0.0)
 
 

@@ -65,17 +65,15 @@ def _record(cell: Cell, error: str | None) -> dict[str, Any]:
     base = {"label": cell.entry.label, "run_hash": cell.folder.name, "asked_seed": cell.seed}
     if error is None and not _finished(cell.folder):
         error = f"the run left no {cell.folder / 'result.json'}; do the workers see this folder?"
-    if error is not None:
-        logging.getLogger().error(f"{cell.label} failed: {error}")
-        return base | {"error": error}
-    try:
-        record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
-        record["metrics"], record["versions"]
-    except (OSError, ValueError, TypeError, KeyError) as wrong:
-        told = f"{cell.folder / 'result.json'} cannot be read ({wrong!r}); remove it, and the run is done anew"
-        logging.getLogger().error(f"{cell.label} failed: {told}")
-        return base | {"error": told}
-    return record | base | {"run_folder": str(cell.folder)}
+    if error is None:
+        try:
+            record = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+            record["metrics"], record["versions"]
+            return record | base | {"run_folder": str(cell.folder)}
+        except (OSError, ValueError, TypeError, KeyError) as wrong:
+            error = f"{cell.folder / 'result.json'} cannot be read ({wrong!r}); remove it, and the run is done anew"
+    logging.getLogger().error(f"{cell.label} failed: {error}")
+    return base | {"error": error}
 
 
 def run_or_error(model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
