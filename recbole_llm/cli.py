@@ -41,26 +41,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 when a model of a comparison failed, 2 for bad input, 130 when interrupted.
+        0 on success, 1 when a model of a comparison failed, 2 for bad input, 130 when interrupted, 141 when nobody
+        reads what is printed any more, as under ``| head``.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or any(word in HELP[:2] for word in argv) or argv[0] in HELP:
-        print(USAGE)
-        return 0
     try:
-        if argv[0] not in COMMANDS:
-            raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
-        # As distributed.world_size, without waiting for torch.
-        if argv[0] != "run" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError([f"`{argv[0]}`: it works in one process; torchrun shares a `run` alone."])
-        return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
+        status = _command(argv)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         _tell(plain(str(error), breaks=True), alike=isinstance(error, ConfigError) or error.known_to_all)
         return 2
     except KeyboardInterrupt:
         _tell("stopped. Finished runs and stages are kept; the same command goes on there.", alike=True)
         return 130
+    except BrokenPipeError:
+        if _is_read():
+            raise
+        return 141
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or any(word in HELP[:2] for word in argv) or argv[0] in HELP:
+        print(USAGE)
+        return 0
+    if argv[0] not in COMMANDS:
+        raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
+    # As distributed.world_size, without waiting for torch.
+    if argv[0] != "run" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError([f"`{argv[0]}`: it works in one process; torchrun shares a `run` alone."])
+    return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
+
+
+def _is_read() -> bool:
+    """Whether anybody still reads what is printed; if not, what is left to print goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _tell(text: str, alike: bool) -> None:

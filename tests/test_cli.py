@@ -114,7 +114,7 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prompt: instruct, pair, reasoning, stream" in told and "dataset: ml-100k" in told
     assert (
         "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-ml-100k, "
-        "full-ml-100k, full-ranking-few-shot, full-ranking-losses, full-ranking-ml-100k, "
+        "full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, full-ranking-ml-100k, "
         "losses-games, losses-ml-100k, model-size, quick, rerank_lists, rosepo-ml-100k, rosepo-seeds, "
         "transfer-to-films, transfer-to-games\n"
         in told
@@ -390,6 +390,27 @@ def test_script_from_start_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert record["timings"]["total_s"] > 0 and [s["loss"] for s in record["stages"]] == ["SFT", "DMPO"]
     for file in ("config.yaml", "env.json", "train.log", "per_user.csv.gz", "candidates-test.jsonl.gz"):
         assert (folder / file).is_file()
+
+
+@pytest.mark.parametrize("words", [["ls", "--keys"], ["--help"]])
+def test_nobody_reads_on(words: list[str], tmp_path: Path) -> None:
+    """As under ``| head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "recbole_llm", *words], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_of_ones_own_is_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(cli.COMMANDS, "env", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["env"])
 
 
 def test_module_with_bad_input(toy: dict[str, Any], tmp_path: Path) -> None:

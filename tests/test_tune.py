@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,8 +218,27 @@ def test_a_full_disk_is_no_trial(bpr: dict[str, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(tuning, "validate", full)
     with pytest.raises(UserError, match="could not write"):
         tune("BPR", None, bpr, 3)
-    assert len(trial_files(bpr)) == 1
+    assert len([file for file in trial_files(bpr) if file.is_file()]) == 1
     assert [trial.error for trial in tune("BPR", None, bpr, 3).trials] == [None] * 3
+
+
+def test_two_searches_do_a_trial_once(
+    bpr: dict[str, Any], ran: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another search finished while this one waited for it is read."""
+    config, space = check_search("BPR", None, bpr)
+    file = tuning.trial_file(config)
+
+    @contextmanager
+    def waited(folder: Path) -> Iterator[None]:
+        assert folder == file.with_suffix("")
+        file.parent.mkdir(parents=True)
+        file.write_text('{"score": 0.5, "seconds": 3.0, "error": null}', encoding="utf-8")
+        yield
+
+    monkeypatch.setattr(tuning, "only_here", waited)
+    assert tuning.run_trial(4, "BPR", config["dataset"], bpr, {}) == Trial(4, {}, 0.5, 3.0)
+    assert ran == []
 
 
 def test_records_that_cannot_be_written(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

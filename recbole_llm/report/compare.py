@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,11 +82,13 @@ def _check_names(entries: Sequence[Entry], options: Options) -> None:
 
 
 def _check_out(options: Options) -> None:
-    """Raises ConfigError where no folder of tables can be made."""
+    """Raises ConfigError where no tables can be written."""
     folder = Path(options.out or ".")
     there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     if not there.is_dir():
         raise ConfigError([f"--out={options.out}: {there} is a file; name a folder."])
+    if not os.access(there, os.W_OK):
+        raise ConfigError([f"--out={options.out}: {there} cannot be written to; name another folder."])
 
 
 def _check_metrics(grid: Sequence[Cell], options: Options) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from recbole_llm.config import LLMConfig
 from recbole_llm.environment import versions
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.files import write_json
+from recbole_llm.files import only_here, write_json
 from recbole_llm.report.jobs import in_a_line
 from recbole_llm.run_folder import trial_folder_of
 from recbole_llm.validation import validate
@@ -53,11 +53,18 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
     except ConfigError as wrong:  # values that are fine alone and wrong together
         return Trial(number, values, None, 0.0, in_a_line(wrong))
     file = trial_file(config)
-    if kept := _kept(file):
-        return Trial(number, values, kept["score"], kept["seconds"], kept["error"])
+    if kept := _kept(file, number, values):
+        return kept
+    with only_here(trial_folder_of(config)):
+        # Another search may have done it while this one waited.
+        return _kept(file, number, values) or _do(number, config, mine, values)
+
+
+def _do(number: int, config: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+    """Train, score and keep the trial."""
     clock, found, score, where = time.perf_counter(), {}, None, None
     try:
-        found = validate(model, dataset, None, mine)
+        found = validate(config["model"], config["dataset"], None, settings)
         score = float(found["best_valid_score"])
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
@@ -65,7 +72,7 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
             raise
         error, where = in_a_line(failure), traceback.format_exc()
     done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
-    _keep(file, config, done, found.get("best_valid_result"), where)
+    _keep(trial_file(config), config, done, found.get("best_valid_result"), where)
     return done
 
 
@@ -84,14 +91,13 @@ def trial_file(config: LLMConfig) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
+def _kept(file: Path, number: int, values: dict[str, Any]) -> Trial | None:
     """A trial done before; one that was damaged since is done again."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        record["score"], record["seconds"], record["error"]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Trial(number, values, record["score"], record["seconds"], record["error"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    return record
 
 
 def _keep(file: Path, config: LLMConfig, done: Trial, result: dict[str, float] | None, where: str | None) -> None:
