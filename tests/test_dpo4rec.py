@@ -341,8 +341,8 @@ def folders(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> tuple[s
     settings = {**settings, "iterations": 0, "checkpoint_dir": str(saved), **changes}
     trainer, protocol = trainer_of(settings)
     folder, _ = trainer.teach_recommender(0, protocol.valid)
-    (texts,) = (saved / "stages").glob("texts-*.jsonl")
-    return texts.name, folder.name
+    (texts,) = (saved / "stages").glob("DPO4Rec-texts-*/texts.jsonl")
+    return texts.parent.name, folder.name
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from safetensors.numpy import load_file
 
 from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
-from recbole_llm.dpo4rec.align import policy_config
+from recbole_llm.dpo4rec import loop
+from recbole_llm.dpo4rec.align import Reasoner, policy_config
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
-from tests.conftest import toy_settings, write_dataset
+from tests.conftest import accuracy, toy_settings, write_dataset
 from tests.test_dpo4rec import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,6 +41,17 @@ def small(toy: dict[str, Any]) -> dict[str, Any]:
 
 def record_of(run: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(run["run_folder"]) / "dpo4rec.json").read_text(encoding="utf-8"))
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process would have to wait for a folder."""
+    with ThreadPoolExecutor() as other:
+        try:
+            lock = other.submit(FileLock(folder.resolve() / ".lock", timeout=0).acquire).result()
+        except Timeout:
+            return True
+    lock.lock.release(force=True)
+    return False
 
 
 def texts_of(run: dict[str, Any], iteration: int) -> list[str]:
@@ -126,9 +138,7 @@ def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str], monk
 
     def alone(work: Any) -> Any:
         def held(self: DPO4RecTrainer, *args: Any, **more: Any) -> Any:
-            for folder in (self.run_folder, Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec"):
-                with ThreadPoolExecutor() as other, pytest.raises(Timeout):
-                    other.submit(FileLock(folder.resolve() / ".lock", timeout=0).acquire).result()
+            assert is_held(self.run_folder)
             return work(self, *args, **more)
 
         return held
@@ -149,11 +159,53 @@ def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str], monk
     assert "--user=nobody: not a pair user; there are 10" in capsys.readouterr().err
 
 
+# ---- several at a time
+
+
+def test_one_run_works_on_a_stage(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts, recommender and alignment are each held while they are worked on, and nothing else is."""
+    stages, worked = Path(small["checkpoint_dir"]) / "stages", []
+
+    def watched(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any, **more: Any) -> Any:
+            held = [folder.name for folder in stages.glob("DPO4Rec-*") if is_held(folder)]
+            worked.append((what, [name.rsplit("-", 1)[0] for name in held]))
+            return real(*args, **more)
+
+        return work
+
+    monkeypatch.setattr(Reasoner, "write", watched("write", Reasoner.write))
+    monkeypatch.setattr(DPO4RecTrainer, "_begin", watched("train", DPO4RecTrainer._begin))
+    monkeypatch.setattr(loop, "align", watched("align", loop.align))
+    run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 1})
+    kinds = {"write": ["DPO4Rec-texts"], "train": ["DPO4Rec-recommender"], "align": ["DPO4Rec-align"]}
+    assert {what for what, _ in worked} == set(kinds)
+    assert all(held == kinds[what] for what, held in worked)
+
+
+def test_two_seeds_at_a_time(small: dict[str, Any], tmp_path: Path) -> None:
+    """They share the untuned texts, which one of them writes, and find what they find one after the other."""
+    settings = {**small, "iterations": 1, "checkpoint_dir": str(tmp_path / "together")}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    words = [sys.executable, "-m", "recbole_llm", "compare", "--models=DPO4Rec", "--seeds=1,2", "--jobs=2", *flags]
+    subprocess.run([*words, "--plots=False"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    found = {}
+    for file in (tmp_path / "together").glob("DPO4Rec-toy-*/result.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found[record["seed"]] = record["metrics"]
+    for seed in (1, 2):
+        alone = {**small, "iterations": 1, "seed": seed}
+        assert accuracy(run_recbole_llm("DPO4Rec", None, None, alone)["test_result"]) == accuracy(found[seed])
+    kept = sorted(path.name for path in (tmp_path / "together/stages").iterdir())
+    assert kept == sorted(path.name for path in (Path(small["checkpoint_dir"]) / "stages").iterdir())
+    assert len([name for name in kept if "texts" in name]) == 1 + 2 * 2
+
+
 # ---- kills
 
 
 def texts_half_written(stages: Path) -> bool:
-    return any(0 < file.stat().st_size < 6000 for file in stages.glob("texts-*.jsonl"))
+    return any(0 < file.stat().st_size < 6000 for file in stages.glob("DPO4Rec-texts-*/texts.jsonl"))
 
 
 def recommender_begun(stages: Path) -> bool:
@@ -161,7 +213,7 @@ def recommender_begun(stages: Path) -> bool:
 
 
 def samples_half_written(stages: Path) -> bool:
-    whole = [file for file in stages.glob("texts-*.jsonl") if b'"number": 2' in file.read_bytes()]
+    whole = [file for file in stages.glob("DPO4Rec-texts-*/texts.jsonl") if b'"number": 2' in file.read_bytes()]
     return any(file.read_bytes().count(b"\n") < 30 for file in whole)
 
 
@@ -219,14 +271,14 @@ def test_kill_and_go_on(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {**killed_settings, "checkpoint_dir": str(tmp_path / "saved")}
     kill_in(KILLED[stage], settings, tmp_path)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "saved" / "stages").glob("texts-*.jsonl")}
+    before = {file: file.read_bytes() for file in (tmp_path / "saved" / "stages").glob("DPO4Rec-texts-*/texts.jsonl")}
     assert not list((tmp_path / "saved").glob("*/result.json"))
     again = run_recbole_llm("DPO4Rec", None, None, settings)
     assert again["test_result"] == unbroken["test_result"]
     assert again["best_valid_result"] == unbroken["best_valid_result"]
-    for name, told in before.items():  # what was written before the kill was not written again
+    for file, told in before.items():  # what was written before the kill was not written again
         kept = told[: told.rfind(b"\n") + 1]
-        assert (tmp_path / "saved" / "stages" / name).read_bytes().startswith(kept)
+        assert file.read_bytes().startswith(kept)
     assert sum(map(len, before.values())) > 0
     mine, theirs = Path(again["run_folder"]), Path(unbroken["run_folder"])
     for name in ("texts-0.jsonl", "judged-0.jsonl", "texts-1.jsonl", "per_user.csv.gz"):

@@ -82,5 +82,5 @@ def test_other_texts_lie_elsewhere(tmp_path: Path, key: str, value: object) -> N
 def test_damaged_file(tmp_path: Path) -> None:
     _, file = texts_of(Author(), tmp_path)
     file.write_bytes(b"{broken\n" + file.read_bytes())
-    with pytest.raises(UserError, match=r"texts-\w+.jsonl is damaged .*remove it"):
+    with pytest.raises(UserError, match=r"DPO4Rec-texts-\w+/texts.jsonl is damaged .*remove it"):
         texts_of(Author(), tmp_path)

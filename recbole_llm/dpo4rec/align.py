@@ -159,7 +159,6 @@ def align(
         The stage's record.
     """
     stage = Stage(config["alignment"], config["align_epochs"], config["align_learning_rate"], list(windows), folder)
-    folder.mkdir(parents=True, exist_ok=True)
     trainer = AlignmentTrainer(reasoner.config, reasoner, stage)
     trainer.start(protocol, folder)
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open

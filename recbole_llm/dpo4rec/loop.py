@@ -1,7 +1,8 @@
 """The loop: texts, a recommender that reads them, rewards, an aligned LLM; and again.
 
 Each stage lies in ``<checkpoint_dir>/stages`` under the hash of what determines it, so a killed run goes on with the
-stage it was in, and runs that share stages (a control, another number of iterations) compute them once.
+stage it was in, and runs that share stages (a control, another number of iterations) compute them once: of several at
+a time one works on a stage, and those that need it too wait.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,6 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         Returns:
             Its best validation score and result.
         """
-        with self.alone():
-            return self._iterations(valid_data, verbose, show_progress)
-
-    def alone(self) -> AbstractContextManager[None]:
-        """Runs share texts, judgements and adapters stage by stage, so one at a time works on them."""
-        return only_here(Path(self.config["checkpoint_dir"]) / "stages" / "DPO4Rec")
-
-    def _iterations(
-        self, valid_data: EvalRows | None, verbose: bool, show_progress: bool
-    ) -> tuple[float, dict[str, float] | None]:
         config, records = self.config, self.facts["iterations"]
         last = alignment_rounds(config)
         self._tell(last)
@@ -198,22 +188,22 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
         folder = self._folder("recommender", RECOMMENDER_KEYS, [read, rows, self.protocol.valid.digest])
         done = folder / "stage.json"
-        if done.is_file():
-            self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
-            record = json.loads(done.read_text())
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._begin(folder)
-            score, result = super().fit(loader, valid_data, verbose, True, show_progress)
-            record = {
-                "best_valid_score": None if result is None else float(score),
-                "best_valid_result": result,
-                "epochs": len(self.train_loss_dict),
-                "train_loss": list(self.train_loss_dict.values()),
-                "rows": len(loader._dataset),
-                "train_s": time.perf_counter() - clock,
-            }
-            write_json(done, record)
+        with only_here(folder):
+            if done.is_file():
+                self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
+                record = json.loads(done.read_text())
+            else:
+                self._begin(folder)
+                score, result = super().fit(loader, valid_data, verbose, True, show_progress)
+                record = {
+                    "best_valid_score": None if result is None else float(score),
+                    "best_valid_result": result,
+                    "epochs": len(self.train_loss_dict),
+                    "train_loss": list(self.train_loss_dict.values()),
+                    "rows": len(loader._dataset),
+                    "train_s": time.perf_counter() - clock,
+                }
+                write_json(done, record)
         self._take(folder)
         return folder, record
 
@@ -262,13 +252,14 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         moves_draws = ("attention", "token_budget") if self.config["lora_dropout"] else ()
         keys = ALIGN_KEYS + moves_draws
         folder = self._folder("align", keys, [reasoner.author, reasoner.texts])
-        if (folder / "stage.json").is_file():
-            self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
-            load_adapter(reasoner.llm, folder)
-            stage = json.loads((folder / "stage.json").read_text())
-        else:
-            init_seed(self.config["seed"], self.config["reproducibility"])
-            stage = align(self.config, reasoner, self.protocol, windows, folder)
+        with only_here(folder):
+            if (folder / "stage.json").is_file():
+                self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
+                load_adapter(reasoner.llm, folder)
+                stage = json.loads((folder / "stage.json").read_text())
+            else:
+                init_seed(self.config["seed"], self.config["reproducibility"])
+                stage = align(self.config, reasoner, self.protocol, windows, folder)
         return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
 
     def _policy_of(self, records: list[dict[str, Any]], iteration: int) -> None:

@@ -42,7 +42,7 @@ def preview_texts(config: LLMConfig, user: str | None) -> str:
     if user is not None and user not in names:
         some = ", ".join(sorted(names)[:5])
         raise UserError(f"--user={user}: not a pair user; there are {len(names)}, for example {some}.")
-    with only_here(folder), trainer.alone():
+    with only_here(folder):
         trainer.teach_recommender(0, protocol.valid, show_progress=config["show_progress"])
         judged = trainer.work.judge(trainer.model, trainer.places.pairs)
     internal = names[user] if user is not None else next(iter(trainer.places.pairs))

@@ -1,7 +1,8 @@
 """Stage 1: texts about users, written once, to a file that a killed run goes on with.
 
-A file holds one JSON line a text. Its name is the hash of everything that determines the texts, and they are written
-in fixed batches with a seed of each batch's own: a run that was killed and one that was not have the same texts.
+A file holds one JSON line a text. Its folder is named by the hash of everything that determines the texts, and they
+are written in fixed batches with a seed of each batch's own: a run that was killed and one that was not have the same
+texts. Of several runs that need the same texts one writes, and the others wait for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.files import content_hash
+from recbole_llm.files import content_hash, only_here
 from recbole_llm.llm.sampling import Sampling, Written
 from recbole_llm.progress import bar
 
@@ -56,7 +57,7 @@ def write_texts(
     Args:
         asked: the prompts.
         write: writes a batch.
-        folder: where the file lies.
+        folder: of stages; the file lies in one of its own there.
         author: what identifies the LLM and its weights.
         seed: of the draws.
         together: texts written at a time; a prompt's texts stay together.
@@ -67,25 +68,25 @@ def write_texts(
     """
     told = [content_hash(asdict(one)) for one in asked]
     name = content_hash([author, asdict(sampling), seed if sampling.temperature else None, together, told])
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"texts-{name[:16]}.jsonl"
-    batches = _batches(asked, prompts_together(together, sampling))
-    found = _read(file, told, sampling.number)
-    done = len(asked) - sum(texts is None for texts in found)
-    shown = bar(total=len(asked), initial=done, desc=what, unit="user", disable=not show_progress or done == len(asked))
-    with shown, file.open("a", encoding="utf-8") as out:
-        for batch in batches:
-            if all(found[i] is not None for i in batch):
-                continue
-            own = int(seeded(seed, *(told[i] for i in batch)).integers(2**31))
-            texts = write([asked[i] for i in batch], sampling, own)
-            lines = [_line(asked[i], told[i], number, text) for i, mine in zip(batch, texts, strict=True)
-                     for number, text in enumerate(mine)]  # fmt: skip
-            out.write("".join(lines))  # at once, and read by whole batches: a kill leaves no half of one
-            out.flush()
-            for i, mine in zip(batch, texts, strict=True):
-                found[i] = mine
-            shown.update(len(batch))
+    place = folder / f"DPO4Rec-texts-{name[:12]}"
+    with only_here(place):
+        file = place / "texts.jsonl"
+        found = _read(file, told, sampling.number)
+        missing = [batch for batch in _batches(asked, prompts_together(together, sampling))
+                   if any(found[i] is None for i in batch)]  # fmt: skip
+        done = sum(texts is not None for texts in found)
+        shown = bar(total=len(asked), initial=done, desc=what, unit="user", disable=not show_progress or not missing)
+        with shown, file.open("a", encoding="utf-8") as out:
+            for batch in missing:
+                own = int(seeded(seed, *(told[i] for i in batch)).integers(2**31))
+                texts = write([asked[i] for i in batch], sampling, own)
+                lines = [_line(asked[i], told[i], number, text) for i, mine in zip(batch, texts, strict=True)
+                         for number, text in enumerate(mine)]  # fmt: skip
+                out.write("".join(lines))  # at once, and read by whole batches: a kill leaves no half of one
+                out.flush()
+                for i, mine in zip(batch, texts, strict=True):
+                    found[i] = mine
+                shown.update(len(batch))
     return [texts for texts in found if texts is not None], file
 
 
