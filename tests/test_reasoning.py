@@ -61,7 +61,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, cut: int, left: int) -> None:
     unbroken, _ = texts_of(Author(), tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         texts_of(Author(most=2), tmp_path / "b")
-    (file,) = (tmp_path / "b").iterdir()
+    (file,) = (tmp_path / "b").rglob("*.jsonl")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - min(cut, len(whole) - 5)])
     rest = Author()
