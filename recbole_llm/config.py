@@ -11,10 +11,12 @@ from recbole.utils import ModelType
 
 from recbole_llm import checks, compat, distributed, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
+from recbole_llm.data_checks import READ_WITH, wrong_data
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
 from recbole_llm.settings import PROPERTIES, SettingsLoader, read_yaml, read_yamls
+from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
 
 class LLMConfig(Config):
@@ -162,8 +164,8 @@ class LLMConfig(Config):
     def _wrong_for_any_model(self) -> list[str]:
         """What is wrong whichever model is meant."""
         given, everyone = self._given(), checks.model_keys(PROPERTIES)
-        problems = keys.unknown_keys(given, self._known() | set(everyone), "", dict)
-        return problems + keys.wrong_values({k: v for k, v in given.items() if k in keys.CHECKS}, {})
+        problems = unknown_keys(given, self._known() | set(everyone), "", dict)
+        return problems + wrong_values({k: v for k, v in given.items() if k in keys.CHECKS}, {})
 
     def known_keys(self) -> set[str]:
         """Keys that this model or its protocol reads."""
@@ -173,17 +175,17 @@ class LLMConfig(Config):
     def _check_keys(self) -> None:
         """Every unknown key, wrong type and wrong range at once."""
         given, known = self._given(), self.known_keys()
-        problems = keys.unknown_keys(given, known, self.model, lambda: checks.model_keys(PROPERTIES))
+        problems = unknown_keys(given, known, self.model, lambda: checks.model_keys(PROPERTIES))
         read = {k: v for k, v in given.items() if k in known}
-        problems += keys.wrong_values(read, self.recbole_defaults)
+        problems += wrong_values(read, self.recbole_defaults)
         settings = self.internal_config_dict | read
         if isinstance(settings["eval_args"], dict):
             settings["eval_args"] = self._eval_args()
         problems += eval_checks.wrong_evaluation(settings)
         problems += checks.wrong_together(settings)
         problems += checks.wrong_model(self.model, self.model_class.type, settings)
-        if not keys.wrong_values({k: settings[k] for k in checks.READ_WITH if k in settings}, {}):
+        if not wrong_values({k: settings[k] for k in READ_WITH if k in settings}, {}):
             folder = self._in_its_folder(settings | {"load_col": given.get("load_col")})
-            problems += checks.wrong_data(folder, self.dataset, PROPERTIES)
+            problems += wrong_data(folder, self.dataset, PROPERTIES)
         if problems:
             raise ConfigError(problems)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -33,3 +34,12 @@ class ConfigError(UserError):
 def plain(text: str, breaks: bool = False) -> str:
     """The text without what a terminal or a browser would obey; line breaks stay where they are wanted."""
     return "".join(c if c.isprintable() or (breaks and c == "\n") else f"\\x{ord(c):02x}" for c in text)
+
+
+def problems_of(check: Callable[[], Any]) -> list[str]:
+    """What a check raises, as problems."""
+    try:
+        check()
+    except UserError as error:
+        return getattr(error, "problems", [str(error)])
+    return []

@@ -9,8 +9,8 @@ from typing import Any
 from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType
 
-from recbole_llm import keys
 from recbole_llm.key_checks import integer, number
+from recbole_llm.wrong_keys import closest
 
 RANKING = sorted(name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING)
 OF_ITEMS = {"itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage"}
@@ -44,7 +44,7 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
 def _wrong_eval_args(eval_args: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in (k for k in eval_args if k not in EVAL_ARGS):
-        hint = keys.closest(key, EVAL_ARGS, f"there are {', '.join(EVAL_ARGS)}")
+        hint = closest(key, EVAL_ARGS, f"there are {', '.join(EVAL_ARGS)}")
         problems.append(f"no entry {key!r}; {hint}")
     if eval_args.get("order", "TO") != "TO":
         problems.append(f"order {eval_args['order']} has no next item to rank; use order TO")
@@ -131,7 +131,7 @@ def _no_ranking(metric: Any) -> str | None:
             f"{metric} is no ranking metric: it needs labels, and here items are ranked. GAUC is the "
             "AUC of such a ranking, the mean over users."
         )
-    hint = keys.closest(str(metric), [*RANKING, "gauc"], f"it has {', '.join(RANKING)}")
+    hint = closest(str(metric), [*RANKING, "gauc"], f"it has {', '.join(RANKING)}")
     return f"{metric} is no ranking metric of RecBole; {hint}"
 
 

@@ -1,4 +1,4 @@
-"""What each of our configuration keys may hold, and how a wrong one is told.
+"""What each of our configuration keys may hold.
 
 A key's meaning, unit and default stand in ``properties/``; here stands what is allowed. RecBole's own keys
 are checked against the type of RecBole's default, and those that fail late or silently against a range.
@@ -6,10 +6,8 @@ are checked against the type of RecBole's default, and those that fail late or s
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from recbole_llm.key_checks import (
     Check,
@@ -231,89 +229,8 @@ REFUSED = {
         "data are prepared anew for each run and not saved; leave it out",
     ),
 }
-# RecBole's YAML writes these real numbers, switches and texts as whole numbers.
-_LOOSE = {
-    "q",
-    "global_ratio",
-    "spatial_ratio",
-    "dropout_prob",
-    "hidden_dropout_prob",
-    "resolution",
-    "use_proj_bias",
-    "reranker_CAN_NUM",
-}
 
 
 def ranks_titles(settings: Collection[str]) -> bool:
     """Whether these are settings of a model that ranks by the log-probs of titles (LLMRanker)."""
     return "score_norm" in settings
-
-
-def unknown_keys(
-    given: Mapping[str, Any], known: Collection[str], model: str, owners: Callable[[], Mapping[str, Collection[str]]]
-) -> list[str]:
-    """One sentence for each key that nothing reads, with the models that do read it or the closest key.
-
-    Args:
-        given: the user's settings.
-        known: keys that this model or its protocol reads.
-        owners: gives key -> names of the models whose key it is; asked only when there is something to tell.
-    """
-    problems = []
-    for key, value in given.items():
-        if key in REFUSED:
-            unset = value is None or value is False
-            problems += [] if unset else [f"--{key}={value!r}: {REFUSED[key]}."]
-        elif key in known:
-            continue
-        elif models := list(owners().get(key, ())):
-            told = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
-            problems.append(
-                f"--{key}: {model} does not read it; it is a key of {told}. Leave it out, or in "
-                f"a comparison give it to that model alone: {models[0]}[{key}={value}]."
-            )
-        else:
-            hint = closest(key, known, "`recbole-llm ls --keys` lists those there are")
-            problems.append(f"--{key}: no such key; {hint}")
-    return problems
-
-
-def closest(name: str, known: Collection[str], otherwise: str) -> str:
-    """``did you mean X?`` where a name is near, whatever its case; else what to do ``otherwise``."""
-    lower = {k.lower(): k for k in sorted(known)}
-    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)
-    return f"did you mean `{lower[close[0]]}`?" if close else f"{otherwise}."
-
-
-def wrong_values(values: Mapping[str, Any], recbole_defaults: Mapping[str, Any]) -> list[str]:
-    """One sentence for each value of the wrong type or out of range.
-
-    Args:
-        values: what the user gave.
-        recbole_defaults: RecBole's own default of each of its keys, whose type is the type allowed.
-    """
-    problems = []
-    for key, value in values.items():
-        told = CHECKS[key](value) if key in CHECKS else _unlike_default(key, value, recbole_defaults.get(key))
-        if told:
-            problems.append(f"--{key}={value!r}: {told}.")
-    return problems
-
-
-def _unlike_default(key: str, value: Any, default: Any) -> str | None:
-    """RecBole's keys: a number stays a number, a switch a switch, and so on."""
-    if key in _LOOSE or key in ("topk", "metrics", "eval_args", "valid_metric"):  # told with the evaluation
-        return None
-    if isinstance(default, bool):
-        return flag(value)
-    if isinstance(default, int):
-        return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number"
-    if isinstance(default, float):
-        return number(-math.inf)(value)
-    kinds: dict[type, str] = {
-        str: "text",
-        dict: "a table, for example {'key': 'value'}",
-        list: "a list, for example [1, 2]",
-    }
-    told = kinds.get(type(default))
-    return None if told is None or value is None or isinstance(value, type(default)) else f"must be {told}"

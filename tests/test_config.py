@@ -22,6 +22,7 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
 from recbole_llm.settings import PROPERTIES, parse_value, read_yaml, read_yamls
+from recbole_llm.wrong_keys import wrong_values
 from tests.conftest import write_dataset
 
 COMMAND = '__import__("os").system("touch run")'
@@ -126,7 +127,7 @@ def test_every_check_is_of_a_key_that_something_reads() -> None:
 @pytest.mark.parametrize("model", ["LLMRanker", "DPO4Rec", "SASRec", "Pop", "NeuMF"])
 def test_every_default_passes_its_own_check(toy: dict[str, Any], model: str) -> None:
     found = LLMConfig(model, config_dict=toy)
-    assert keys.wrong_values(found.internal_config_dict, found.recbole_defaults) == []
+    assert wrong_values(found.internal_config_dict, found.recbole_defaults) == []
 
 
 @pytest.mark.parametrize("file", sorted(PROPERTIES.glob("**/*.yaml")), ids=lambda file: file.stem)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from recbole import __file__ as recbole_file
 
-from recbole_llm import keys
 from recbole_llm.errors import ConfigError
+from recbole_llm.wrong_keys import closest
 
 OWN_MODELS = ("LLMRanker", "DPO4Rec")
 TREES = ("lightgbm", "xgboost")
@@ -50,7 +50,7 @@ def model_class(name: str) -> type:
                 found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)
                 if isinstance(found, type):
                     return found
-    hint = keys.closest(name, model_names(), "`recbole-llm ls` lists them")
+    hint = closest(name, model_names(), "`recbole-llm ls` lists them")
     raise ConfigError([f"--model={name}: no such model here or in RecBole; {hint}"])
 
 

@@ -14,6 +14,7 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_names
 from recbole_llm.settings import PROPERTIES, parse_value, read_yaml
+from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
 DIGITS = 4  # significant ones of a real number that is proposed, so that a table can print it whole
 FORMS = (
@@ -159,13 +160,13 @@ def _wrong_keys(config: LLMConfig, parameters: list[Parameter]) -> list[str]:
     known = config.known_keys()
     named = {p.key: p.bounds[0] for p in parameters} | {key: "" for p in parameters for key in p.unless}
     owners = partial(checks.model_keys, PROPERTIES)
-    problems = [told.removeprefix("--") for told in keys.unknown_keys(named, known, config.model, owners)]
+    problems = [told.removeprefix("--") for told in unknown_keys(named, known, config.model, owners)]
     everyones = (checks.shared_keys(PROPERTIES) | set(keys.PROTOCOL_KEYS)) - keys.TRAINING_KEYS
     for p in (p for p in parameters if p.key in known):
         if p.key in everyones - {"MAX_ITEM_LIST_LENGTH"}:
             problems.append(f"{p.key}: it is the same for every model, so it is not searched; leave it out.")
         values = p.bounds if p.kind == "choice" else p.bounds[:2]
-        told = [t for value in values for t in keys.wrong_values({p.key: value}, config.recbole_defaults)]
+        told = [t for value in values for t in wrong_values({p.key: value}, config.recbole_defaults)]
         problems += [t.removeprefix("--") for t in told]
     return problems
 
