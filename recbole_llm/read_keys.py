@@ -8,23 +8,20 @@ from typing import Any
 from recbole_llm import keys
 
 LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
-FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions"}
+FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions", "epochs", "train_batch_size"}
 # Read by preference losses alone. Not here: `rejected` and how it draws, for SFT on pairs of titles draws too, and
 # switches that are refused where nothing reads them.
 PREFERENCE_KEYS = {
     "beta",
     "sft_weight",
-    "smoothing",
-    "smoothing_max",
-    "oracle_model",
-    "oracle_folds",
-    "dynamic_margin",
     "from_model",
     "preference_epochs",
     "preference_learning_rate",
     "preference_positions",
 }
+ORACLE_KEYS = {"oracle_model", "oracle_folds", "smoothing_max"}
 BASE_KEYS = {"rerank_model", "rerank_topk"}
+NEVER_READ = {"eval_batch_size"}  # by a model whose passes `token_budget` bounds
 
 
 def unread(settings: Mapping[str, Any]) -> set[str]:
@@ -36,13 +33,21 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
     """
     if not keys.ranks_titles(settings):
         return set()
-    found: set[str] = set()
+    found, prefers = set(NEVER_READ), settings["finetune"] != "none" and settings["loss"] != "SFT"
     if settings["finetune"] != "lora":
         found |= LORA_KEYS
     if settings["finetune"] == "none":
         found |= FINETUNE_KEYS
-    if settings["finetune"] == "none" or settings["loss"] == "SFT":
+    if not prefers:
         found |= PREFERENCE_KEYS
+    if not prefers or settings["loss"] != "RosePO":
+        found |= ORACLE_KEYS | {"smoothing"}
+    elif settings["smoothing"] != "oracle":
+        found |= ORACLE_KEYS
+    if not prefers or not settings["dynamic_beta"]:
+        found.add("dynamic_margin")
+    if not prefers or "popularity" not in settings["rejected"].split("+"):
+        found.add("popularity_exponent")
     if not any(reranks(settings, mode) for mode in asked_modes(settings)):
         found |= BASE_KEYS
     if "full" not in asked_modes(settings):

@@ -27,6 +27,7 @@ NOT_IN_HASH = {
     "show_progress",
     "state",
     "device",
+    "gpu_id",
     "data_path",
     "log_wandb",
     "wandb_project",

@@ -11,11 +11,20 @@ import pytest
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.read_keys import BASE_KEYS, FINETUNE_KEYS, LORA_KEYS, PREFERENCE_KEYS, unread
+from recbole_llm.read_keys import (
+    BASE_KEYS,
+    FINETUNE_KEYS,
+    LORA_KEYS,
+    NEVER_READ,
+    ORACLE_KEYS,
+    PREFERENCE_KEYS,
+    unread,
+)
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.stages import preference_folder, sft_folder
 
-SINGLE = {"full_ranking", "recommender_config"}
+SINGLE = {"full_ranking", "recommender_config"} | NEVER_READ
+PREFERENCE_ALONE = PREFERENCE_KEYS | ORACLE_KEYS | {"smoothing", "dynamic_margin", "popularity_exponent"}
 # Of each key a value that is not the default.
 OTHER: dict[str, Any] = {
     "lora_r": 2,
@@ -26,6 +35,10 @@ OTHER: dict[str, Any] = {
     "lr_scheduler": "constant",
     "warmup_ratio": 0.5,
     "sft_positions": 1,
+    "epochs": 3,
+    "train_batch_size": 5,
+    "eval_batch_size": 7,
+    "popularity_exponent": 0.5,
     "beta": 3.0,
     "sft_weight": 2.0,
     "smoothing": 0.3,
@@ -45,9 +58,9 @@ OTHER: dict[str, Any] = {
 RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "zero-shot": (
         {"finetune": "none"},
-        LORA_KEYS | FINETUNE_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS,
+        LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS,
     ),
-    "SFT": ({}, PREFERENCE_KEYS | SINGLE | BASE_KEYS),
+    "SFT": ({}, PREFERENCE_ALONE | SINGLE | BASE_KEYS),
     "SFT on pairs": (
         {
             "prompt": "pair",
@@ -56,15 +69,22 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "topk": [1],
             "valid_metric": "Hit@1",
         },
-        PREFERENCE_KEYS | SINGLE | BASE_KEYS,
+        PREFERENCE_ALONE | SINGLE | BASE_KEYS,
     ),
-    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS),
-    "DPO": ({"loss": "DPO", "rejected_num": 1, "eval_step": 0}, SINGLE | BASE_KEYS),
+    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS),
+    "DPO": (
+        {"loss": "DPO", "rejected_num": 1, "eval_step": 0},
+        PREFERENCE_ALONE - PREFERENCE_KEYS | SINGLE | BASE_KEYS,
+    ),
+    "RosePO": (
+        {"loss": "RosePO", "rejected_num": 1, "eval_step": 0, "smoothing": 0.2},
+        ORACLE_KEYS | {"dynamic_margin", "popularity_exponent"} | SINGLE | BASE_KEYS,
+    ),
 }
 
 
 def test_every_key_that_may_be_unread_is_tried() -> None:
-    assert set(OTHER) == LORA_KEYS | FINETUNE_KEYS | PREFERENCE_KEYS | SINGLE | BASE_KEYS
+    assert set(OTHER) == LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -82,13 +102,18 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
     pd.testing.assert_frame_equal(*ranks)
     assert folders[0] == folders[1]
     assert stages[0] == stages[1]  # so runs of other models and modes share them
-    assert any(name.startswith("DPO-") for name in stages[0]) == (name == "DPO")
+    assert {stage.split("-")[0] for stage in stages[0]} - {"SFT"} == {name} & {"DPO", "RosePO"}
 
 
 @pytest.mark.parametrize(
     ("given", "read"),
     [
-        ({"loss": "RosePO", "smoothing": "oracle"}, {"oracle_model", "recommender_config", "beta"}),
+        (
+            {"loss": "RosePO", "smoothing": "oracle"},
+            ORACLE_KEYS | {"recommender_config", "beta", "smoothing", "train_batch_size"},
+        ),
+        ({"loss": "RosePO", "smoothing": 0.1}, {"smoothing"}),
+        ({"loss": "DMPO", "dynamic_beta": True, "rejected": "popularity"}, {"dynamic_margin", "popularity_exponent"}),
         ({"loss": "DMPO", "rejected": "from_model"}, {"from_model", "recommender_config", "preference_positions"}),
         ({"rerank_candidates": True}, {"rerank_model", "rerank_topk", "recommender_config"}),
         (
@@ -150,6 +175,8 @@ FULL = {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
         ({"rerank_candidates": True}, {"rerank_weight": "auto"}, {"rerank_weight": 1.0}),
         ({"eval_step": 0}, {"valid_metric": "Hit@1", "stopping_step": 9}, {}),
         ({}, {"attention": "sdpa", "token_budget": 512}, {"attention": "eager"}),
+        ({}, {"gradient_checkpointing": True, "fast_linears": False}, {}),
+        ({}, {"encoder": "tfidf", "mask_history": False}, {"encoder": "none"}),
     ],
 )
 def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, one: Any, other: Any) -> None:
@@ -167,6 +194,8 @@ def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, 
         ({"rerank_candidates": True}, {"rerank_weight": 0.5}, True),
         ({"lora_dropout": 0.1}, {"token_budget": 512}, True),
         ({}, {"beta": 0.7}, False),
+        ({"rejected": "semantic", "encoder": "tfidf"}, {"encoder": "minilm"}, False),
+        ({"eval_args": {"mode": "full"}}, {"mask_history": False}, True),
     ],
 )
 def test_what_trains_names_its_stage(pairs: dict[str, Any], shared: Any, changed: Any, sft_too: bool) -> None:
