@@ -48,12 +48,12 @@ class WholeRun:
         """One line a kind of run that is still to be done, and one for all."""
         at_once = f", {self.jobs} at a time" if self.jobs > 1 else ""
         print(
-            f"{len(self.labels)} runs, {len(self.labels) - self.todo} finished before, about {_told(self.left())} in "
-            f"all{at_once} (a guess until the first runs end).",
+            f"{len(self.labels)} runs, {len(self.labels) - self.todo} finished before, about {told_time(self.left())} "
+            f"in all{at_once} (a guess until the first runs end).",
             flush=True,
         )
         for i in sorted(self.open)[:PLANNED_SHOWN]:
-            print(f"  to do: {self.labels[i]}, about {_told(self.seconds[i])}", flush=True)
+            print(f"  to do: {self.labels[i]}, about {told_time(self.seconds[i])}", flush=True)
         if len(self.open) > PLANNED_SHOWN:
             print(f"  and {len(self.open) - PLANNED_SHOWN} more", flush=True)
 
@@ -71,7 +71,7 @@ class WholeRun:
         self.at, self.began, _current = number, time.monotonic(), self
         place = self.todo - len(self.open) + 1
         print(
-            f"\n[{place}/{self.todo}] {self.labels[number]}: whole comparison about {_told(self.left())} left",
+            f"\n[{place}/{self.todo}] {self.labels[number]}: whole comparison about {told_time(self.left())} left",
             flush=True,
         )
         try:
@@ -90,7 +90,7 @@ class WholeRun:
         self.scale = dict.fromkeys(self.kinds, (time.monotonic() - self.began) * self.jobs / done if done else 1.0)
         print(
             f"[{self.todo - len(self.open)}/{self.todo}] {self.labels[number]}: {'failed' if error else 'done'}; whole "
-            f"comparison about {_told(self.left())} left",
+            f"comparison about {told_time(self.left())} left",
             flush=True,
         )
 
@@ -105,11 +105,11 @@ class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         """As tqdm's, with the time left of all runs."""
-        whole = f"all runs: {_told(_current.left())} left" if _current else ""
+        whole = f"all runs: {told_time(_current.left())} left" if _current else ""
         super().set_postfix_str(", ".join(x for x in (s, whole) if x), refresh=False)  # drawn with the next update
 
 
-def _told(seconds: float) -> str:
+def told_time(seconds: float) -> str:
     return f"{max(1, round(seconds / 60))} min" if seconds > 50 else f"{seconds:.0f} s"
 
 
@@ -124,9 +124,17 @@ def _shares(config: Config) -> tuple[Any, ...]:
 
 
 def _guess(config: Config, with_sft: bool) -> float:
-    """Seconds a run may take; 0 if it is finished. Rough on purpose: shapes times the speed of this machine."""
-    if (run_folder_of(config) / "result.json").is_file():
-        return 0.0
+    """Seconds that a run may still take."""
+    return 0.0 if (run_folder_of(config) / "result.json").is_file() else guessed_seconds(config, with_sft)
+
+
+def guessed_seconds(config: Config, with_sft: bool = True) -> float:
+    """Seconds that a configuration may take to train and to be asked. Rough on purpose: shapes times this machine's
+    speed.
+
+    Args:
+        with_sft: whether it trains the SFT stage, or finds it.
+    """
     sizes = _sizes(config)
     if _kind(config) == "counted":
         return 5.0

@@ -109,14 +109,23 @@ SettingsLoader.add_implicit_resolver(
 )
 
 
+def shipped(file: str) -> Path:
+    """A file or folder here; of ``properties/...`` the package's own where there is none here."""
+    ours = Path(file).parts[:1] == ("properties",) and not Path(file).exists()
+    return PROPERTIES.parent / file if ours else Path(file)
+
+
 def read_yaml(file: str) -> dict[str, Any]:
     """Settings of a YAML file; only plain values, no object tags.
+
+    Args:
+        file: as ``shipped`` finds it.
 
     Raises:
         ConfigError: no such file, or not plain ``key: value`` YAML.
     """
     try:
-        loaded = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=SettingsLoader)
+        loaded = yaml.load(shipped(file).read_text(encoding="utf-8"), Loader=SettingsLoader)
     except OSError as error:
         raise ConfigError([f"--config_files: cannot read `{file}` ({error.strerror})."]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from recbole_llm.data.prompt import load_template
 from recbole_llm.errors import ConfigError
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.report.search_space import search_space
 from recbole_llm.settings import PROPERTIES, parse_value, read_yaml, read_yamls
 from recbole_llm.wrong_keys import wrong_values
 from tests.conftest import write_dataset
@@ -156,6 +157,20 @@ def test_every_properties_file_loads(file: Path, tmp_path: Path) -> None:
         LLMConfig(file.stem, "ml-100k")
     else:
         LLMConfig("Pop", file.stem if kind == "dataset" else "ml-100k")
+
+
+def test_files_of_the_package_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As README's commands name them; a file of that name here comes first."""
+    ours = read_yaml(str(PROPERTIES / "compare" / "quick.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert read_yamls(["properties/compare/quick.yaml"]) == ours
+    space = {p.key for p in search_space(LLMConfig("BPR", "ml-100k"), "properties/search")}
+    assert space == set(read_yaml(str(PROPERTIES / "search" / "BPR.yaml")))
+    with pytest.raises(ConfigError, match="cannot read `compare/quick.yaml`"):
+        read_yaml("compare/quick.yaml")
+    (tmp_path / "properties" / "compare").mkdir(parents=True)
+    (tmp_path / "properties" / "compare" / "quick.yaml").write_text("seed: 7", encoding="utf-8")
+    assert read_yamls(["properties/compare/quick.yaml"]) == {"seed": 7}
 
 
 def test_numbers_in_yaml(tmp_path: Path) -> None:

@@ -264,6 +264,14 @@ def test_low_candidates_come_from_all_times(by_hand: dict[str, Any]) -> None:
     assert asked(protocol, "valid") == {"ann", "bob", "cat"}
 
 
+def test_fewer_users_than_asked_for(toy: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    protocol = prepare_data(LLMConfig("Pop", config_dict={**toy, "eval_users": 1000, "valid_users": 3}))
+    everyone = len(set(protocol.test.users))
+    assert f"--eval_users=1000: there are {everyone} users with such rows; all are asked." in caplog.text
+    assert "--valid_users" not in caplog.text
+
+
 def test_rows_left_out_are_told(by_hand: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     prepared({**by_hand, "eval_args": {"mode": {"valid": "low1", "test": "low3"}}, "state": "INFO"}, "Pop")

@@ -135,7 +135,8 @@ def test_trials_in_processes_are_those_of_one_search(
         found.append([(label, [(t.values, t.score, t.error) for t in tuned.trials]) for label, _, tuned in told])
     assert found[0] == found[1]
     assert [len(trials) for _, trials in found[0]] == [11, 1]
-    assert "[tune 10/10]" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert told.startswith("[tune] 2 searches, at most 12 trials, about ") and "[tune 10/10]" in told
     logs = list((tmp_path / "saved2" / "trials").glob("*.log"))
     assert len(logs) == (10 if killed else 0)
 

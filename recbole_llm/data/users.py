@@ -48,6 +48,9 @@ def draw_users(config: Config, events: Events, ends: np.ndarray, tokens: np.ndar
     if few_shot is not None:
         told = " and are neither validated nor tested" if disjoint else ""
         train = _first(train, few_shot, "few_shot", f"have training interactions{told}")
+    for key, wanted, there in (("valid_users", validating, valid), ("eval_users", asked, test)):
+        if wanted is not None and wanted > len(there):
+            logger.info(f"Protocol: --{key}={wanted}: there are {len(there)} users with such rows; all are asked.")
     everyone = few_shot is None and not config["min_disliked"]
     return {
         "train": None if everyone else np.sort(train),

@@ -13,7 +13,7 @@ from recbole_llm import checks, keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.model import model_names
-from recbole_llm.settings import PROPERTIES, parse_value, read_yaml
+from recbole_llm.settings import PROPERTIES, parse_value, read_yaml, shipped
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
 DIGITS = 4  # significant ones of a real number that is proposed, so that a table can print it whole
@@ -181,7 +181,7 @@ def _file_of(model: str, search: str | None) -> Path:
         ConfigError: nothing there, two of them, or none for this model.
     """
     own = PROPERTIES / "search" / f"{model}.yaml"
-    given = Path(str(search)) if search is not None else own
+    given = shipped(str(search)) if search is not None else own
     if not given.exists() and search is not None:
         raise ConfigError([f"--search={search}: no such file or folder."])
     if given.is_dir():

@@ -8,10 +8,11 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from recbole_llm.errors import ConfigError
+from recbole_llm.progress import guessed_seconds, told_time
 from recbole_llm.report.ahead import Search, trials_ahead
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.grid import Cell, Setting
-from recbole_llm.report.tune import Tuned, check_search, tune
+from recbole_llm.report.tune import Tuned, check_search, proposals_of, tune
 
 Key = tuple[str, Setting]  # label of a line, and its setting without the mode, since modes share a search
 
@@ -79,8 +80,13 @@ def _taken(values: dict[str, Any], cell: Cell) -> dict[str, Any]:
 
 
 def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequence[Key], options: Options) -> None:
-    """Raises ConfigError for what is wrong with any search; what will be taken is stood for by values as given."""
+    """Says what all searches may cost; what one will take from another is stood for by values as given.
+
+    Raises:
+        ConfigError: what is wrong with any of them.
+    """
     problems: list[str] = []
+    trials, seconds = 0, 0.0
     given: dict[Key, dict[str, Any]] = {}
     for key in order:
         cell = first[key]
@@ -89,10 +95,17 @@ def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequenc
         try:
             config, space = check_search(cell.entry.model, cell.setting.dataset, cell.settings | taken, options.search)
             given[key] = taken | {p.key: config[p.key] for p in space}
+            most = int(min(options.tune, proposals_of(config, space).most()))
+            trials, seconds = trials + most, seconds + most * guessed_seconds(config)
         except ConfigError as error:
             problems += [f"{cell.entry.label}: {p}" for p in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    print(
+        f"[tune] {len(order)} searches, at most {trials} trials, about {told_time(seconds / options.jobs)} (a guess; "
+        "those that finished before take none); then the runs.",
+        flush=True,
+    )
 
 
 def check_tuned_from(entries: Sequence[Entry], options: Options) -> None:
