@@ -127,7 +127,8 @@ def costs_table(every: Iterable[Results]) -> Table:
     header = ["Setting", "Model", "Runs", "Parameters trained", *measured]
     told = (
         "Means over the finished runs of each model. A stage that several runs share (SFT under several losses) is "
-        "counted where it was run. Seconds are of the machine that did a run, and of what else it did."
+        "counted where it was run; its train tokens are in each. Seconds are of the machine that did a run, and of "
+        "what else it did."
     )
     return Table("costs", "Costs", told, header, rows, left=2)
 
