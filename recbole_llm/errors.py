@@ -31,6 +31,10 @@ class ConfigError(UserError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
+class NotAtHand(UserError):
+    """Weights that cannot be had here and now, whatever the settings are: another try may have them."""
+
+
 def plain(text: str, breaks: bool = False) -> str:
     """The text without what a terminal or a browser would obey; line breaks stay where they are wanted."""
     return "".join(c if c.isprintable() or (breaks and c == "\n") else f"\\x{ord(c):02x}" for c in text)

@@ -50,12 +50,19 @@ def only_here(folder: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
+    with held(make_stage_folder(folder).resolve() / ".lock", folder):
+        yield
+
+
+@contextmanager
+def held(file: Path, what: Path) -> Iterator[None]:
+    """Hold a lock file, which stays there: who waited for one that was removed would hold nothing."""
     # One lock object for each file in a process: it counts how often its thread holds it.
-    lock = FileLock(make_stage_folder(folder).resolve() / ".lock", is_singleton=True)
+    lock = FileLock(file, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting for {folder}: another process works there.", flush=True)
+        print(f"Waiting for {what}: another process works there.", flush=True)
         lock.acquire()
     try:
         yield

@@ -22,6 +22,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.recommender import Recommender, train_recommender
 
+AT_ONCE = 256  # histories that a judge scores at a time
 FULL_MODE_NEGATIVES = 19  # items drawn for each validation row where the mode names none
 
 
@@ -82,9 +83,10 @@ def judged(
     found: list[np.ndarray] = [np.empty(0)] * len(places)
     for fold, judge in enumerate(judges):
         mine = [i for i, (user, _, _) in enumerate(places) if fold_of[user] == fold]
-        if mine:
-            scores = judge.scores([places[i][1] for i in mine])
-            for row, i in enumerate(mine):
+        for first in range(0, len(mine), AT_ONCE):  # each has scores of the whole catalogue
+            part = mine[first : first + AT_ONCE]
+            scores = judge.scores([places[i][1] for i in part])
+            for row, i in enumerate(part):
                 found[i] = scores[row, list(places[i][2])]
     return found
 
@@ -142,7 +144,7 @@ def _negatives(rows: EvalRows, row: int, seed: int) -> list[int]:
     relevant = rows.relevant[row]
     if rows.candidates is not None:
         return [int(i) for i in rows.candidates[row] if i not in relevant]
-    met = np.append(rows.history[row], relevant)
+    met = np.concatenate([rows.history[row], relevant, rows.hidden[row]])
     free = np.setdiff1d(np.arange(1, len(rows.item_tokens)), met)
     rng = np.random.default_rng([seed, int(rows.users[row])])
     return [int(i) for i in rng.choice(free, min(FULL_MODE_NEGATIVES, len(free)), replace=False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from recbole_llm import keys, memory
@@ -25,7 +25,7 @@ from recbole_llm.read_keys import needed_recommenders
 from recbole_llm.recommender import check_recommenders
 from recbole_llm.run_folder import run_folder_of
 from recbole_llm.run_log import explained
-from recbole_llm.stages import base_hash, stages
+from recbole_llm.stages import base_hash, preference_folder, stages
 from recbole_llm.transfer import eval_config_of
 
 
@@ -88,6 +88,7 @@ def _all_work(
     """Everything that a run computes with the LLM, in order, and what is not counted."""
     pools: list[list[Window]] = []
     work, validations = [], 0
+    base = base_hash(llm, catalogue.texts)
 
     def policy(windows: Sequence[Window]) -> list[list[list[float]]]:
         pools.append(list(windows))
@@ -98,11 +99,13 @@ def _all_work(
         protocol,
         catalogue.prompt,
         context=llm.context,
-        base=base_hash(llm, catalogue.texts),
+        base=base,
         policy=policy,
         even_finished=True,
     )
     for stage in found:
+        if stage.loss != "SFT":  # named by what the run will choose, not by the draws that stand for it
+            stage = replace(stage, folder=preference_folder(config, protocol, base))
         parts = stage_work(config, catalogue.prompt, stage)
         if pools:
             parts.insert(0, pass_work(config, catalogue.prompt, f"{stage.loss}: self_hard", pools))

@@ -85,9 +85,9 @@ def trial_folder_of(config: Config) -> Path:
 
 def _told(config: Config) -> dict[str, Any]:
     """The settings as they are kept. Of two data sets RecBole has the folder of one: the other's goes to its own."""
-    path = config.external_config_dict.get("data_path")
-    if not config["eval_dataset"] or path is None:
+    if not config["eval_dataset"]:
         return config.final_config_dict
+    path = config.external_config_dict.get("data_path", config.internal_config_dict["data_path"])
     return config.final_config_dict | {"eval_config": {"data_path": path, **(config["eval_config"] or {})}}
 
 

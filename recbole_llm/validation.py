@@ -42,7 +42,7 @@ def validate(
     except Exception:  # not when stopped: the next try goes on with what lies there
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed does not undo the score
     return {
         "best_valid_score": score,
         "valid_score_bigger": config["valid_metric_bigger"],

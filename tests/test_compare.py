@@ -217,6 +217,7 @@ def test_options_as_typed() -> None:
     assert rest == {"epochs": 3} and options.datasets == ("a", "b") and options.few_shots == (5, None)
     assert options.modes == ("uni9", "full") and options.seeds == (1, 2) and options.alpha == 0.01
     assert options.out == "1"
+    assert split_options({"dataset": "ml-100k,2019"})[0].datasets == ("ml-100k", "2019")  # a name, not a number
     assert split_options({"few_shot": [20, "none"]})[0].few_shots == (20, None)  # as YAML reads [20, none]
     options, rest = split_options({"few_shot": None, "seeds": 3})  # one size is a setting of the runs
     assert options.few_shots is None and options.seeds == (3,) and rest == {"few_shot": None}

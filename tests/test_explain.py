@@ -499,6 +499,14 @@ def test_a_run_whose_data_lie_in_two_places(place: Path, given_settings: dict[st
 # ---- over users
 
 
+def test_kept_lines_of_any_token(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end no line of JSON."""
+    file = tmp_path / "faithfulness.jsonl"
+    users = ["a", "b\u2028c", "d\u0085"]
+    file.write_text("".join("\n" + json.dumps({"user": user}, ensure_ascii=False) for user in users), "utf-8")
+    assert list(faithful_users._read(file)) == users
+
+
 def test_faithfulness_over_users(dpo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file holds what the comparisons are made of; a user is asked once, whatever was cut short."""
     folder = tmp_path / dpo.name

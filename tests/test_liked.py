@@ -264,6 +264,22 @@ def test_low_candidates_come_from_all_times(by_hand: dict[str, Any]) -> None:
     assert asked(protocol, "valid") == {"ann", "bob", "cat"}
 
 
+def test_users_without_interactions_move_no_draw(toy: dict[str, Any]) -> None:
+    """A model that loads `.user` knows users whom nobody else knows; who trains and who is asked stays."""
+    folder = Path(toy["data_path"]) / "toy"
+    names = [line.split("\t")[0] for line in (folder / "toy.inter").read_text().splitlines()[1:]]
+    (folder / "toy.user").write_text("\n".join(["user_id:token", "a", *dict.fromkeys(names), "z"]) + "\n")
+    columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    drawn = []
+    for load_col in (columns, {**columns, "user": ["user_id"]}):
+        settings = {**toy, "few_shot": 10, "eval_users": 6, "valid_users": 4, "load_col": load_col}
+        protocol = prepare_data(LLMConfig("SASRec", config_dict={**settings, "train_neg_sample_args": None}))
+        tokens = protocol.dataset.field2id_token["user_id"]
+        users = (protocol.training_sequences(), protocol.valid.users, protocol.test.users)
+        drawn.append([sorted({str(tokens[u]) for u in mine}) for mine in users])
+    assert drawn[0] == drawn[1] and [len(mine) for mine in drawn[0]] == [10, 4, 6]
+
+
 def test_fewer_users_than_asked_for(toy: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     protocol = prepare_data(LLMConfig("Pop", config_dict={**toy, "eval_users": 1000, "valid_users": 3}))

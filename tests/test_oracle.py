@@ -16,7 +16,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.harm import title_vectors
-from recbole_llm.oracle import Calibration, Oracle, calibrate, train_oracle
+from recbole_llm.oracle import Calibration, Oracle, _negatives, calibrate, judged, train_oracle
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommender import check_recommenders, train_recommender
 
@@ -68,6 +68,7 @@ def test_calibration_finds_the_temperature_that_made_the_data() -> None:
         relevant=target[:, None] + 1,
         candidates=np.tile([1, 2], (n, 1)),
         history=[np.array([i]) for i in range(n)],
+        hidden=[np.array([], dtype=int)] * n,
         item_tokens=np.arange(3),
     )
     found = calibrate([judge], np.zeros(1, dtype=int), rows, seed=0)
@@ -75,6 +76,29 @@ def test_calibration_finds_the_temperature_that_made_the_data() -> None:
     assert found.accuracy == pytest.approx(((score[:, 0] > score[:, 1]) == right).mean())
     assert found.confidence == pytest.approx(found.accuracy, abs=0.015)
     assert found.pairs == n
+
+
+def test_what_nobody_met_is_no_negative() -> None:
+    """In full ranking; a model that loads `.item` knows such items."""
+    hidden = np.array([2, *range(10, 1000)])
+    rows = Rows(
+        users=np.array([4]),
+        relevant=np.array([[3]]),
+        candidates=None,
+        history=[np.array([1, 2])],
+        hidden=[hidden],
+        item_tokens=np.arange(1000),
+    )
+    assert sorted(_negatives(rows, 0, seed=1)) == [4, 5, 6, 7, 8, 9]
+
+
+def test_many_places_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    judge = SimpleNamespace(scores=lambda h: (asked.append(len(h)), np.array([[x[0], 2 * x[0]] for x in h]))[1])
+    places = [(0, [i], [0, 1]) for i in range(600)]
+    found = judged([judge], np.zeros(1, dtype=int), places)
+    assert asked == [256, 256, 88]
+    assert np.array_equal(found, [[i, 2 * i] for i in range(600)])
 
 
 SMALL = {"train_batch_size": 256, "epochs": 1}

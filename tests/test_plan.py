@@ -214,6 +214,14 @@ def test_a_finished_stage_costs_nothing(tiny: dict[str, Any]) -> None:
     assert any("this run is finished" in note for note in planned({**tiny, **FEW})["notes"])
 
 
+def test_a_finished_preference_stage_costs_nothing(tiny: dict[str, Any]) -> None:
+    """Also one whose pairs another model chooses, which the plan does not ask."""
+    settings = {**tiny, **FEW, "loss": "DPO", "rejected": "semantic", "rejected_num": 1}
+    run_recbole_llm(config_dict=settings)
+    assert by_name(planned(settings))["DPO"]["cached"]
+    assert not by_name(planned(settings, encoder="none", rejected="uniform"))["DPO"]["cached"]
+
+
 # ---- time
 
 

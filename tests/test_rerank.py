@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,29 @@ def test_hidden_items_stay_hidden_in_a_mixture() -> None:
     base = torch.tensor([[5.0, -torch.inf, 3.0]])
     scores = rerank(base, torch.tensor([[0.0, 2.0, 9.0]]), torch.tensor([[0, 2, 1]]), 0.5)
     assert scores[0, 1] == -torch.inf and torch.isfinite(scores[0, [0, 2]]).all()
+
+
+def test_ties_at_the_cut_are_drawn() -> None:
+    """Four items are ahead, 96 tie for the other 16 places: none of them is more likely in for its internal id."""
+    base = torch.zeros(1, 101)
+    base[0, [5, 50, 70, 99]] = 1.0
+
+    def top(seed: int) -> list[int]:
+        asked: list[list[int]] = []
+        model = SimpleNamespace(
+            config={"rerank_topk": 20, "candidate_seed": seed},
+            rerank_weight=1.0,
+            _base_scores=lambda interaction: base,
+            _scores=lambda histories, items: asked.extend(items) or [torch.zeros(len(i)) for i in items],
+        )
+        LLMRanker._reranked(model, None, [[]], [np.array([7])])  # type: ignore[arg-type]
+        return asked[0]
+
+    assert top(3) == top(3) != top(4)
+    drawn = [top(seed) for seed in range(60)]
+    assert all({5, 50, 70, 99} == set(mine[:4]) and 7 not in mine and 0 not in mine for mine in drawn)
+    tied = np.array([mine[4:] for mine in drawn])
+    assert abs(tied.mean() - 51) < 4 * 29 / np.sqrt(tied.size)
 
 
 @pytest.fixture

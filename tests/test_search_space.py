@@ -291,6 +291,18 @@ def test_nothing_to_search() -> None:
     assert proposed(Proposals([], {}, 1, True), 10, lambda values: 1.0) == [{}]
 
 
+@pytest.mark.parametrize("bounds", [{"uniform": [0.99, 0.999]}, {"log": [0.001, 0.001002]}])
+def test_close_real_numbers_run_out(bounds: dict[str, Any]) -> None:
+    """They are told apart by four digits: 91 and 3 values, all of them tried, each once."""
+    found = proposed(Proposals(space_of(a=bounds), {"a": 0.99 if "uniform" in bounds else 0.001}, 1, True), 200, peak)
+    values = sorted(v["a"] for v in found)
+    assert len(values) == len(set(values)) == (91 if "uniform" in bounds else 3)
+
+
+def peak(values: dict[str, Any]) -> float:
+    return -abs(values["a"] - 0.995)
+
+
 def test_failed_trials_are_not_proposed_again() -> None:
     proposals = Proposals(space_of(a=[1, 2, 3]), {"a": 1}, 1, True)
     found = proposed(proposals, 10, lambda values: None)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
@@ -16,7 +17,7 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.adapter import load_adapter
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
-from recbole_llm.run_folder import data_hash, run_hash
+from recbole_llm.run_folder import data_hash, make_run_folder, run_hash
 from recbole_llm.transfer import eval_config_of
 from tests.conftest import started, write_dataset
 
@@ -134,3 +135,13 @@ def test_wrong_settings_are_told_before_any_work(both: dict[str, Any], changes: 
     with pytest.raises(ConfigError, match=told):
         run_recbole_llm(config_dict={**both, **changes})
     assert not list(Path(both["checkpoint_dir"]).glob("*/result.json"))
+
+
+def test_where_the_other_data_set_lies_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody said it: RecBole's own folder of ml-100k is not where the other lies."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "dataset", name="other")
+    config = LLMConfig("LLMRanker", "ml-100k", None, {"llm": "tiny", "eval_dataset": "other"})
+    again = yaml.safe_load((make_run_folder(config, tmp_path / "run") / "config.yaml").read_text(encoding="utf-8"))
+    assert again["eval_config"]["data_path"] == config.internal_config_dict["data_path"]
+    assert Path(again["eval_config"]["data_path"], "other", "other.inter").is_file()

@@ -6,8 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.errors import ConfigError, NotAtHand, UserError
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report import trials as tuning
@@ -43,7 +42,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def trial_files(settings: dict[str, Any]) -> list[Path]:
-    return sorted((Path(settings["checkpoint_dir"]) / "trials").iterdir())
+    return sorted(path for path in (Path(settings["checkpoint_dir"]) / "trials").iterdir() if path.name != ".locks")
 
 
 def without_seconds(tuned: Tuned) -> Tuned:
@@ -218,27 +217,36 @@ def test_a_full_disk_is_no_trial(bpr: dict[str, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(tuning, "validate", full)
     with pytest.raises(UserError, match="could not write"):
         tune("BPR", None, bpr, 3)
-    assert len([file for file in trial_files(bpr) if file.is_file()]) == 1
+    assert len(trial_files(bpr)) == 1
     assert [trial.error for trial in tune("BPR", None, bpr, 3).trials] == [None] * 3
 
 
-def test_two_searches_do_a_trial_once(
-    bpr: dict[str, Any], ran: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_two_searches_do_a_trial_once(bpr: dict[str, Any], ran: list[dict[str, Any]]) -> None:
+    """Of two that meet at a trial one does it; the other waits and reads what it found."""
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda number: tuning.run_trial(number, "BPR", "toy", bpr, {}), (0, 0))
+    assert one == other and one.error is None and len(ran) == 1
+    assert [file.suffix for file in trial_files(bpr)] == [".json"]
+
+
+@pytest.mark.parametrize("what", [NotAtHand("no network"), OSError(28, "No space left on device")])
+def test_what_says_nothing_about_the_values_is_no_trial(
+    bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: Exception
 ) -> None:
-    """What another search finished while this one waited for it is read."""
-    config, space = check_search("BPR", None, bpr)
-    file = tuning.trial_file(config)
+    """Told through another error, as a missing encoder is; the next try has it."""
 
-    @contextmanager
-    def waited(folder: Path) -> Iterator[None]:
-        assert folder == file.with_suffix("")
-        file.parent.mkdir(parents=True)
-        file.write_text('{"score": 0.5, "seconds": 3.0, "error": null}', encoding="utf-8")
-        yield
+    def fails(*_: Any) -> Any:
+        try:
+            raise UserError("--encoder=minilm") from what
+        except UserError as error:
+            raise UserError("--text_encoder=minilm") from error
 
-    monkeypatch.setattr(tuning, "only_here", waited)
-    assert tuning.run_trial(4, "BPR", config["dataset"], bpr, {}) == Trial(4, {}, 0.5, 3.0)
-    assert ran == []
+    real = tuning.validate
+    monkeypatch.setattr(tuning, "validate", fails)
+    with pytest.raises(UserError, match="--text_encoder"):
+        tune("BPR", None, bpr, 2)
+    monkeypatch.setattr(tuning, "validate", real)
+    assert [trial.error for trial in tune("BPR", None, bpr, 2).trials] == [None] * 2
 
 
 def test_records_that_cannot_be_written(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

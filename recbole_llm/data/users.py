@@ -31,14 +31,15 @@ def draw_users(config: Config, events: Events, ends: np.ndarray, tokens: np.ndar
         UserError: fewer users than a key asks for, or ``disjoint_users`` without ``eval_users``.
     """
     pools = _pools(config, events, ends)
+    met = tokens[(ends[:, -1] > 0) | (np.arange(len(tokens)) == 0)]  # a `.user` file may hold others
     disjoint, few_shot, asked = config["disjoint_users"], config["few_shot"], config["eval_users"]
     validating = config["valid_users"] or asked
     if disjoint and asked is None:
         raise UserError("--disjoint_users=True: say how many users are tested, for example --eval_users=1000.")
-    test = _shuffled(pools["test"], tokens, [config["candidate_seed"]])
-    valid = _shuffled(pools["valid"], tokens, [config["candidate_seed"]])
+    test = _shuffled(pools["test"], tokens, met, [config["candidate_seed"]])
+    valid = _shuffled(pools["valid"], tokens, met, [config["candidate_seed"]])
     # Another stream than that of the users who are asked: both seeds are the same by default.
-    train = _shuffled(pools["train"], tokens, [config["few_shot_seed"], 1])
+    train = _shuffled(pools["train"], tokens, met, [config["few_shot_seed"], 1])
     if disjoint:
         test = _first(test, asked, "eval_users", "have test rows")
         valid = valid[~np.isin(valid, test)]
@@ -89,11 +90,11 @@ def _pools(config: Config, events: Events, ends: np.ndarray) -> dict[str, np.nda
     return pools
 
 
-def _shuffled(users: np.ndarray, tokens: np.ndarray, seed: list[int]) -> np.ndarray:
-    """The users in a random order; each has a place drawn for its token alone, whoever else is there."""
-    place = np.random.default_rng(seed).random(len(tokens))
+def _shuffled(users: np.ndarray, tokens: np.ndarray, met: np.ndarray, seed: list[int]) -> np.ndarray:
+    """The users in a random order; each has a place of its own, drawn by its token among those of all users ``met``."""
+    place = np.random.default_rng(seed).random(len(met))
     by_token = users[np.argsort(tokens[users])]
-    return by_token[np.argsort(place[np.searchsorted(np.sort(tokens), tokens[by_token])])]
+    return by_token[np.argsort(place[np.searchsorted(np.sort(met), tokens[by_token])])]
 
 
 def _first(users: np.ndarray, number: int, key: str, what: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from recbole_llm.errors import UserError
+from recbole_llm.errors import NotAtHand, UserError
 from recbole_llm.llm.adapter import digest
 from recbole_llm.llm.embedded import PACKAGED, embedded_folder, gguf_folder
 from recbole_llm.llm.hub_access import hub_answers
@@ -143,7 +143,7 @@ def explained_load(llm: str) -> Iterator[None]:
             reason = "it brings Python code of its own, which is never run here"
         if isinstance(error, UnpicklingError):
             reason = "its weights are a pickle of more than tensors, which is never run here"
-        raise UserError(
+        raise NotAtHand(
             f"--llm={llm} could not be loaded: {reason}. Give a hub id that this machine can reach or has in "
             "its cache (by `hf download`), a transformers folder, or --llm=embedded, which needs no hub."
         ) from error

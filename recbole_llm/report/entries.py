@@ -98,6 +98,7 @@ LABEL_TABLES = {
     "names": "{'LLMRanker[loss=DMPO]': 'DMPO'}",
     "tuned_from": "{'LLMRanker[loss=DMPO]': 'LLMRanker'}",
 }
+NUMBERS = ("few_shots", "seeds")
 LISTS = ("datasets", "few_shots", "modes", "seeds", "baseline", "table_metrics")
 
 
@@ -114,7 +115,7 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
         value = rest.pop(key, None)
         if value is None:
             continue
-        value = tuple(_listed(value)) if name in LISTS else value
+        value = tuple(_listed(value, name in NUMBERS)) if name in LISTS else value
         told = CHECKS[name](value) if name in CHECKS else None
         problems += [f"--{key}={settings[key]!r}: {told}."] if told else []
         given[name] = value
@@ -131,10 +132,10 @@ def split_options(settings: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     return Options(**cast(Any, given)), rest
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: Any, numbers: bool) -> list[Any]:
     """``"a,b"``, ``[1, 2]`` or one value -> a list; ``none`` in a text is None, and in a list, where YAML leaves it."""
     if isinstance(value, str):
-        return [parse_value(v.strip()) if _mode(v.strip()) else v.strip() for v in split_commas(value)]
+        return [parse_value(v.strip()) if numbers else v.strip() for v in split_commas(value)]
     if isinstance(value, (list, tuple)):
         return [None if isinstance(v, str) and v.lower() == "none" else v for v in value]
     return [value]

@@ -14,6 +14,7 @@ from recbole_llm.files import content_hash
 from recbole_llm.report.search_space import Parameter
 
 STARTUP = 10  # proposals that are drawn at random, before scores decide; Optuna's own default
+MOST_DRAWS = 10_000
 PATIENCE = 10  # proposals that were tried before, until one is drawn at random from the others
 
 
@@ -45,7 +46,7 @@ class Proposals:
         return math.prod(p.size for p in self.space) + (self._draws_of(self.first) is None)
 
     def next(self) -> dict[str, Any] | None:
-        """Values that were not tried before; None when all were."""
+        """Values that were not tried before; None when all were, or none is found any more."""
         if not self.tried:
             draws = self._draws_of(self.first)
             self.trial = None if draws is None else self._ask(draws)
@@ -60,6 +61,8 @@ class Proposals:
                 return self._take(values)
             self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
         draws = self._untried()
+        if draws is None:
+            return None
         self.trial = self._ask(draws)
         return self._take(self._values_of(draws))
 
@@ -97,13 +100,21 @@ class Proposals:
         draws = {key: value for key, value in found.items() if value is not None}
         return draws if len(draws) == len(found) else None
 
-    def _untried(self) -> dict[str, float]:
-        """Draws of a finite space, at random among those that were not tried."""
+    def _untried(self) -> dict[str, float] | None:
+        """Draws at random whose values were not tried; None after many that were, as between close real numbers."""
         rng = np.random.default_rng([self.seed, len(self.tried)])
-        while True:
-            draws = {p.key: p.nth(int(rng.integers(int(p.size)))) for p in self.space}
+        for _ in range(MOST_DRAWS):
+            draws = {p.key: _at_random(p, rng) for p in self.space}
             if content_hash(self._values_of(draws)) not in self.tried:
                 return draws
+        return None
+
+
+def _at_random(parameter: Parameter, rng: np.random.Generator) -> float:
+    if not math.isinf(parameter.size):
+        return parameter.nth(int(rng.integers(int(parameter.size))))
+    low, high = parameter.bounds[:2]
+    return low * (high / low) ** rng.random() if parameter.kind == "log" else rng.uniform(low, high)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

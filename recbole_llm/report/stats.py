@@ -24,7 +24,8 @@ def paired_t(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paired t-test of every row: statistic and p-value ``[C]``.
 
-    No difference for any user is t = 0, p = 1; the same difference for every user is an infinite t.
+    No difference for any user is t = 0, p = 1. The same difference for every user is an infinite t, whose p-value, 0,
+    would be that of two users too: p is then that of ``sign_flip``, 1 / 2^n for each side.
 
     Args:
         differences: ``[C, n]``.
@@ -41,6 +42,8 @@ def paired_t(
             t[row], p[row] = stats.ttest_1samp(given[row][~np.isnan(given[row])], 0.0, alternative=side)
     t = t * sign
     same = np.nanmax(np.abs(given), axis=1) == 0
+    flips = 0.5 ** (~np.isnan(given)).sum(axis=1) * (2 if alternative == "two-sided" else 1)
+    p = np.where(np.isinf(t) & (p == 0), np.minimum(flips, 1.0), p)
     return np.where(same, 0.0, t), np.where(same, 1.0, p)
 
 

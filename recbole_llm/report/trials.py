@@ -12,8 +12,8 @@ from typing import Any
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.environment import versions
-from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.files import only_here, write_json
+from recbole_llm.errors import ConfigError, NotAtHand, UserError
+from recbole_llm.files import held, make_stage_folder, write_json
 from recbole_llm.report.jobs import in_a_line
 from recbole_llm.run_folder import trial_folder_of
 from recbole_llm.validation import validate
@@ -45,7 +45,8 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
         settings: as for a run; ``values``, of the searched keys, are laid over them.
 
     Raises:
-        UserError: what says nothing about these values: a full disk, a file that cannot be read.
+        UserError: what says nothing about these values: a full disk, a file that cannot be read, weights that cannot
+            be had.
     """
     mine = {**settings, **values}
     try:
@@ -55,7 +56,8 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
     file = trial_file(config)
     if kept := _kept(file, number, values):
         return kept
-    with only_here(trial_folder_of(config)):
+    locks = make_stage_folder(file.parent / ".locks")  # the trial's own folder is removed in the end
+    with held(locks.resolve() / f"{file.stem}.lock", file):
         # Another search may have done it while this one waited.
         return _kept(file, number, values) or _do(number, config, mine, values)
 
@@ -68,12 +70,18 @@ def _do(number: int, config: LLMConfig, settings: dict[str, Any], values: dict[s
         score = float(found["best_valid_score"])
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
-        if isinstance(failure, UserError) and isinstance(failure.__cause__, OSError):
+        if isinstance(failure, UserError) and _is_of_machine(failure):
             raise
         error, where = in_a_line(failure), traceback.format_exc()
     done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
     _keep(trial_file(config), config, done, found.get("best_valid_result"), where)
     return done
+
+
+def _is_of_machine(error: BaseException) -> bool:
+    """Whether a failure, or what led to it, says nothing about the values: no room, no weights, no network."""
+    cause = error.__cause__
+    return isinstance(error, (OSError, NotAtHand)) or (cause is not None and _is_of_machine(cause))
 
 
 def trial_once(model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> str | None:

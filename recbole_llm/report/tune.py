@@ -102,7 +102,8 @@ def tune(
     done: list[Trial] = []
     while len(done) < number_of:
         values = proposals.next()
-        assert values is not None  # `number_of` are not more than there are
+        if values is None:
+            break
         done.append(run_trial(len(done), model, config["dataset"], settings, values))
         proposals.tell(done[-1].score)
         told.trial(done, _best(done, bigger))
