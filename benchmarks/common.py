@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.atomic import read_items
 from recbole_llm.data.prompt import plain_tokens
-from recbole_llm.llm.pretrained import LLM, load_llm
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
+from recbole_llm.llm.types import LLM
 
 transformers_logging.disable_progress_bar()
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"

@@ -20,7 +20,7 @@ from common import Side, arguments, load, speedups, timed, title_tree
 from plain import sequence_logps, stir_adapter
 
 from recbole_llm.llm.logps import completion_logps
-from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 from results import Results, markdown
 
 Asked = tuple[list[int], list[list[int]]]  # a prompt, and its titles, the chosen one first

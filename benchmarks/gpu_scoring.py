@@ -32,7 +32,7 @@ from gpu import (
 from operations import one_sequence_each, scoring, shared_prompt
 
 from recbole_llm.llm.half_precision import autocast
-from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 from results import Results
 
 FULL, KEEP, CACHE, OURS = "full logits", "logits_to_keep", "expanded KV cache", "ours"

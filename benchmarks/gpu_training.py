@@ -37,7 +37,7 @@ from gpu import (
 from operations import lora_step, one_sequence_each, shared_prompt
 from plain import gradients, pair_loss
 
-from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 from results import Results
 
 SEQUENCES, TITLES = "sequences", "sequences, head on titles"

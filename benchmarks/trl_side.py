@@ -18,7 +18,7 @@ from peft import LoraConfig  # noqa: E402
 from plain import BETA  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from recbole_llm.llm.pretrained import LLM  # noqa: E402
+from recbole_llm.llm.types import LLM  # noqa: E402
 
 
 class TokenPairs(DPOTrainer):

@@ -14,7 +14,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.dpo4rec.plan import plan_of_dpo4rec
 from recbole_llm.llm.hollow import hollow_llm
-from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 from recbole_llm.machine import machine_bytes
 from recbole_llm.model.llmranker import Catalogue, LLMRanker, read_catalogue
 from recbole_llm.plan_counts import Work, pass_work, stage_work

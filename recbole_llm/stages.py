@@ -19,7 +19,7 @@ from recbole_llm.environment import versions
 from recbole_llm.files import content_hash
 from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity, local_weights
-from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.read_keys import needed_recommenders, reranks, unread
 from recbole_llm.recommender import train_recommender

@@ -19,8 +19,9 @@ from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.config import PROPERTIES
 from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.llm.logps import batch_logps, completion_logps
-from recbole_llm.llm.pretrained import LLM, load_llm
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.title_trie import title_trie
+from recbole_llm.llm.types import LLM
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import title_scores
 

@@ -29,8 +29,9 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm import adapter
 from recbole_llm.llm.adapter import adapter_state, load_adapter, save_adapter, set_adapter_state
 from recbole_llm.llm.base import context_of
-from recbole_llm.llm.pretrained import LLM, load_llm
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.tiny import tiny_llm
+from recbole_llm.llm.types import LLM
 
 CPU = torch.device("cpu")
 

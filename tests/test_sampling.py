@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_llm.generation import greedy_text
-from recbole_llm.llm.pretrained import LLM, load_llm
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, sample_texts
+from recbole_llm.llm.types import LLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

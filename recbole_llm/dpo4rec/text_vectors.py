@@ -14,8 +14,9 @@ from recbole_llm.environment import versions
 from recbole_llm.errors import UserError
 from recbole_llm.llm.encoder import kept_vectors, text_embeddings, unit
 from recbole_llm.llm.logps import decoder_and_head
-from recbole_llm.llm.pretrained import LLM, load_llm
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import plain_attention
+from recbole_llm.llm.types import LLM
 
 MOST_TOKENS = 512  # tokens of a text that are read, where the LLM could read more
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -19,9 +18,7 @@ from safetensors.torch import save_file
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import UserError
 from recbole_llm.llm.identity import check_identity, identity
-
-if TYPE_CHECKING:
-    from recbole_llm.llm.pretrained import LLM
+from recbole_llm.llm.types import LLM
 
 
 def adapter_state(llm: LLM) -> dict[str, torch.Tensor]:

@@ -21,8 +21,8 @@ from recbole_llm.llm.base import (
 from recbole_llm.llm.fast_linears import DEFAULT
 from recbole_llm.llm.hub_access import hub_answers
 from recbole_llm.llm.identity import fingerprint, weights_of
-from recbole_llm.llm.pretrained import LLM, add_lora, dtype_of
-from recbole_llm.llm.types import CausalLM
+from recbole_llm.llm.pretrained import add_lora, dtype_of
+from recbole_llm.llm.types import LLM, CausalLM
 
 
 def hollow_llm(config: Config) -> tuple[LLM, bool]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_llm.data.prompt import plain_tokens
 from recbole_llm.errors import UserError
+from recbole_llm.llm.types import LLM
 
 if TYPE_CHECKING:
     from recbole_llm.data.pair_prompt import PairPrompt
     from recbole_llm.data.prompt import Prompt
-    from recbole_llm.llm.pretrained import LLM
 
 # Where tokenizers differ: blanks, digits, accents, other scripts, what special tokens look like.
 PROBES = (

@@ -9,7 +9,6 @@ memory, not time.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from recbole_llm.llm.base import context_of, explained_load, load_base
 from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.half_precision import keep_half_inputs
 from recbole_llm.llm.sharded import shard
-from recbole_llm.llm.types import CausalLM
+from recbole_llm.llm.types import LLM, CausalLM
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -29,20 +28,6 @@ CHOICES = {
     "finetune": ("lora", "full", "none"),
     "attention": ("auto", "blocks", "flex", "sdpa", "eager"),
 }
-
-
-@dataclass
-class LLM:
-    """A causal LM and what a result has to say about it."""
-
-    model: CausalLM  # a PreTrainedModel, or the PeftModel around it when `finetune` is `lora`
-    tokenizer: Any  # a fast one, with an end-of-text and a padding token
-    name: str  # as the user gave it
-    revision: str  # SHA-256 over samples of the base weights' files; over the weights for `tiny`
-    context: int  # the most tokens in a sequence: positions, or the sliding window where there is one
-    dtype: str  # of the base weights in computation, such as `float32`
-    device: str  # such as `cuda:0`
-    kernels: dict[str, str]  # for products with frozen weights in `layers` and `head`: `default` or `onednn`
 
 
 def load_llm(

@@ -18,8 +18,7 @@ from transformers import DynamicCache
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.logps import base_model, decoder_and_head
-from recbole_llm.llm.pretrained import LLM
-from recbole_llm.llm.types import CausalLM
+from recbole_llm.llm.types import LLM, CausalLM
 
 
 @dataclass(frozen=True)
