@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _command(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the beginning
+            sys.stdout.flush()
         return status
     except UserError as error:
         _tell(plain(str(error), breaks=True), alike=isinstance(error, ConfigError) or error.known_to_all)
@@ -77,7 +78,7 @@ def _command(argv: list[str]) -> int:
 def _is_read() -> bool:
     """Whether anybody still reads what is printed; if not, what is left to print goes nowhere."""
     try:
-        print(flush=True)
+        print(flush=True)  # into nothing where there is no output
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False

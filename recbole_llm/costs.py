@@ -21,10 +21,10 @@ class Clock:
         self._wall: dict[str, float] = {}
         self._cpu: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
-        """What ran since the last lap is called ``name``."""
+    def lap(self, name: str, wall: float = 0.0, cpu: float = 0.0) -> None:
+        """What ran since the last lap is called ``name``; so are seconds of a process before, which was cut off."""
         now = (time.perf_counter(), time.process_time())
-        self._wall[name], self._cpu[name] = now[0] - self._at[0], now[1] - self._at[1]
+        self._wall[name], self._cpu[name] = now[0] - self._at[0] + wall, now[1] - self._at[1] + cpu
         self._at = now
 
     def timings(self) -> dict[str, float]:

@@ -32,7 +32,7 @@ class ConfigError(UserError):
 
 
 class NotAtHand(UserError):
-    """Weights that cannot be had here and now, whatever the settings are: another try may have them."""
+    """Weights or a server that cannot be had here and now, whatever the values are: another try may have them."""
 
 
 def plain(text: str, breaks: bool = False) -> str:

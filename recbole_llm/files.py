@@ -56,14 +56,23 @@ def only_here(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def held(file: Path, what: Path) -> Iterator[None]:
-    """Hold a lock file, which stays there: who waited for one that was removed would hold nothing."""
+    """Hold a lock file, which stays there: who waited for one that was removed would hold nothing.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
     # One lock object for each file in a process: it counts how often its thread holds it.
     lock = FileLock(file, is_singleton=True)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Waiting for {what}: another process works there.", flush=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Waiting for {what}: another process works there.", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir: cannot open {file} ({error}). Name a folder that can be written."
+        ) from error
     try:
         yield
     finally:

@@ -71,6 +71,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "processes": world_size(),
             "stages": [],
         }
+        self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that go on, before they were cut off
 
     # ---- stages
 
@@ -103,7 +104,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
                     best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
             self.facts["stages"].append(record)
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
-        if not self.facts["stages"] and valid_data:  # nothing was trained: zero-shot
+        if valid_data and (not self.facts["stages"] or self._lacks_metrics(best[1])):  # zero-shot, or another's record
             best = self._valid_epoch(valid_data, show_progress)
         if self.config["rerank_weight"] == "auto" and self.model.base is not None and valid_data:
             best = self._choose_weight(valid_data)
@@ -112,6 +113,12 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             if self.facts["stages"]:
                 check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
+
+    def _lacks_metrics(self, result: dict[str, float] | None) -> bool:
+        """Whether validation, of a run that trained the stage before, did not measure all that is asked here."""
+        names = map(str.lower, self.config["metrics"])
+        asked = {f"{m}@{k}" for m in names if m != "gauc" for k in self.config["topk"]}
+        return result is not None and not asked <= set(result)
 
     def _sft_windows(self) -> list[Window]:
         """Something to score where the only stage was finished before, which has no windows."""
@@ -159,7 +166,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         schedule = self.config["lr_scheduler"]
         schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
         self.scheduler = get_scheduler(schedule, self.optimizer, warmup, steps)
-        positions, clock, cpu = sum(len(w.targets) for w in stage.windows), time.perf_counter(), time.process_time()
+        positions, self.began = sum(len(w.targets) for w in stage.windows), (time.perf_counter(), time.process_time())
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps."
@@ -167,8 +174,11 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         before = Standing.of(self.model, stage.windows)
         self.tokens, self.displacement = 0, Displacement()
-        self.progress = StageProgress(self, stage.folder, self.config["save_every"])
-        self.resumed = self.progress.restore() if self.config["resume"] else None
+        self.progress, self.before = StageProgress(self, stage.folder, self.config["save_every"]), (0.0, 0.0)
+        if not self.config["resume"]:
+            from_first(self.progress.drop)
+        self.resumed = self.progress.restore()
+        self.earlier = (self.earlier[0] + self.before[0], self.earlier[1] + self.before[1])
         self.start_epoch = self.resumed["epoch"] if self.resumed else 0
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
@@ -185,8 +195,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "best_valid_score": None if best[1] is None else best[0],
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
-            "seconds": time.perf_counter() - clock,
-            "cpu_seconds": sum(gathered(lambda: time.process_time() - cpu)),
+            "seconds": self.spent()[0],
+            "cpu_seconds": sum(gathered(lambda: self.spent()[1])),
             **stage.facts,
         }
         if stage.loss != "SFT":
@@ -195,6 +205,11 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record
+
+    def spent(self) -> tuple[float, float]:
+        """Wall and processor seconds of this process on the stage, those before it was cut off included."""
+        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        return self.before[0] + wall, self.before[1] + cpu
 
     def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
         # Runs that share the stage share its curve, and that of the stages before it.

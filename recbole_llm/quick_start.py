@@ -48,7 +48,8 @@ def run_recbole_llm(
 
     Args:
         model, dataset, config_file_list, config_dict: as in RecBole.
-        saved: keep the best epoch's checkpoint and evaluate that; otherwise the last epoch is evaluated.
+        saved: keep the best epoch's checkpoint and evaluate that; otherwise the last epoch of RecBole's models is
+            evaluated. LLMRanker and DPO4Rec, whose stages are kept for other runs, take the best all the same.
 
     Returns:
         RecBole's ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result`` and ``test_result``, and
@@ -121,7 +122,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     clock.lap("data_and_model")
     with explained(config, told, "training"):
         best_score, best_valid = fit(config, trainer, protocol, saved)
-    clock.lap("train")
+    clock.lap("train", *getattr(trainer, "earlier", (0.0, 0.0)))
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked

@@ -42,7 +42,7 @@ class StageProgress:
     Args:
         trainer: with its stage, optimizer and scheduler made.
         folder: of the stage, whose name already says all that determines the stage.
-        every: seconds between saves; 0 = never.
+        every: seconds between saves; 0 = only when stopped.
     """
 
     def __init__(self, trainer: Any, folder: Path, every: float) -> None:
@@ -83,6 +83,7 @@ class StageProgress:
             "total": total,
             "count": count,
             "saved": self.saved,
+            "spent": trainer.spent(),
             "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
             "rates": [group["lr"] for group in trainer.optimizer.param_groups],
             "remembered": {name: getattr(trainer, name) for name in REMEMBERED},
@@ -138,6 +139,8 @@ class StageProgress:
         for group, rate in zip(trainer.optimizer.param_groups, facts["rates"], strict=True):
             group["lr"] = rate
         vars(trainer).update(facts["remembered"])
+        if is_first():  # whose seconds they are
+            trainer.before = tuple(facts["spent"])
         trainer.train_loss_dict = {int(epoch): loss for epoch, loss in facts["train_loss"]}
         vars(trainer.displacement).update(facts["displacement"])
         if is_first():

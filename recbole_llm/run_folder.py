@@ -58,6 +58,7 @@ def run_hash(config: Config) -> str:
     """What determines a run's result: the configuration that it reads, prompt, data, versions and our code."""
     left_out = NOT_IN_HASH | unread(config.final_config_dict)
     what = [{k: v for k, v in config.final_config_dict.items() if k not in left_out}, data_hash(config), versions()]
+    what.append(config["device"].type)  # which of several GPUs says nothing, a CPU computes in another type
     for key in FAMILIES:  # a file of that name may change
         if key in config:
             what.append(load_template(config[key], config.properties, key))

@@ -37,6 +37,7 @@ def save_run(
         UserError: the disk is full or the folder cannot be written.
     """
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable += getattr(trainer, "aligned_parameters", 0)
     ranked = eval_config_of(config)
     record = {
         "model": config["model"],

@@ -404,6 +404,14 @@ def test_nobody_reads_on(words: list[str], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_no_output_at_all(tmp_path: Path) -> None:
+    """Standard output closed, as a daemon's: nothing to tell, nothing wrong."""
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m recbole_llm --help >&-"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_pipe_of_ones_own_is_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> int:
         raise BrokenPipeError

@@ -45,13 +45,16 @@ def record_of(run: dict[str, Any]) -> dict[str, Any]:
 
 def is_held(folder: Path) -> bool:
     """Whether another process would have to wait for a folder."""
-    with ThreadPoolExecutor() as other:
+
+    def tried() -> bool:
         try:
-            lock = other.submit(FileLock(folder.resolve() / ".lock", timeout=0).acquire).result()
+            with FileLock(folder.resolve() / ".lock", timeout=0):
+                return False
         except Timeout:
             return True
-    lock.lock.release(force=True)
-    return False
+
+    with ThreadPoolExecutor() as other:
+        return other.submit(tried).result()
 
 
 def texts_of(run: dict[str, Any], iteration: int) -> list[str]:
@@ -157,6 +160,17 @@ def test_preview(small: dict[str, Any], capsys: pytest.CaptureFixture[str], monk
         assert f"{text['tokens']} tokens{mark}\n" in shown
     assert main(["preview", "--model=DPO4Rec", *flags, "--user=nobody"]) == 2
     assert "--user=nobody: not a pair user; there are 10" in capsys.readouterr().err
+
+
+def test_parameters_trained_are_the_llms_too(small: dict[str, Any]) -> None:
+    """Where alignment trained them; the recommender's alone where texts of the untuned LLM are read."""
+    trained = []
+    for iterations in (0, 1):
+        run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": iterations})
+        folder = Path(run["run_folder"])
+        trained.append(json.loads((folder / "result.json").read_text())["trainable_parameters"])
+    adapter = sum(weight.size for weight in load_file(folder / "adapter_model.safetensors").values())
+    assert trained[1] == trained[0] + adapter > adapter
 
 
 # ---- several at a time

@@ -14,7 +14,7 @@ import pytest
 
 from recbole_llm.dpo4rec.endpoint import endpoint_writer
 from recbole_llm.dpo4rec.reasoning import Asked
-from recbole_llm.errors import UserError
+from recbole_llm.errors import NotAtHand, UserError
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.quick_start import run_recbole_llm
 from tests.test_dpo4rec import SMALL
@@ -80,7 +80,7 @@ def test_server_that_is_not_there(server: Server, wrong: str) -> None:
     """Told with the address and what to check."""
     url = {"address": server.url + "/x", "nobody": "http://127.0.0.1:9/v1"}[wrong]
     write = endpoint_writer({**SETTINGS, "endpoint": url})
-    with pytest.raises(UserError, match=f"--endpoint={url}: the server did not answer") as raised:
+    with pytest.raises(NotAtHand, match=f"--endpoint={url}: the server did not answer") as raised:
         write([Asked("u1", 3, "one?")], Sampling(1, 20), 0)
     assert "OPENAI_API_KEY" in str(raised.value)
 

@@ -264,6 +264,16 @@ def test_low_candidates_come_from_all_times(by_hand: dict[str, Any]) -> None:
     assert asked(protocol, "valid") == {"ann", "bob", "cat"}
 
 
+def test_a_user_of_one_event_has_a_place(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Such a user is never drawn, and takes a number all the same, as every user who met anything."""
+    write_events(tmp_path / "data", random_events([1 if user == 4 else 5 for user in range(10)]))
+    _, protocol = prepared({**toy, "few_shot": 4}, "Pop")
+    place = np.random.default_rng([2020, 1]).random(11)  # by token, "[PAD]" first
+    expected = sorted((user for user in range(10) if user != 4), key=lambda user: place[1 + user])[:4]
+    tokens = protocol.dataset.field2id_token["user_id"]
+    assert {str(tokens[u]) for u in protocol.training_sequences()} == {f"u{user}" for user in expected}
+
+
 def test_users_without_interactions_move_no_draw(toy: dict[str, Any]) -> None:
     """A model that loads `.user` knows users whom nobody else knows; who trains and who is asked stays."""
     folder = Path(toy["data_path"]) / "toy"

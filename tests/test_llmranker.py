@@ -196,6 +196,17 @@ def test_a_preference_stage_is_shared_by_all_ways_to_ask(tiny: dict[str, Any]) -
     assert [stage["loss"] for stage in record["stages"] if "reused" not in stage] == ["DMPO"]
 
 
+def test_validation_has_the_metrics_that_are_asked(tiny: dict[str, Any]) -> None:
+    """Also of a stage that a run trained which measured others."""
+    run_recbole_llm(config_dict=tiny)
+    other = {**tiny, "metrics": ["NDCG", "Recall"], "topk": [3, 10]}
+    shared = run_recbole_llm(config_dict=other)
+    alone = run_recbole_llm(config_dict={**other, "checkpoint_dir": tiny["checkpoint_dir"] + "2"})
+    assert shared["best_valid_result"] == alone["best_valid_result"]
+    assert set(alone["best_valid_result"]) == {f"{m}@{k}" for m in ("ndcg", "recall") for k in (3, 10)}
+    assert shared["best_valid_score"] == alone["best_valid_score"]
+
+
 def test_sft_is_shared_by_all_that_does_not_change_it(tiny: dict[str, Any]) -> None:
     """How the test ranks the catalogue is no matter of training; how passes are cut is, under dropout alone."""
     stages = Path(tiny["checkpoint_dir"]) / "stages"

@@ -29,7 +29,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.llm import adapter
 from recbole_llm.llm.adapter import adapter_state, load_adapter, save_adapter, set_adapter_state
 from recbole_llm.llm.base import context_of
-from recbole_llm.llm.pretrained import load_llm
+from recbole_llm.llm.pretrained import dtype_of, load_llm
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.types import LLM
 
@@ -100,6 +100,19 @@ def test_dtype(dtype: str, folder: Path) -> None:
         weight = llm.model.get_base_model().lm_head.weight
         assert llm.dtype == dtype and weight.dtype == getattr(torch, dtype)
     assert load(dtype=dtype).revision == load().revision
+
+
+def test_weights_that_are_trained_are_float32(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU too; an update of 1e-5 is lost in bfloat16, and who wants that is told."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    found = {kind: dtype_of("auto", torch.device("cuda"), kind) for kind in ("lora", "none", "full")}
+    assert found == {"lora": "bfloat16", "none": "bfloat16", "full": "float32"}
+    load(finetune="full")
+    assert "--finetune=full" not in caplog.text
+    load(finetune="full", dtype="bfloat16")
+    assert "--dtype=bfloat16 with --finetune=full" in caplog.text
 
 
 def test_folder_is_the_same_model(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
@@ -144,6 +145,16 @@ def test_an_unchecked_eval_config_is_no_obstacle(asked: Any, tiny: dict[str, Any
 def test_keys_of_other_models_are_all_read(toy: dict[str, Any]) -> None:
     assert unread(LLMConfig(config_dict={**toy, "model": "SASRec"}).final_config_dict) == set()
     assert unread(LLMConfig(config_dict={**toy, "model": "DPO4Rec", "llm": "tiny"}).final_config_dict) == set()
+
+
+def test_which_gpu_names_no_run_but_a_cpu_does(tiny: dict[str, Any]) -> None:
+    """`dtype=auto` is another type on each."""
+    config = LLMConfig(config_dict=tiny)
+    names = []
+    for number, device in (("", "cpu"), ("0", "cuda:0"), ("3", "cuda:0")):
+        config.final_config_dict |= {"gpu_id": number, "device": torch.device(device)}
+        names.append(run_folder_of(config).name)
+    assert names[1] == names[2] != names[0]
 
 
 # ---- names of stages

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,41 @@ def test_both_saves_damaged_begins_anew(
     for file in Path(long["checkpoint_dir"]).glob("**/progress-*.safetensors"):
         file.write_bytes(b"x")
     assert left(Path(run_recbole_llm(config_dict=long)["run_folder"])) == unbroken["left"]
+
+
+def test_what_was_refused_is_gone(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that begins anew and is cut off early goes on where it was, not where the one before it had been."""
+    alive = kill_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        run_recbole_llm(config_dict=long)
+    alive()
+    alive = kill_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run_recbole_llm(config_dict={**long, "resume": False})
+    alive()
+    done, real = [], LLMTrainer._step
+    monkeypatch.setattr(LLMTrainer, "_step", lambda self, *a, **h: done.append(1) or real(self, *a, **h))
+    folder = Path(run_recbole_llm(config_dict=long)["run_folder"])
+    assert len(done) == len((folder / "metrics.jsonl").read_text().splitlines()) - 2
+
+
+def test_seconds_before_a_kill_count(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage and run took what they took in all processes, up to the last save of each."""
+    real = LLMTrainer._step
+
+    def slow(self: LLMTrainer, *args: Any, **how: Any) -> Any:
+        time.sleep(0.2)
+        return real(self, *args, **how)
+
+    monkeypatch.setattr(LLMTrainer, "_step", slow)
+    alive = kill_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        run_recbole_llm(config_dict={**long, "loss": "SFT"})
+    alive()
+    folder = Path(run_recbole_llm(config_dict={**long, "loss": "SFT"})["run_folder"])
+    record = json.loads((folder / "result.json").read_text())
+    (stage,) = record["stages"]
+    assert stage["seconds"] > 0.2 * stage["steps"] and record["timings"]["train_s"] > 0.2 * stage["steps"]
 
 
 def test_resume_can_be_refused(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,15 @@ def test_end_of_text_ends_a_text(llm: LLM, prompts: list[list[int]]) -> None:
     assert all(text.ended and text.text == "" and text.tokens == 0 for mine in found for text in mine)
 
 
+def test_the_end_of_a_turn_ends_a_text(llm: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model ends its turn by another token than its tokenizer's end of text; its own settings name both."""
+    plain = sample_texts(llm, prompts[:1], Sampling(1, 12), 0)[0][0]
+    fourth = llm.model.generate(torch.tensor([prompts[0]]), max_new_tokens=4, do_sample=False)[0, -1].item()
+    monkeypatch.setattr(llm.model.generation_config, "eos_token_id", [llm.tokenizer.eos_token_id, fourth])
+    ((text,),) = sample_texts(llm, prompts[:1], Sampling(1, 12), 0)
+    assert text.ended and text.tokens <= 3 and plain.text.startswith(text.text) and plain.tokens > 3
+
+
 def test_many_greedy_texts_make_no_sense() -> None:
     with pytest.raises(ValueError, match="number = 2"):
         Sampling(2, 5)

@@ -17,6 +17,7 @@ from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.report.proposals import Proposals
 from recbole_llm.report.search_space import Parameter, parameter, read_hyper, search_space
+from recbole_llm.report.tune import tune
 from recbole_llm.run_folder import run_hash
 
 MODELS = sorted(file.stem for file in (PROPERTIES / "search").glob("*.yaml"))
@@ -297,6 +298,14 @@ def test_close_real_numbers_run_out(bounds: dict[str, Any]) -> None:
     found = proposed(Proposals(space_of(a=bounds), {"a": 0.99 if "uniform" in bounds else 0.001}, 1, True), 200, peak)
     values = sorted(v["a"] for v in found)
     assert len(values) == len(set(values)) == (91 if "uniform" in bounds else 3)
+
+
+def test_a_search_that_runs_out_says_so(
+    toy: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "BPR.yaml").write_text("learning_rate: {log: [0.001, 0.001002]}")
+    found = tune("BPR", None, {**toy, "train_batch_size": 64}, 8, str(tmp_path))
+    assert len(found.trials) == 3 and "[tune BPR] there is no more to try, so 3 trials" in capsys.readouterr().out
 
 
 def peak(values: dict[str, Any]) -> float:

@@ -161,7 +161,9 @@ def test_the_same_difference_for_all() -> None:
     t, p = stats.paired_t(np.full((1, 30), 0.25), UP)
     assert t[0] == np.inf and p[0] == 0.5**29 and stats.sign_flip(np.full((1, 30), 0.25), UP)[0] == 1 / 10000
     for alternative in stats.ALTERNATIVES:  # of few users too, where every way to flip is tried
-        for rows in (np.full((1, 2), 1.0), np.full((1, 5), -1.0), np.array([[1.0, np.nan, 1.0]])):
+        thirds = [0.3 - 0.2, 0.2 - 0.1, 0.4 - 0.3]  # not the same to the last bit
+        for values in ([1.0] * 2, [-1.0] * 5, [1.0, np.nan, 1.0], thirds, [-d for d in thirds]):
+            rows = np.array([values])
             known = rows[:, ~np.isnan(rows[0])]
             assert stats.paired_t(rows, UP, alternative)[1][0] == stats.sign_flip(known, UP, alternative)[0]
 

@@ -229,6 +229,14 @@ def test_two_searches_do_a_trial_once(bpr: dict[str, Any], ran: list[dict[str, A
     assert [file.suffix for file in trial_files(bpr)] == [".json"]
 
 
+def test_a_lock_that_cannot_be_opened(bpr: dict[str, Any]) -> None:
+    config, _ = check_search("BPR", None, bpr)
+    file = tuning.trial_file(config)
+    (file.parent / ".locks" / f"{file.stem}.lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="--checkpoint_dir: cannot open .*lock"):
+        tuning.run_trial(0, "BPR", "toy", bpr, {})
+
+
 @pytest.mark.parametrize("what", [NotAtHand("no network"), OSError(28, "No space left on device")])
 def test_what_says_nothing_about_the_values_is_no_trial(
     bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: Exception

@@ -31,7 +31,7 @@ def draw_users(config: Config, events: Events, ends: np.ndarray, tokens: np.ndar
         UserError: fewer users than a key asks for, or ``disjoint_users`` without ``eval_users``.
     """
     pools = _pools(config, events, ends)
-    met = tokens[(ends[:, -1] > 0) | (np.arange(len(tokens)) == 0)]  # a `.user` file may hold others
+    met = tokens[(np.diff(events.start) > 0) | (np.arange(len(tokens)) == 0)]  # a `.user` file may hold others
     disjoint, few_shot, asked = config["disjoint_users"], config["few_shot"], config["eval_users"]
     validating = config["valid_users"] or asked
     if disjoint and asked is None:

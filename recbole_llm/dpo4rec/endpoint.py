@@ -14,7 +14,7 @@ from huggingface_hub import InferenceClient
 from recbole.config import Config
 
 from recbole_llm.dpo4rec.reasoning import Asked, Writer
-from recbole_llm.errors import UserError
+from recbole_llm.errors import NotAtHand
 from recbole_llm.llm.sampling import Sampling, Written
 
 KEY = "OPENAI_API_KEY"
@@ -53,7 +53,7 @@ def endpoint_writer(config: Config) -> Writer:
         except Exception as error:  # clients and servers fail in any way
             # Before it is cut: half a key is a key told. Not "from error": that would be shown with the key.
             told = str(error).replace(key, "<key>")
-            raise UserError(
+            raise NotAtHand(
                 f"--endpoint={url}: the server did not answer as OpenAI's interface does "
                 f"({type(error).__name__}: {' '.join(told.split())[:300]}). Check the address (it ends with /v1), "
                 f"--endpoint_model={model}, and the key in {KEY}; where it is slow, lower --generation_batch. Texts "

@@ -152,6 +152,13 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         sign = 1 if self.valid_metric_bigger else -1
         return max(range(len(records)), key=lambda i: (sign * records[i]["best_valid_score"], -i))
 
+    @property
+    def aligned_parameters(self) -> int:
+        """Parameters of the LLM that alignment trained; 0 where it trained none."""
+        if not any("align" in record for record in self.facts["iterations"]):
+            return 0
+        return sum(p.numel() for p in self.work.reasoner.parameters() if p.requires_grad)
+
     # ---- texts
 
     def _texts_to_read(self, iteration: int) -> dict[tuple[int, int], str]:

@@ -80,7 +80,7 @@ def locate(llm: str) -> Path | str:
             raise UserError(f"--llm={llm} is a folder without config.json, so no model; it holds {hint}.")
         return path
     if path.exists() or path.suffix == ".gguf" or llm.startswith((".", "/", "~")) or llm.count("/") > 1:
-        raise UserError(
+        raise NotAtHand(
             f"--llm={llm}: no such folder or .gguf file. Give {', '.join(PACKAGED)}, tiny, a hub id (owner/model), "
             "a folder with config.json, or a .gguf file."
         )

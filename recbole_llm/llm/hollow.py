@@ -37,7 +37,7 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
     Raises:
         UserError: as ``load_llm``.
     """
-    name, dtype = config["llm"], dtype_of(config["dtype"], config["device"])
+    name, dtype = config["llm"], dtype_of(config["dtype"], config["device"], config["finetune"])
     with explained_load(name):
         base, tokenizer, revision, has_weights = _hollow_base(name, getattr(torch, dtype))
         base.config.use_cache = False

@@ -8,6 +8,7 @@ memory, not time.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -21,6 +22,8 @@ from recbole_llm.llm.fast_linears import DEFAULT, speed_up_linears
 from recbole_llm.llm.half_precision import keep_half_inputs
 from recbole_llm.llm.sharded import shard
 from recbole_llm.llm.types import LLM, CausalLM
+
+logger = logging.getLogger()
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -52,7 +55,7 @@ def load_llm(
     Args:
         llm: ``embedded``, ``tiny``, a hub id, a transformers folder, or the path of a ``.gguf`` file.
         device: where the model goes.
-        dtype: ``auto`` is bfloat16 on a GPU that has it, else float32.
+        dtype: ``auto`` is bfloat16 on a GPU that has it, else float32; float32 for ``full``.
         quantization: ``4bit`` is NF4 with double quantisation; the base is then frozen.
         finetune: what is trained: ``lora`` adapters (float32), the ``full`` model, or ``none``.
         lora_r: rank of the adapters.
@@ -80,7 +83,12 @@ def load_llm(
             raise UserError(f"--{key}={value}: expected one of {', '.join(map(str, CHOICES[key]))}.")
     if quantization and finetune == "full":
         raise UserError("--finetune=full cannot train --quantization=4bit weights: use --finetune=lora.")
-    dtype = dtype_of(dtype, device)
+    if finetune == "full" and dtype in ("bfloat16", "float16"):
+        logger.warning(
+            f"--dtype={dtype} with --finetune=full: the weights themselves are trained in it, and small updates are "
+            "lost in rounding (of 1e-5 nine in ten). --dtype=float32 keeps them."
+        )
+    dtype = dtype_of(dtype, device, finetune)
     # Not torch.manual_seed: it would seed every GPU as well, and peft fills new adapters on the CPU.
     with torch.random.fork_rng(devices=[]), explained_load(llm):
         torch.default_generator.manual_seed(seed)
@@ -120,10 +128,12 @@ def no_dropout(model: torch.nn.Module) -> None:
                     setattr(part, name, 0.0)
 
 
-def dtype_of(dtype: str, device: torch.device) -> str:
-    """The type of computation; ``auto`` is bfloat16 on a GPU that has it, else float32."""
+def dtype_of(dtype: str, device: torch.device, finetune: str) -> str:
+    """The type of computation; ``auto`` is bfloat16 on a GPU that has it and frozen weights, else float32."""
     if dtype != "auto":
         return dtype
+    if finetune == "full":
+        return "float32"
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if has_bfloat16 else "float32"
 

@@ -62,7 +62,7 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
         prompts: token ids, of any lengths.
         seed: of the draws.
     """
-    model, tokenizer = llm.model.eval(), llm.tokenizer
+    model, tokenizer, ends = llm.model.eval(), llm.tokenizer, _ends(llm)
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
@@ -82,12 +82,12 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=sampling.most,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
                 **{cache_key(model): cache},
                 **_choice(sampling),
             )
-    written = [_read(tokenizer, row) for row in found[:, longest:].tolist()]
+    written = [_read(tokenizer, row, ends) for row in found[:, longest:].tolist()]
     return [written[i : i + sampling.number] for i in range(0, len(written), sampling.number)]
 
 
@@ -123,9 +123,15 @@ def _choice(sampling: Sampling) -> dict[str, Any]:
     return {**plain, "do_sample": True, **choice}
 
 
-def _read(tokenizer: Any, ids: list[int]) -> Written:
-    ended = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+def _ends(llm: LLM) -> list[int]:
+    """Tokens that end a text: the tokenizer's, and the end of a turn where the model's own settings know another."""
+    known = getattr(base_model(llm.model).generation_config, "eos_token_id", None)
+    return sorted({llm.tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or ())})
+
+
+def _read(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> Written:
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    ids, ended = ids[:end], end is not None
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Written(text, len(ids), ended)
 

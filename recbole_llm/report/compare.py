@@ -83,7 +83,9 @@ def _check_names(entries: Sequence[Entry], options: Options) -> None:
 
 def _check_out(options: Options) -> None:
     """Raises ConfigError where no tables can be written."""
-    folder = Path(options.out or ".")
+    if not options.out:  # beside the runs, which try their folders
+        return
+    folder = Path(options.out)
     there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     if not there.is_dir():
         raise ConfigError([f"--out={options.out}: {there} is a file; name a folder."])

@@ -14,7 +14,7 @@ from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.results import Line, Results, direction, merit
 
 LEVEL = 0.95  # of intervals
-DIGITS = 12  # behind the point, of differences
+DIGITS = 8  # behind the point, of differences: a run's rows have ten, and their means over seeds lose the last
 MOST_BASELINES = 26  # each has a letter
 
 

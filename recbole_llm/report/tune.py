@@ -103,6 +103,7 @@ def tune(
     while len(done) < number_of:
         values = proposals.next()
         if values is None:
+            print(f"[tune {told.label}] there is no more to try, so {len(done)} trials", flush=True)
             break
         done.append(run_trial(len(done), model, config["dataset"], settings, values))
         proposals.tell(done[-1].score)
