@@ -22,9 +22,10 @@ from recbole.utils import get_trainer, init_seed
 from recbole_llm import quick_start
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import EvalRows
-from recbole_llm.data.protocol import Protocol
+from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.settings import PROPERTIES, read_yamls
 from tests.conftest import Event, accuracy, prepared, random_events, started, write_dataset, write_events
 
 SMALL_SASREC = {"hidden_size": 16, "inner_size": 32, "n_layers": 1, "n_heads": 1}
@@ -445,3 +446,13 @@ def test_each_run_has_its_own_log(toy: dict[str, Any]) -> None:
     for model, other in (("BPR", "Pop"), ("Pop", "BPR")):
         assert f"{model}(" in told[model] and f"{other}(" not in told[model]
         assert told[model].count("test result") == 1 and "candidate hash" in told[model]
+
+
+@pytest.mark.parametrize("name", ["few-shot-ml-100k", "full-ml-100k"])
+def test_published_tables_are_asked_as_before(name: str) -> None:
+    """Users and candidates of a table in results/ come of its YAML still."""
+    settings = read_yamls([str(PROPERTIES / "compare" / f"{name}.yaml")])
+    kept = {key: settings[key] for key in ("few_shot", "eval_users", "valid_users", "eval_args") if key in settings}
+    protocol = prepare_data(LLMConfig("Pop", "ml-100k", None, {**kept, "encoder": "none", "gpu_id": ""}))
+    (table,) = json.loads((PROPERTIES.parent / "results" / name / "table.json").read_text(encoding="utf-8"))
+    assert protocol.candidate_hash == table["candidate_hash"]
