@@ -27,6 +27,10 @@ class Clock:
         self._wall[name], self._cpu[name] = now[0] - self._at[0] + wall, now[1] - self._at[1] + cpu
         self._at = now
 
+    def total(self) -> tuple[float, float]:
+        """Wall and processor seconds of all laps."""
+        return sum(self._wall.values()), sum(self._cpu.values())
+
     def timings(self) -> dict[str, float]:
         """``<lap>_s`` and ``<lap>_cpu_s`` of every lap and in total, seconds."""
         found = {f"{name}_s": value for name, value in self._wall.items()}

@@ -25,6 +25,7 @@ from recbole_llm.dpo4rec.align import Reasoner, policy_config
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.plot_data import run_seconds
 from tests.conftest import accuracy, toy_settings, write_dataset
 from tests.test_dpo4rec import SMALL
 
@@ -171,6 +172,23 @@ def test_parameters_trained_are_the_llms_too(small: dict[str, Any]) -> None:
         trained.append(json.loads((folder / "result.json").read_text())["trainable_parameters"])
     adapter = sum(weight.size for weight in load_file(folder / "adapter_model.safetensors").values())
     assert trained[1] == trained[0] + adapter > adapter
+
+
+def test_what_others_did_is_counted(small: dict[str, Any]) -> None:
+    """A run that finds texts, recommender and aligned LLM costs what they took where they were made."""
+    runs = []
+    for iterations, topk in ((0, [1, 5, 10]), (1, [1, 5, 10]), (1, [1, 10])):
+        run = run_recbole_llm(
+            "DPO4Rec", None, None, {**small, "iterations": iterations, "topk": topk, "valid_metric": "NDCG@10"}
+        )
+        runs.append(json.loads((Path(run["run_folder"]) / "result.json").read_text(encoding="utf-8")))
+    first, second, again = ([part["what"] for part in run["found"]] for run in runs)
+    assert first == [] and second == ["Write texts, iteration 0", "recommender"]
+    assert again == ["Write texts, iteration 0", "Sample texts", "alignment", "Write texts, iteration 1"]
+    again = runs[-1]
+    for cpu, name in ((False, "seconds"), (True, "cpu_seconds")):
+        parts = sum(part[name] for part in again["found"])
+        assert run_seconds(again, cpu) == again["timings"]["total_cpu_s" if cpu else "total_s"] + parts > parts > 0
 
 
 # ---- several at a time

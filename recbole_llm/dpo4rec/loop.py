@@ -17,6 +17,7 @@ import numpy as np
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
+from recbole_llm.costs import Clock
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
@@ -24,7 +25,7 @@ from recbole_llm.dpo4rec.align import Reasoner, align
 from recbole_llm.dpo4rec.places import draw_places, training_loader
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
-from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
+from recbole_llm.dpo4rec.work import Work, found_done, judged_facts, judged_lines, others_in_place
 from recbole_llm.environment import versions
 from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
@@ -65,6 +66,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             llm = self.work.reasoner.llm
             self.facts |= {"llm_revision": llm.revision, "dtype": llm.dtype, "kernels": llm.kernels}
         self.facts |= {"readers": len(self.places.readers), "pair_users": len(self.places.pairs), "iterations": []}
+        self.facts["found"] = self.work.found if self.work else []
 
     # ---- the loop
 
@@ -185,7 +187,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         self, texts: dict[tuple[int, int], str], valid_data: EvalRows | None, verbose: bool, show_progress: bool
     ) -> tuple[Path, dict[str, Any]]:
         """Train a recommender on these texts from new weights, or find it trained; the model then holds its best."""
-        loader, clock = training_loader(self.config, self.protocol, self.places), time.perf_counter()
+        loader, clock = training_loader(self.config, self.protocol, self.places), Clock()
         init_seed(self.config["seed"], self.config["reproducibility"])
         fresh = type(self.model)(self.config, self.protocol.train_data._dataset)
         self.model.load_state_dict(fresh.state_dict())
@@ -199,16 +201,18 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             if done.is_file():
                 self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
                 record = json.loads(done.read_text())
+                self.facts["found"].append(found_done("recommender", record["train_s"], record["train_cpu_s"]))
             else:
                 self._begin(folder)
                 score, result = super().fit(loader, valid_data, verbose, True, show_progress)
+                clock.lap("train")
                 record = {
                     "best_valid_score": None if result is None else float(score),
                     "best_valid_result": result,
                     "epochs": len(self.train_loss_dict),
                     "train_loss": list(self.train_loss_dict.values()),
                     "rows": len(loader._dataset),
-                    "train_s": time.perf_counter() - clock,
+                    **dict(zip(("train_s", "train_cpu_s"), clock.total(), strict=True)),
                 }
                 write_json(done, record)
         self._take(folder)
@@ -264,6 +268,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
                 self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
                 load_adapter(reasoner.llm, folder)
                 stage = json.loads((folder / "stage.json").read_text())
+                self.facts["found"].append(found_done("alignment", stage["seconds"], stage["cpu_seconds"]))
             else:
                 init_seed(self.config["seed"], self.config["reproducibility"])
                 stage = align(self.config, reasoner, self.protocol, windows, folder)

@@ -66,6 +66,7 @@ class Work:
         self.reasoner = None if config["endpoint"] else Reasoner(config)
         llm = self.reasoner.llm if self.reasoner else None
         texts = described_items(config, protocol.dataset, llm.tokenizer if llm else None)
+        self.found: list[dict[str, Any]] = []  # what was found done, and the seconds that it took
         self.question = Question(config, texts, llm.tokenizer if llm else None, llm.context if llm else 0)
 
     @property
@@ -84,7 +85,7 @@ class Work:
     def write(self, places: Sequence[tuple[int, int]], sampling: Sampling, what: str) -> list[list[Written]]:
         """Texts at each place, by the LLM as it is now."""
         config = self.config
-        texts, _ = write_texts(
+        written = write_texts(
             self.asked(places),
             self.reasoner.write if self.reasoner else endpoint_writer(config),
             sampling,
@@ -95,7 +96,9 @@ class Work:
             what=what,
             show_progress=config["show_progress"],
         )
-        return texts
+        if any(written.found):
+            self.found.append(found_done(what, *written.found))
+        return written.texts
 
     def judge(self, judge: ReadsTexts, pairs: dict[int, int]) -> Judged:
         """N texts about each pair user, and what each is worth to the recommender.
@@ -125,6 +128,11 @@ class Work:
                 )
             )
         return found
+
+
+def found_done(what: str, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What another run did for this one, or this one before it was cut off, and what it took there."""
+    return {"what": what, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def others_in_place(users: Sequence[int], seed: int) -> list[int]:
