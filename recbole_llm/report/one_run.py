@@ -29,7 +29,8 @@ def main(asked: Path, outcome: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the other end of the pipe is gone
+    # Returns when the other end of the pipe is gone. Not sys.stdin, whose lock Python would want as it ends.
+    os.read(0, 1)
     os._exit(130)
 
 
