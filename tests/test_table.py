@@ -198,6 +198,14 @@ def test_the_order_of_seeds_is_no_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_what_rounding_tells_apart_is_a_tie(tmp_path: Path) -> None:
+    """Rows have ten digits: 1/2, 1/3, 1/6 over three seeds have the mean of three times 1/3."""
+    thirds = [[0.5, 1.0], [0.3333333333, 1.0], [0.1666666667, 1.0]]
+    results = made(tmp_path, "ndcg@10", A=[[0.3333333333, 0.5]] * 3, B=thirds)
+    (test,) = comparisons(results, ["A"], Options(resamples=99)).to_dict("records")
+    assert (test["wins"], test["ties"], test["losses"]) == (1, 1, 0)
+
+
 def test_a_single_user_has_no_test(tmp_path: Path) -> None:
     results = made(tmp_path, "ndcg@10", A=[[0.25]], B=[[0.5]])
     tests = comparisons(results, ["A"], Options(resamples=99))

@@ -14,7 +14,8 @@ from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.results import Line, Results, direction, merit
 
 LEVEL = 0.95  # of intervals
-DIGITS = 8  # behind the point, of differences: a run's rows have ten, and their means over seeds lose the last
+DIGITS = 12  # behind the point, of differences
+TIE = 1e-8  # less is none: a run's rows have ten digits, and their means over seeds lose the last
 MOST_BASELINES = 26  # each has a letter
 
 
@@ -80,7 +81,8 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
 
 
 def _stacked(differences: Iterable[np.ndarray]) -> np.ndarray:
-    return np.round(np.stack(list(differences)), DIGITS)
+    found = np.round(np.stack(list(differences)), DIGITS)
+    return np.where(np.abs(found) < TIE, 0.0, found)
 
 
 def _pairs(lines: Sequence[Line], against: Sequence[str], options: Options) -> list[tuple[Line, Line]]:

@@ -40,9 +40,10 @@ def paired_t(
         t[~gaps], p[~gaps] = stats.ttest_1samp(given[~gaps], 0.0, axis=1, alternative=side)
         for row in np.flatnonzero(gaps):  # scipy's own way of leaving NaN out is far slower
             t[row], p[row] = stats.ttest_1samp(given[row][~np.isnan(given[row])], 0.0, alternative=side)
-    most, flips = np.nanmax(np.abs(given), axis=1), 0.5 ** (~np.isnan(given)).sum(axis=1)
-    flips = np.minimum(flips * (2 if alternative == "two-sided" else 1), 1.0)
+    most, users = np.nanmax(np.abs(given), axis=1), (~np.isnan(given)).sum(axis=1)
+    flips = np.minimum(0.5**users * (2 if alternative == "two-sided" else 1), 1.0)
     alike = np.nanmax(given, axis=1) - np.nanmin(given, axis=1) <= 1e-9 * most  # 1 - 2/3 is not 1/3 to the last bit
+    alike &= users > 1  # of one there is no test
     against = (alternative != "two-sided") & (np.nanmean(given, axis=1) < 0)
     t, p = np.where(alike, np.copysign(np.inf, t), t) * sign, np.where(alike, np.where(against, 1.0, flips), p)
     return np.where(most == 0, 0.0, t), np.where(most == 0, 1.0, p)
