@@ -14,10 +14,15 @@ PROCESS = Path("/proc/self")
 
 
 class Clock:
-    """Wall and processor seconds between laps."""
+    """Wall and processor seconds, between laps and in all.
+
+    Attributes:
+        earlier: those of a process before this one, which was cut off.
+    """
 
     def __init__(self) -> None:
-        self._at = (time.perf_counter(), time.process_time())
+        self._began = self._at = (time.perf_counter(), time.process_time())
+        self.earlier = (0.0, 0.0)
         self._wall: dict[str, float] = {}
         self._cpu: dict[str, float] = {}
 
@@ -27,9 +32,10 @@ class Clock:
         self._wall[name], self._cpu[name] = now[0] - self._at[0] + wall, now[1] - self._at[1] + cpu
         self._at = now
 
-    def total(self) -> tuple[float, float]:
-        """Wall and processor seconds of all laps."""
-        return sum(self._wall.values()), sum(self._cpu.values())
+    def spent(self) -> tuple[float, float]:
+        """Seconds since this was made, and the earlier ones."""
+        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        return self.earlier[0] + wall, self.earlier[1] + cpu
 
     def timings(self) -> dict[str, float]:
         """``<lap>_s`` and ``<lap>_cpu_s`` of every lap and in total, seconds."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from recbole.config import Config
 from recbole.evaluator import Evaluator
 from recbole.evaluator.base_metric import TopkMetric
 from recbole.evaluator.collector import DataStruct
@@ -19,6 +20,12 @@ from scipy.stats import rankdata
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.errors import UserError
 from recbole_llm.pair_metrics import pair_metrics, paired_accuracy
+
+
+def accuracy_names(config: Config) -> list[str]:
+    """What ``metrics`` and ``topk`` ask for, as results name it: ``ndcg@10``."""
+    names = map(str.lower, config["metrics"])
+    return [name for m in names for name in ([m] if m == "gauc" else [f"{m}@{k}" for k in config["topk"]])]
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,13 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from transformers import get_scheduler
 
-from recbole_llm.costs import TokenCount
+from recbole_llm.costs import Clock, TokenCount
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import from_first, gathered, is_first, own_share, rank, same_everywhere, world_size
 from recbole_llm.environment import versions
-from recbole_llm.evaluator import Ranking
+from recbole_llm.evaluator import Ranking, accuracy_names
 from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
@@ -116,9 +115,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
 
     def _lacks_metrics(self, result: dict[str, float] | None) -> bool:
         """Whether validation, of a run that trained the stage before, did not measure all that is asked here."""
-        names = map(str.lower, self.config["metrics"])
-        asked = {f"{m}@{k}" for m in names if m != "gauc" for k in self.config["topk"]}
-        return result is not None and not asked <= set(result)
+        return result is not None and not set(accuracy_names(self.config)) <= set(result)
 
     def _sft_windows(self) -> list[Window]:
         """Something to score where the only stage was finished before, which has no windows."""
@@ -166,7 +163,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         schedule = self.config["lr_scheduler"]
         schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
         self.scheduler = get_scheduler(schedule, self.optimizer, warmup, steps)
-        positions, self.began = sum(len(w.targets) for w in stage.windows), (time.perf_counter(), time.process_time())
+        positions, self.clock = sum(len(w.targets) for w in stage.windows), Clock()
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps."
@@ -174,11 +171,11 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         before = Standing.of(self.model, stage.windows)
         self.tokens, self.displacement = 0, Displacement()
-        self.progress, self.before = StageProgress(self, stage.folder, self.config["save_every"]), (0.0, 0.0)
+        self.progress = StageProgress(self, stage.folder, self.config["save_every"])
         if not self.config["resume"]:
             from_first(self.progress.drop)
         self.resumed = self.progress.restore()
-        self.earlier = (self.earlier[0] + self.before[0], self.earlier[1] + self.before[1])
+        self.earlier = (self.earlier[0] + self.clock.earlier[0], self.earlier[1] + self.clock.earlier[1])
         self.start_epoch = self.resumed["epoch"] if self.resumed else 0
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
@@ -195,8 +192,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "best_valid_score": None if best[1] is None else best[0],
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
-            "seconds": self.spent()[0],
-            "cpu_seconds": sum(gathered(lambda: self.spent()[1])),
+            "seconds": self.clock.spent()[0],
+            "cpu_seconds": sum(gathered(lambda: self.clock.spent()[1])),
             **stage.facts,
         }
         if stage.loss != "SFT":
@@ -205,11 +202,6 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record
-
-    def spent(self) -> tuple[float, float]:
-        """Wall and processor seconds of this process on the stage, those before it was cut off included."""
-        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        return self.before[0] + wall, self.before[1] + cpu
 
     def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
         # Runs that share the stage share its curve, and that of the stages before it.

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ class tqdm(plain_tqdm):  # noqa: N801 - a drop-in
 
 
 def told_time(seconds: float) -> str:
+    """Seconds in words, whole minutes from fifty seconds on."""
     return f"{max(1, round(seconds / 60))} min" if seconds > 50 else f"{seconds:.0f} s"
 
 
@@ -201,6 +203,7 @@ def _positions(last: int, sizes: dict[str, float]) -> float:
     return min(sizes["rows"], last * sizes["users"]) if last else sizes["rows"]
 
 
+@cache  # asked for each run and search of a comparison
 def _machine_flops() -> float:
     """Float32 operations a second of this machine on a layer-sized product."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -83,7 +83,7 @@ class StageProgress:
             "total": total,
             "count": count,
             "saved": self.saved,
-            "spent": trainer.spent(),
+            "spent": trainer.clock.spent(),
             "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
             "rates": [group["lr"] for group in trainer.optimizer.param_groups],
             "remembered": {name: getattr(trainer, name) for name in REMEMBERED},
@@ -140,7 +140,7 @@ class StageProgress:
             group["lr"] = rate
         vars(trainer).update(facts["remembered"])
         if is_first():  # whose seconds they are
-            trainer.before = tuple(facts["spent"])
+            trainer.clock.earlier = tuple(facts["spent"])
         trainer.train_loss_dict = {int(epoch): loss for epoch, loss in facts["train_loss"]}
         vars(trainer.displacement).update(facts["displacement"])
         if is_first():

@@ -43,8 +43,8 @@ RERANK_KEYS = (
     "full_ranking",
     "recommender_config",
 )
-# What names a stage under some settings alone: `_sometimes` says when.
-SOMETIMES = {*SELECTION_KEYS, *RERANK_KEYS, "attention", "token_budget"}
+# What names a stage under some settings alone: `_sometimes`, and of a preference stage its folder, say when.
+SOMETIMES = {*SELECTION_KEYS, *RERANK_KEYS, "attention", "token_budget", "encoder"}
 ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", "eval_config", "look_alikes"}
 ASKS_TEST |= {"eval_args", "test_neg_sample_args", "mask_history"}  # which say how validation asks too: its digest
 LAST_BITS = {"gradient_checkpointing", "fast_linears"}  # what they move no two machines share
@@ -179,12 +179,12 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     read = _sometimes(config, protocol)
     if {"oracle_model", "from_model"} & set(needed_recommenders(config)):  # which validate, whether or not we do
         read += ["recommender_config", "valid_metric", "metric_decimal_place"]
+    chooses_by_text = "semantic" in config["rejected"].split("+")
+    read += ["encoder"] if chooses_by_text else []
     left_out = NOT_IN_HASH | ASKS_TEST | LAST_BITS | unread(config.final_config_dict) | (SOMETIMES - set(read))
     settings = {key: _as_trained(config, key) for key in config.final_config_dict if key not in left_out}
-    if "semantic" in config["rejected"].split("+"):
+    if chooses_by_text:
         settings["encoder weights"] = local_weights(config["encoder"])
-    else:
-        settings.pop("encoder")
     settings["eval_args"] = _split(config)
     template = load_template(config["prompt"], config.properties)
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}

@@ -205,14 +205,13 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             else:
                 self._begin(folder)
                 score, result = super().fit(loader, valid_data, verbose, True, show_progress)
-                clock.lap("train")
                 record = {
                     "best_valid_score": None if result is None else float(score),
                     "best_valid_result": result,
                     "epochs": len(self.train_loss_dict),
                     "train_loss": list(self.train_loss_dict.values()),
                     "rows": len(loader._dataset),
-                    **dict(zip(("train_s", "train_cpu_s"), clock.total(), strict=True)),
+                    **dict(zip(("train_s", "train_cpu_s"), clock.spent(), strict=True)),
                 }
                 write_json(done, record)
         self._take(folder)

@@ -92,8 +92,7 @@ def write_texts(
             for batch in missing:
                 own, clock = int(seeded(seed, *(told[i] for i in batch)).integers(2**31)), Clock()
                 texts = write([asked[i] for i in batch], sampling, own)
-                clock.lap("batch")
-                each = [value / len(batch) / sampling.number for value in clock.total()]
+                each = [value / len(batch) / sampling.number for value in clock.spent()]
                 lines = [_line(asked[i], told[i], number, text, each) for i, mine in zip(batch, texts, strict=True)
                          for number, text in enumerate(mine)]  # fmt: skip
                 out.write("".join(lines))  # at once, and read by whole batches: a kill leaves no half of one

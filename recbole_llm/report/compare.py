@@ -12,6 +12,7 @@ import pandas as pd
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, write_json, write_text
 from recbole_llm.harm import HARM
 from recbole_llm.pair_metrics import PAIR_METRICS
@@ -103,8 +104,7 @@ def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
 
 def _metrics_of(config: LLMConfig) -> Iterator[str]:
     """Names of what a run may measure, those of free answers left out."""
-    for name in map(str.lower, config["metrics"]):
-        yield from [f"{name}@{k}" for k in config["topk"]] if name != "gauc" else [name]
+    yield from accuracy_names(config)
     mode = config["eval_args"]["mode"]["test"]
     answers = None if mode == "full" else int(mode[3:]) + config["next_items"]
     if answers == 2:

@@ -59,10 +59,10 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
     locks = make_stage_folder(file.parent / ".locks")  # the trial's own folder is removed in the end
     with held(locks.resolve() / f"{file.stem}.lock", file):
         # Another search may have done it while this one waited.
-        return _kept(file, number, values) or _do(number, config, mine, values)
+        return _kept(file, number, values) or _do(file, number, config, mine, values)
 
 
-def _do(number: int, config: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
     """Train, score and keep the trial."""
     clock, found, score, where = time.perf_counter(), {}, None, None
     try:
@@ -74,7 +74,7 @@ def _do(number: int, config: LLMConfig, settings: dict[str, Any], values: dict[s
             raise
         error, where = in_a_line(failure), traceback.format_exc()
     done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
-    _keep(trial_file(config), config, done, found.get("best_valid_result"), where)
+    _keep(file, config, done, found.get("best_valid_result"), where)
     return done
 
 

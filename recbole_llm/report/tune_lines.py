@@ -7,11 +7,13 @@ from dataclasses import replace
 from graphlib import TopologicalSorter
 from typing import Any
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.progress import guessed_seconds, told_time
 from recbole_llm.report.ahead import Search, trials_ahead
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.grid import Cell, Setting
+from recbole_llm.report.search_space import Parameter
 from recbole_llm.report.tune import Tuned, check_search, proposals_of, tune
 
 Key = tuple[str, Setting]  # label of a line, and its setting without the mode, since modes share a search
@@ -39,7 +41,7 @@ def tune_all(
     sources = options.tuned_from or {}
     base = {key: (sources[key[0]], key[1]) for key in first if key[0] in sources}
     levels = _levels(first, base)
-    _check_searches(first, base, [key for level in levels for key in level], options)
+    _tell_plan(_check_searches(first, base, [key for level in levels for key in level], options), options)
     found: dict[Key, Tuned] = {}
     chosen: dict[Key, dict[str, Any]] = {}
     for level in levels:
@@ -79,14 +81,16 @@ def _taken(values: dict[str, Any], cell: Cell) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in cell.settings}
 
 
-def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequence[Key], options: Options) -> None:
-    """Says what all searches may cost; what one will take from another is stood for by values as given.
+def _check_searches(
+    first: dict[Key, Cell], base: dict[Key, Key], order: Sequence[Key], options: Options
+) -> list[tuple[LLMConfig, list[Parameter]]]:
+    """Configuration and space of every search; what will be taken is stood for by values as given.
 
     Raises:
         ConfigError: what is wrong with any of them.
     """
     problems: list[str] = []
-    trials, seconds = 0, 0.0
+    found = []
     given: dict[Key, dict[str, Any]] = {}
     for key in order:
         cell = first[key]
@@ -95,15 +99,21 @@ def _check_searches(first: dict[Key, Cell], base: dict[Key, Key], order: Sequenc
         try:
             config, space = check_search(cell.entry.model, cell.setting.dataset, cell.settings | taken, options.search)
             given[key] = taken | {p.key: config[p.key] for p in space}
-            most = int(min(options.tune, proposals_of(config, space).most()))
-            trials, seconds = trials + most, seconds + most * guessed_seconds(config)
+            found.append((config, space))
         except ConfigError as error:
             problems += [f"{cell.entry.label}: {p}" for p in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    return found
+
+
+def _tell_plan(searches: Sequence[tuple[LLMConfig, list[Parameter]]], options: Options) -> None:
+    """How many trials there may be, and how long they may take."""
+    trials = [int(min(options.tune, proposals_of(*search).most())) for search in searches]
+    seconds = sum(most * guessed_seconds(config) for most, (config, _) in zip(trials, searches, strict=True))
     print(
-        f"[tune] {len(order)} searches, at most {trials} trials, about {told_time(seconds / options.jobs)} (a guess; "
-        "those that finished before take none); then the runs.",
+        f"[tune] {len(searches)} searches, at most {sum(trials)} trials, about {told_time(seconds / options.jobs)} "
+        "(a guess; those that finished before take none); then the runs.",
         flush=True,
     )
 
