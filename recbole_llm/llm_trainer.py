@@ -171,12 +171,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         before = Standing.of(self.model, stage.windows)
         self.tokens, self.displacement = 0, Displacement()
-        self.progress = StageProgress(self, stage.folder, self.config["save_every"])
-        if not self.config["resume"]:
-            from_first(self.progress.drop)
-        self.resumed = self.progress.restore()
-        self.earlier = (self.earlier[0] + self.clock.earlier[0], self.earlier[1] + self.clock.earlier[1])
-        self.start_epoch = self.resumed["epoch"] if self.resumed else 0
+        self._go_on(stage)
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
         ) as self.bar:
@@ -202,6 +197,15 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record
+
+    def _go_on(self, stage: Stage) -> None:
+        """Where the stage was cut off, if it was and shall go on there."""
+        self.progress = StageProgress(self, stage.folder, self.config["save_every"])
+        if not self.config["resume"]:
+            from_first(self.progress.drop)
+        self.resumed = self.progress.restore()
+        self.earlier = (self.earlier[0] + self.clock.earlier[0], self.earlier[1] + self.clock.earlier[1])
+        self.start_epoch = self.resumed["epoch"] if self.resumed else 0
 
     def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:
         # Runs that share the stage share its curve, and that of the stages before it.
