@@ -82,6 +82,12 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
     if not ill_typed & (set(keys.LLM_KEYS) | {"epochs"}):
         problems += [told for told, wrong in _wrong_training(settings).items() if wrong]
         problems += _wrong_switches(settings)
+    problems += [
+        f"--{key}={settings[key]}: the training of an LLM does not read it. Leave it out (see --dtype), or give it to "
+        "a recommender that serves the run by --recommender_config."
+        for key, default in keys.NOT_OF_LLMS.items()
+        if settings.get(key, default) != default
+    ]
     base = settings["rerank_model"]
     if base in OWN_MODELS:
         problems.append(

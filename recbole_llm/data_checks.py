@@ -44,7 +44,7 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         lacks = [c for c in needed if c not in load["inter"]]
         if lacks:
             problems.append(f"--load_col: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
-    problems += _needs_ratings(settings, dataset)
+    problems += _needs_ratings(settings, dataset, properties)
     if settings.get("knowledge", "none") != "none":
         return problems + problems_of(lambda: check_texts(settings, dataset, properties))
     if not keys.ranks_titles(settings):
@@ -57,13 +57,13 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
     )
 
 
-def _needs_ratings(settings: Mapping[str, Any], dataset: str) -> list[str]:
+def _needs_ratings(settings: Mapping[str, Any], dataset: str, properties: Path) -> list[str]:
     """Settings that read ratings, of a data set that has none."""
+    draws = settings.get("loss", "SFT") != "SFT" or _lists_a_pair(settings, properties)
     wanted = {
         "--liked_only=True": settings["liked_only"] is True,
         "--min_disliked": settings["min_disliked"] != 0,
-        f"--rejected={settings.get('rejected')}": "low_rating" in str(settings.get("rejected"))
-        and settings.get("loss") != "SFT",
+        f"--rejected={settings.get('rejected')}": "low_rating" in str(settings.get("rejected")) and draws,
     }
     name = settings["RATING_FIELD"]
     if problems_of(lambda: inter_columns(settings, dataset)) or name in inter_columns(settings, dataset):
@@ -72,9 +72,15 @@ def _needs_ratings(settings: Mapping[str, Any], dataset: str) -> list[str]:
             for key, is_wanted in wanted.items() if is_wanted]  # fmt: skip
 
 
+def _lists_a_pair(settings: Mapping[str, Any], properties: Path) -> bool:
+    if "prompt" not in settings or problems_of(lambda: load_template(settings["prompt"], properties)):
+        return False  # none, or told already
+    return load_template(settings["prompt"], properties)["family"] == "pair"
+
+
 def _wrong_pairs(settings: Mapping[str, Any], properties: Path) -> list[str]:
     """What a prompt that lists two candidates cannot do."""
-    if load_template(settings["prompt"], properties)["family"] != "pair":
+    if not _lists_a_pair(settings, properties):
         return []
     mode = settings["eval_args"].get("mode", "full") if isinstance(settings["eval_args"], dict) else ""
     asked = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}

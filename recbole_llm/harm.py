@@ -30,6 +30,7 @@ HARM = {
     "coverage": "larger",
     "gini": "smaller",
 }
+CATALOGUE = {"coverage": "itemcoverage", "gini": "giniindex"}  # RecBole's names, which take ours' place where asked for
 HEAD_SHARE = 0.2  # of the catalogue
 SIMILARITIES_AT_ONCE = 2**24  # float32: 64 MiB
 
@@ -180,9 +181,9 @@ def catalogue_metrics(config: Config, top: np.ndarray, n_items: int, suffix: str
     items = top[top > 0][:, None]
     asked = {metric.lower() for metric in config["metrics"]}
     found = {}
-    if "itemcoverage" not in asked:
+    if CATALOGUE["coverage"] not in asked:
         found[f"coverage{suffix}"] = float(ItemCoverage(config).get_coverage(items, n_items - 1))
-    if "giniindex" not in asked:
+    if CATALOGUE["gini"] not in asked:
         found[f"gini{suffix}"] = float(GiniIndex(config).get_gini(items, n_items - 1))
     return found
 

@@ -183,7 +183,13 @@ TRAINING_KEYS = {
     "train_neg_sample_args",
     "loss_decimal_place",
     "shuffle",
+    "transform",
+    "require_pow",
+    "enable_amp",
+    "enable_scaler",
 }
+# Those of them that an LLM's training has no use for, and RecBole's defaults of them.
+NOT_OF_LLMS = {"shuffle": True, "transform": None, "require_pow": False, "enable_amp": False, "enable_scaler": False}
 # Keys by which a data set is read, which may differ between two data sets of one run (eval_config).
 READING_KEYS = {
     "data_path",

@@ -55,6 +55,8 @@ def save_run(
         "few_shot": config["few_shot"],
         "few_shot_seed": config["few_shot_seed"],
         "mode": asked.test.mode,
+        "split": ranked["eval_args"]["split"],
+        "eval_users": ranked["eval_users"],
         "mask_history": config["mask_history"],
         "next_items": config["next_items"],
         "rows": len(asked.test),

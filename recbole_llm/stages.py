@@ -166,7 +166,7 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
     settings = {key: _as_trained(config, key) for key in named_by}
-    settings["eval_args"] = _split(config)
+    settings["eval_args"] = split_of(config)
     selected_on = protocol.valid.digest if config["eval_step"] else None
     trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
     template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
@@ -185,14 +185,14 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     settings = {key: _as_trained(config, key) for key in config.final_config_dict if key not in left_out}
     if chooses_by_text:
         settings["encoder weights"] = local_weights(config["encoder"])
-    settings["eval_args"] = _split(config)
+    settings["eval_args"] = split_of(config)
     template = load_template(config["prompt"], config.properties)
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
     what = [settings, base, data_hash(config), users, protocol.valid.digest, template, versions()]
     return Path(config["checkpoint_dir"]) / "stages" / f"{config['loss']}-{content_hash(what)[:12]}"
 
 
-def _split(config: Config) -> dict[str, Any]:
+def split_of(config: Config) -> dict[str, Any]:
     """``eval_args`` without how rows are asked: the test's way trains nothing, validation's is in its rows' digest."""
     return {key: value for key, value in config["eval_args"].items() if key != "mode"}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -56,9 +55,16 @@ def write_run(
     return record | {"label": record["model"], "run_hash": folder.name, "run_folder": str(folder)}
 
 
+class MadeConfig(dict[str, Any]):
+    """As much of a configuration as a comparison of finished runs reads."""
+
+    final_config_dict: ClassVar[dict[str, Any]] = {}
+    dataset = "toy"
+
+
 def cell_of(label: str, folder: Path, setting: Setting = NOT_GIVEN, seed: int | None = None) -> Cell:
     """A cell of the grid whose run lies in ``folder``."""
-    config: Any = SimpleNamespace(final_config_dict={}, dataset="toy")
+    config: Any = MadeConfig(dataset="toy", eval_dataset=None, few_shot=setting.few_shot)
     cell = Cell(Entry(label, label.partition("[")[0], {}), setting, seed, {}, config)
     cell.__dict__["folder"] = folder  # else it is asked of the configuration
     return cell

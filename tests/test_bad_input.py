@@ -156,6 +156,9 @@ def test_low_ratings_need_ratings(tiny: dict[str, Any], capsys: pytest.CaptureFi
     file.write_text("".join("\t".join((u, i, t)) + "\n" for u, i, _, t in rows), encoding="utf-8")
     told = refused(capsys, argv(tiny, **SMALL, loss="DMPO", rejected="low_rating"))
     assert "--rejected=low_rating: toy.inter has no rating column" in told
+    pair = {"prompt": "pair", "rejected": "low_rating", "eval_args": {"mode": "uni1"}, "next_items": 1}
+    told = refused(capsys, argv(tiny, **SMALL, **pair))  # whose SFT lists a rejected title beside the chosen one
+    assert "--rejected=low_rating: toy.inter has no rating column" in told
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from recbole_llm import cli
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.report import jobs
 from recbole_llm.report.compare import compare
-from recbole_llm.report.entries import OPTION_KEYS, TYPED, Entry, Options, parse_models, split_options
+from recbole_llm.report.entries import TYPED, Entry, Options, parse_models, split_options
 from recbole_llm.report.grid import cells
 from recbole_llm.settings import PROPERTIES, read_yaml
 
@@ -196,16 +196,31 @@ def test_wrong_per_model(toy: dict[str, Any], per_model: Any, told: str) -> None
         ({"table_metrics": "auc_global"}, "--table_metrics: no run has auc_global"),
         ({"table_metrics": "hallucination_base", "encoder": "none"}, "no run has hallucination_base; there are"),
         ({"table_metrics": "NDCG@10,NDCG@7"}, "--table_metrics: no run has NDCG@7; there are hit@1, "),
+        ({"table_metrics": "coverage@5", "metrics": ["NDCG", "ItemCoverage"]}, "no run has coverage@5; there are"),
+        (
+            {"modes": "uni9,full", "per_model": {m: {"eval_args": {"mode": "uni9"}} for m in ("Pop", "BPR")}},
+            "--modes=full: eval_args of the model's own (or of --eval_config) ask uni9; leave out its mode.",
+        ),
     ],
 )
 def test_wrong_options(toy: dict[str, Any], more: dict[str, Any], told: str) -> None:
     assert told in told_by(toy, "Pop,BPR", **more)[0]
 
 
+def test_an_axis_of_modes_meets_a_split_of_a_models_own(toy: dict[str, Any]) -> None:
+    """``eval_args`` in part, shared or of a model, changes only what it names."""
+    own = {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}
+    options, shared = split_options({**toy, "modes": "uni9,full", "per_model": {"Pop": own, "BPR": own}})
+    grid = cells(parse_models("Pop,BPR[eval_args={'mode': {'valid': 'uni9'}}]"), options, shared, "toy")
+    asked = [cell.config["eval_args"] for cell in grid]
+    assert [a["mode"]["test"] for a in asked] == [cell.setting.mode for cell in grid] == ["uni9"] * 2 + ["full"] * 2
+    assert all(a["split"] == {"RS": [0.8, 0.1, 0.1]} for a in asked)
+
+
 def test_defaults_are_those_of_the_yaml() -> None:
     """What ``ls --keys`` tells of a comparison's keys is what happens."""
     told = read_yaml(str(PROPERTIES / "comparison.yaml"))
-    assert set(told) == OPTION_KEYS
+    assert set(told) == {TYPED.get(field.name, field.name) for field in fields(Options)}
     defaults = Options()
     for field in fields(Options):
         assert told[TYPED.get(field.name, field.name)] == getattr(defaults, field.name), field.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from recbole.utils import init_seed
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
-from recbole_llm.dpo4rec.places import Places, draw_places, train_rows_of, trained_rows, training_loader
+from recbole_llm.dpo4rec.places import Places, check_placebo, draw_places, train_rows_of, trained_rows, training_loader
 from recbole_llm.dpo4rec.work import Work, others_in_place
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.sampling import Sampling, Written
@@ -217,6 +218,20 @@ def test_without_texts_it_is_sasrec(small: dict[str, Any]) -> None:
     assert ours["best_valid_result"] == alone["best_valid_result"]
 
 
+def test_a_placebo_needs_others() -> None:
+    """Half of the texts may be one user's, not more."""
+    check_placebo(Places({1: 2, 2: 3}, {}, {1: 6, 2: 7}))
+    with pytest.raises(UserError, match="--knowledge=placebo: one user has 2 of 3 texts"):
+        check_placebo(Places({1: 2, 2: 3}, {}, {1: 6}))
+
+
+def test_labels_that_leave_no_row_are_told(small: dict[str, Any]) -> None:
+    trainer, protocol = trainer_of(small)
+    all_judge = replace(trainer.places, pairs=dict.fromkeys(protocol.training_sequences(), 0))
+    with pytest.raises(UserError, match="--pair_users=.* no training row is left"):
+        training_loader(trainer.config, protocol, all_judge)
+
+
 def test_others_in_place() -> None:
     """Every place gets a text of another user, and every text is used once."""
     users = [1, 1, 2, 3, 3, 4, 5]
@@ -352,6 +367,8 @@ def folders(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> tuple[s
         ({"seed": 7}, True, False),  # greedy texts of the untuned LLM are the same for every seed
         ({"lora_r": 4}, True, True),
         ({"shuffle": False}, True, False),
+        ({"transform": "inverse_itemseq"}, True, False),
+        ({"eval_args": {"mode": {"valid": "uni9", "test": "full"}}}, True, True),  # how the test asks teaches nothing
         ({"adaptor": "mlp"}, True, False),
         ({"text_users": 20}, False, False),
         ({"reasoning_tokens": 9}, False, False),

@@ -336,7 +336,7 @@ def shown(**metrics: list[float]) -> tuple[Table, Table | None]:
     lines = [Line(name, [run], []) for name, run in zip(("A|B", "C"), runs, strict=True)] + [Line("F", [], ["x"])]
     results = Results(Setting("toy", None, False, None), lines)
     nothing = pd.DataFrame()
-    return results_table(results, nothing, [], Options(), 1), harm_table(results, nothing, [], 1)
+    return results_table(results, nothing, [], Options(), 1), harm_table(results, nothing, [], Options(), 1)
 
 
 def test_harm_has_a_table_of_its_own() -> None:

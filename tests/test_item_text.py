@@ -221,6 +221,11 @@ def test_no_titles_at_all(tmp_path: Path) -> None:
         texts_of(tmp_path, {"i1": "", "i2": " "})
 
 
+def test_an_id_keeps_its_blanks(tmp_path: Path) -> None:
+    """RecBole strips no ids of interactions, so an item with such an id has its title under the same."""
+    assert texts_of(tmp_path, {" i1": " A ", "i1": "B"}) == {" i1": "A", "i1": "B"}
+
+
 def test_a_line_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"toy.item, line 3: 3 fields where the header has 2: 'i2\\tB\\tC'"):
         texts_of(tmp_path, {"i1": "A", "i2": "B\tC"})

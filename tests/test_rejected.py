@@ -168,15 +168,16 @@ def test_mixed_strategies_share_the_places() -> None:
 
 @pytest.mark.parametrize("strategy", ["uniform", "popularity", "low_rating", "semantic", "from_model", "self_hard"])
 def test_no_strategy_looks_at_held_out_events(strategy: str) -> None:
-    """Planted markers: other held-out items and ratings of Ann's change no draw."""
+    """Planted markers: other held-out items and ratings of Ann's, exchanged with later users', change no draw."""
     rng = np.random.default_rng(0)
     sources = Sources(
         policy=policy(dict(enumerate(rng.normal(size=10)))),
         vectors=rng.normal(size=(10, 3)).astype(np.float32),
         recommend=lambda histories: np.tile(rng.permutation(10) * 0 + np.arange(10.0), (len(histories), 1)),
     )
-    items, ratings = ITEMS.copy(), RATINGS.copy()
-    items[4:6], ratings[4:6] = (6, 5), (5.0, 1.0)
+    items, ratings = np.array([1, 2, 3, 4, 7, 8, 5, 6, 9]), RATINGS.copy()
+    assert sorted(items) == sorted(ITEMS) and (items[:4] == ITEMS[:4]).all() and set(items[4:6]) != set(ITEMS[4:6])
+    ratings[4:6] = (5.0, 1.0)
     told = [filled(world(i, r), sources, rejected=strategy) for i, r in ((ITEMS, RATINGS), (items, ratings))]
     assert told[0] == told[1]
 

@@ -114,6 +114,7 @@ def test_everything_wrong_with_a_space_is_told_at_once(toy: dict[str, Any], tmp_
         "n_heads: {int: [2, 1]}",
         "n_layers: 3",
         "hidden_size: {choice: [8, 16], unless: {hiden_act: gelu}}",
+        "inner_size: {choice: [8, 16], unless: {hidden_size: two}}",
     )
     file.write_text("\n".join(lines), encoding="utf-8")
     told = told_by(toy, "SASRec", file)
@@ -125,6 +126,7 @@ def test_everything_wrong_with_a_space_is_told_at_once(toy: dict[str, Any], tmp_
     assert "learning_rate=-1.0: must be a number > 0" in together
     assert "n_heads: [2, 1] must be low before high" in together
     assert "n_layers: 3 must be a list of values, or a table" in together
+    assert "hidden_size='two': must be a whole number" in together
     assert "hiden_act: no such key; did you mean `hidden_act`?" in together
 
 

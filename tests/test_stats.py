@@ -16,6 +16,7 @@ from recbole_llm.report import stats
 
 # scipy calls it rng since 1.15.
 SEED = "rng" if "rng" in inspect.signature(scipy_stats.bootstrap).parameters else "random_state"
+ALTERNATIVES = ("two-sided", "better")
 UP, DOWN = np.array([1.0]), np.array([-1.0])
 
 
@@ -110,6 +111,12 @@ def test_effect_size() -> None:
     assert stats.effect_size(np.zeros((1, 3)))[0] == 0
 
 
+def test_a_spread_of_rounding_is_none() -> None:
+    """.3 - .2, .2 - .1 and .4 - .3 are the same difference, whose standard deviation is 0."""
+    rows = np.array([[0.3 - 0.2, 0.2 - 0.1, 0.4 - 0.3], [0.2 - 0.3, 0.1 - 0.2, 0.3 - 0.4]])
+    assert stats.effect_size(rows).tolist() == [np.inf, -np.inf] and stats.detectable(rows).tolist() == [0, 0]
+
+
 def test_win_tie_loss() -> None:
     assert stats.win_tie_loss(np.array([[0.1, 0.0, -0.2, 0.3, np.nan]])).tolist() == [[2, 1, 1]]
 
@@ -160,7 +167,7 @@ def test_no_difference_at_all() -> None:
 def test_the_same_difference_for_all() -> None:
     t, p = stats.paired_t(np.full((1, 30), 0.25), UP)
     assert t[0] == np.inf and p[0] == 0.5**29 and stats.sign_flip(np.full((1, 30), 0.25), UP)[0] == 1 / 10000
-    for alternative in stats.ALTERNATIVES:  # of few users too, where every way to flip is tried
+    for alternative in ALTERNATIVES:  # of few users too, where every way to flip is tried
         thirds = [0.3 - 0.2, 0.2 - 0.1, 0.4 - 0.3]  # not the same to the last bit
         for values in ([1.0] * 2, [-1.0] * 5, [1.0, np.nan, 1.0], thirds, [-d for d in thirds]):
             rows = np.array([values])
@@ -172,7 +179,7 @@ def test_the_same_difference_for_all() -> None:
 @given(st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 0.3]), min_size=2, max_size=30))
 def test_p_values_are_p_values(values: list[float]) -> None:
     rows, low_high = np.array([values]), stats.bootstrap_interval(np.array([values]), resamples=99)
-    for alternative in stats.ALTERNATIVES:
+    for alternative in ALTERNATIVES:
         for p in (stats.paired_t(rows, UP, alternative)[1][0], stats.sign_flip(rows, UP, alternative, 99)[0]):
             assert 0 <= p <= 1
     assert min(values) <= low_high[0][0] <= low_high[1][0] <= max(values)

@@ -22,7 +22,7 @@ from recbole_llm.report.entries import Options, parse_models
 from recbole_llm.report.formats import html_table, latex, latex_file, latex_text, markdown
 from recbole_llm.report.grid import Setting
 from recbole_llm.report.results import Line, Results, direction, merit, metric_name, user_rows
-from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.significance import baselines, check_resamples, comparisons
 from recbole_llm.report.summary import found
 from recbole_llm.report.table import (
     Table,
@@ -95,7 +95,7 @@ def tables(results: Results, **options: Any) -> list[Table]:
     found = [
         results_table(results, tests, ["A"], chosen, 1),
         significance_table(results, tests, chosen, 1),
-        harm_table(results, tests, ["A"], 1),
+        harm_table(results, tests, ["A"], Options(), 1),
         costs_table([results]),
     ]
     return [table for table in found if table]
@@ -361,7 +361,9 @@ def test_all_failed() -> None:
     nothing = Results(Setting("toy", 5, True, "uni9"), [Line("A", [], ["x"]), Line("B", [], ["y"])])
     table = results_table(nothing, comparisons(nothing, ["A"], Options()), ["A"], Options(), 1)
     assert table.title == "toy, 5 training users, uni9" and table.caption == "No run finished."
-    assert markdown(table).count("failed") == 4 or "failed: x" in markdown(table)
+    told = markdown(table)
+    assert table.header == ["Model", "Result"] and len(re.findall(r"\|\s+failed \|", told)) == 2
+    assert "A: failed: x" in told and "B: failed: y" in told
     assert frames.results_frame([nothing])["failed"].tolist() == [1, 1]
 
 
@@ -482,6 +484,48 @@ def test_lines_of_other_few_shot_say_so(tmp_path: Path) -> None:
     assert frames.results_frame([results])["few_shot"].tolist() == [20, 5]
     tests = comparisons(results, ["A20"], Options())
     assert frames.tests_frame([results], [tests])["few_shot"].tolist() == [5] * len(tests)
+
+
+def test_lines_tell_their_own_training(tmp_path: Path) -> None:
+    """Data and users of a line that failed are its settings', not those of the first run."""
+    rows = {"ndcg@10": [0.5, 0.0]}
+    films = record(tmp_path, "A", 1, rows, few_shot=7, training_dataset="films")
+    failed = Line("C", [], ["x"], {"dataset": "toy", "few_shot": None})
+    lines = [Line("A", [films], []), Line("B", [record(tmp_path, "B", 1, rows)], []), failed]
+    results = Results(Setting("toy", None, False, None), lines)
+    frame = frames.results_frame([results])
+    assert frame["dataset"].tolist() == ["films → toy", "toy", "toy"]
+    assert frame["few_shot"].isna().tolist() == [False, True, True] and frame["few_shot"][0] == 7
+    told = frames.as_json([results], [pd.DataFrame()], 99)[0]["models"]
+    assert [(m["dataset"], m["few_shot"]) for m in told] == [("films → toy", 7), ("toy", None), ("toy", None)]
+    tests = frames.tests_frame([results], [comparisons(results, ["B"], Options(resamples=99))])
+    assert set(tests["dataset"]) == {"films → toy"}
+
+
+def test_one_sided_asks_once_of_what_is_best_near_zero(tmp_path: Path) -> None:
+    """Two baselines are compared both ways where the question has a side, which nearness to zero has not."""
+    rows = {"ndcg@10": [0.5, 0.0, 0.2], "popularity_lift@10": [0.1, -0.2, 0.3]}
+    lines = [Line(n, [record(tmp_path, n, 1, rows)], []) for n in "AB"]
+    results = Results(Setting("toy", None, False, None), lines)
+    tests = comparisons(results, ["A", "B"], Options(resamples=99, alternative="better"))
+    assert tests["metric"].value_counts().to_dict() == {"ndcg@10": 2, "popularity_lift@10": 1}
+
+
+def test_one_user_has_no_test(tmp_path: Path) -> None:
+    lines = [Line(n, [record(tmp_path, n, 1, {"ndcg@10": [v]})], []) for n, v in (("A", 0.1), ("B", 0.2))]
+    results, options = Results(Setting("toy", None, False, None), lines), Options(resamples=99, test="randomization")
+    told = found(results, comparisons(results, ["A"], options), ["A"], options)
+    assert "There is no test of B against the baseline A." in told and "nan" not in told
+
+
+def test_too_few_draws_are_refused() -> None:
+    """1 / (99 + 1) times six comparisons is .06."""
+    entries = parse_models("Pop,BPR,SASRec,GRU4Rec,EASE,ItemKNN,Random")
+    given = {"resamples": 99, "test": "randomization"}
+    with pytest.raises(ConfigError, match=r"--resamples=99: with 6 comparisons .* give 121 or more"):
+        check_resamples(entries, ["Pop"], Options(**given))
+    check_resamples(entries, ["Pop"], Options(**given | {"resamples": 121}))
+    check_resamples(entries, ["Pop"], Options(resamples=99))
 
 
 def test_unreadable_rows_are_told(results: Results) -> None:

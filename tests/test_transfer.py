@@ -111,14 +111,17 @@ def test_settings_of_training_are_not_asked_of_the_other_data_set(both: dict[str
 
 
 def test_the_record_has_the_seed_and_data_of_what_was_ranked(both: dict[str, Any]) -> None:
-    result = run_recbole_llm(config_dict={**both, "eval_config": {"candidate_seed": 7, "eval_users": 8}})
+    asked = {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": "uni9"}
+    other = {"candidate_seed": 7, "eval_users": 8, "eval_args": asked}
+    result = run_recbole_llm(config_dict={**both, "eval_config": other})
     folder = Path(result["run_folder"])
     record = json.loads((folder / "result.json").read_text())
     own, other = (
         data_hash(LLMConfig(config_dict={**both, "dataset": d, "eval_dataset": None})) for d in ("toy", "other")
     )
     assert (record["candidate_seed"], record["data_hash"], record["training_data_hash"]) == (7, other, own)
-    assert "7 (candidates)" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "7 (candidates)" in card and "split RS" in card and "A sample of users was asked" in card
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         if len(fields) != len(columns):
             told = f"{len(fields)} fields where the header has {len(columns)}"
             raise UserError(f"{file}, line {number}: {told}: {line[:80]!r}. Mend the line or leave it out.")
-        row = dict(zip(columns, map(str.strip, fields), strict=True))
-        rows[row.pop(item_field)] = row
+        row = dict(zip(columns, fields, strict=True))
+        token = row.pop(item_field)  # as it stands, for RecBole strips no ids of interactions
+        rows[token] = {name: told.strip() for name, told in row.items()}
     return others, rows

@@ -148,10 +148,10 @@ def _rows_of(part: Dataset, split: str, users: np.ndarray) -> tuple[Interaction,
     """Rows of these users, by user and position; of every P the first, and the items of all P ``[R, P]``."""
     feat, size = part.inter_feat, part.config["next_items"]
     if len(feat) == 0:
-        raise UserError(
-            f"--eval_args: the split leaves no {split} interactions; leave-one-out needs users with at least "
-            f"{2 * size + 2} events{f' (--next_items={size})' if size > 1 else ''}."
-        )
+        ahead = f" (--next_items={size})" if size > 1 else ""
+        how, told = part.config["eval_args"]["split"], f"give other shares, or look whether {part.time_field} varies"
+        told = f"leave-one-out needs users with at least {2 * size + 2} events{ahead}" if "LS" in how else told
+        raise UserError(f"--eval_args: the split {how} leaves no {split} interactions; {told}.")
     feat = feat[torch.as_tensor(np.isin(feat[part.uid_field].numpy(), users))]
     order = np.lexsort((feat[POSITION].numpy(), feat[part.uid_field].numpy()))
     relevant = feat[part.iid_field].numpy()[order].reshape(-1, size)
@@ -190,9 +190,10 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
         if free.sum() < others:
             spare = [free_of(u).sum() + len(set(r)) for u, r in zip(rows.users, rows.relevant, strict=True)]
             most = min(spare) - rows.relevant.shape[1]
+            fewer = f"mode {rows.mode[:3]}{most} or less, or full" if most > 0 else "full, or leave such users out"
             raise UserError(
                 f"--eval_args: mode {rows.mode} needs {others} items that user {rows.user_tokens[user]} never met, "
-                f"but there are {free.sum()}. Use mode {rows.mode[:3]}{most} or less, or full."
+                f"but there are {free.sum()}. Use {fewer}."
             )
         # Each item waits for a time drawn for it alone, shorter for a popular one, and the first to come are taken: the
         # same odds as drawing one after the other, but an item that is left out moves no other.

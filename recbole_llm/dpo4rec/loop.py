@@ -31,15 +31,16 @@ from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import data_hash
+from recbole_llm.stages import split_of
 from recbole_llm.trainer import ProtocolEvaluation
 
 # What determines a trained recommender, besides data, texts and rows.
 RECOMMENDER_KEYS = tuple(
     """
     recommender_model recommender_config epochs stopping_step train_batch_size learning_rate learner weight_decay
-    clip_grad_norm eval_step seed eval_args valid_metric metrics topk metric_decimal_place MAX_ITEM_LIST_LENGTH
+    clip_grad_norm eval_step seed valid_metric metrics topk metric_decimal_place MAX_ITEM_LIST_LENGTH
     knowledge item_knowledge adaptor adaptor_width adaptor_hidden adaptor_dropout shared_experts own_experts
-    mask_history shuffle enable_amp enable_scaler
+    mask_history shuffle transform enable_amp enable_scaler
 """.split()
 )
 ALIGN_KEYS = tuple(
@@ -48,6 +49,7 @@ ALIGN_KEYS = tuple(
     lora_dropout lora_target_modules quantization
 """.split()
 )
+OF_POLICY = ("learner", "weight_decay", "clip_grad_norm")  # LLMRanker's, which alignment takes
 
 
 class DPO4RecTrainer(ProtocolEvaluation, Trainer):
@@ -195,7 +197,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self._read(texts)
         read = digest(dict(self.model.named_buffers()))  # vectors of texts and items, and who reads them
         rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
-        folder = self._folder("recommender", RECOMMENDER_KEYS, [read, rows, self.protocol.valid.digest])
+        others = [read, rows, split_of(self.config), self.protocol.valid.digest]
+        folder = self._folder("recommender", RECOMMENDER_KEYS, others)
         done = folder / "stage.json"
         with only_here(folder):
             if done.is_file():
@@ -261,7 +264,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         windows = reasoner.windows(pairs, self.config["alignment"])
         moves_draws = ("attention", "token_budget") if self.config["lora_dropout"] else ()
         keys = ALIGN_KEYS + moves_draws
-        folder = self._folder("align", keys, [reasoner.author, reasoner.texts])
+        trains = {key: reasoner.config[key] for key in OF_POLICY}
+        folder = self._folder("align", keys, [reasoner.author, reasoner.texts, trains])
         with only_here(folder):
             if (folder / "stage.json").is_file():
                 self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")

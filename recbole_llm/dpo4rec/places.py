@@ -12,6 +12,7 @@ text was written from items before the row's target, so no text ever holds an an
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,8 @@ def draw_places(config: Config, protocol: Protocol) -> Places:
             f"--pair_users={config['pair_users']}: only {len(judging)} training users have more than "
             f"{labels} training items (--reward_positions). Ask for fewer."
         )
-    reading = [int(u) for u in drawn if u not in set(judging)][: config["text_users"]]
+    judges = set(judging)
+    reading = [int(u) for u in drawn if u not in judges][: config["text_users"]]
     if config["knowledge"] != "none" and len(reading) < (config["text_users"] or 2):
         raise UserError(
             f"--text_users={config['text_users']}, --pair_users={config['pair_users']}: {len(sequences)} training "
@@ -69,11 +71,25 @@ def draw_places(config: Config, protocol: Protocol) -> Places:
     few = sum(protocol.train_ends[u] == 0 for u in asked)
     if few:
         logging.getLogger().info(f"DPO4Rec: {few} asked users have no training items, so no text.")
-    return Places(
+    places = Places(
         {u: max(1, len(sequences[u]) - last) for u in sorted(reading)},
         {u: len(sequences[u]) - labels for u in sorted(judging)},
         {u: int(protocol.train_ends[u]) for u in asked if protocol.train_ends[u]},
     )
+    if config["knowledge"] == "placebo":
+        check_placebo(places)
+    return places
+
+
+def check_placebo(places: Places) -> None:
+    """Raises UserError where one user has more than half of the texts: others' cannot stand in for all of them."""
+    written = places.written()
+    most = max(Counter(user for user, _ in written).values(), default=0)
+    if 2 * most > len(written):
+        raise UserError(
+            f"--knowledge=placebo: one user has {most} of {len(written)} texts, so there are not enough of others to "
+            "exchange them with. Raise --text_users or --eval_users."
+        )
 
 
 def trained_rows(places: Places, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -100,5 +116,10 @@ def training_loader(config: Config, protocol: Protocol, places: Places) -> Abstr
     loader = protocol.train_data
     rows = loader._dataset
     kept = trained_rows(places, *train_rows_of(protocol))
+    if not kept.any():
+        raise UserError(
+            f"--pair_users={config['pair_users']}, --reward_positions={config['reward_positions']}: their labels judge "
+            "texts, and no training row is left. Lower one of them, or raise --few_shot."
+        )
     part = rows.copy(rows.inter_feat[torch.as_tensor(kept)])
     return type(loader)(config, part, loader._sampler, shuffle=config["shuffle"])

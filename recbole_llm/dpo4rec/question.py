@@ -51,7 +51,10 @@ def described_items(config: Config, dataset: Dataset, tokenizer: Any = None) -> 
         return [len(ids) for ids in (plain_tokens(tokenizer, texts) if tokenizer else map(str.split, texts))]
 
     template = item_template(config.final_config_dict, config["dataset"])
-    return item_texts(config, dataset, count, template, title_first=config["reasoning_item"] == "auto")
+    try:
+        return item_texts(config, dataset, count, template, title_first=config["reasoning_item"] == "auto")
+    except UserError as error:
+        raise UserError(str(error).replace("--item_text", "--reasoning_item")) from None
 
 
 class Question:

@@ -35,6 +35,10 @@ def wrong_dpo4rec(settings: Mapping[str, Any]) -> list[str]:
         f"--text_encoder={settings['text_encoder']}: its vectors depend on all texts at once, which differ between "
         "iterations; use minilm, llm, or the hub id or folder of an encoder.": settings["text_encoder"]
         in ("tfidf", "none"),
+        "--recommender_config: loss_type: DPO4Rec trains by cross-entropy over all items; leave it out.": (
+            settings["recommender_config"] or {}
+        ).get("loss_type", "CE")
+        != "CE",
         f"--loss_type={settings['loss_type']}: DPO4Rec trains by cross-entropy over all items; leave it out.": settings[
             "loss_type"
         ]

@@ -104,11 +104,13 @@ def tests_caption(results: Results, metric: str, options: Options) -> str:
     )
 
 
-def harm_caption() -> str:
+def harm_caption(options: Options) -> str:
     """Where the formulas are."""
+    side = "" if options.alternative == "two-sided" else " What is best near zero is tested two-sided."
     return (
         "Popularity bias, long tail, look-alikes of the history, coverage and concentration of the top K; formulas and "
         "caveats: docs/harm.md. Arrows: which values are good. Seeds, tests and marks as in the table of results."
+        + side
     )
 
 

@@ -97,7 +97,7 @@ def _data(record: Mapping[str, Any]) -> str:
 
 
 def _protocol(config: LLMConfig, record: Mapping[str, Any]) -> str:
-    split = ", ".join(f"{kind} {how}" for kind, how in config["eval_args"]["split"].items())
+    split = ", ".join(f"{kind} {how}" for kind, how in record["split"].items())
     of = "" if record["dataset"] == record["training_dataset"] else f" of {record['dataset']}"
     ahead = "" if record["next_items"] == 1 else f", the next {record['next_items']} items"
     history = f"; histories of up to {config['MAX_ITEM_LIST_LENGTH']} items" if config["MAX_ITEM_LIST_LENGTH"] else ""
@@ -179,7 +179,7 @@ def _limits(config: LLMConfig, record: Mapping[str, Any]) -> list[str]:
         mixed = "" if weight == 1 else f", mixed with its scores (share of the LLM {weight})"
         told = f"The LLM reorders the top {config['rerank_topk']} of {base}{mixed}"
         limits.append(f"{told}; what {base} misses it cannot find.")
-    if config["eval_users"]:
+    if record["eval_users"]:
         limits.append(f"A sample of users was asked: {record['rows']:,} rows.")
     if record["few_shot"]:
         limits.append(f"Trained on {record['training_users']} users alone.")

@@ -14,7 +14,7 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, write_json, write_text
-from recbole_llm.harm import HARM
+from recbole_llm.harm import CATALOGUE, HARM
 from recbole_llm.pair_metrics import PAIR_METRICS
 from recbole_llm.report import frames
 from recbole_llm.report.entries import Entry, Options, parse_models, split_options
@@ -24,7 +24,7 @@ from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
 from recbole_llm.report.report import report
 from recbole_llm.report.results import GENERATED, Results, collect
-from recbole_llm.report.significance import baselines, comparisons
+from recbole_llm.report.significance import baselines, check_resamples, comparisons
 from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
 from recbole_llm.report.tune import Tuned, tuned_frame
@@ -64,6 +64,7 @@ def compare(
     against = baselines(entries, options)
     _check_names(entries, options)
     check_tuned_from(entries, options)
+    check_resamples(entries, against, options)
     _check_out(options)
     grid = cells(entries, options, shared, dataset)
     _check_metrics(grid, options)
@@ -110,8 +111,11 @@ def _metrics_of(config: LLMConfig) -> Iterator[str]:
     if answers == 2:
         yield from PAIR_METRICS
     topk = [k for k in config["topk"] if answers is None or k < answers]
+    asked = {metric.lower() for metric in config["metrics"]}
     for name in HARM:
         if name.startswith("hallucination") and config["encoder"] == "none":
+            continue
+        if CATALOGUE.get(name) in asked:
             continue
         if name != "hallucination_base":
             yield from (f"{name}@{k}" for k in topk)
@@ -204,7 +208,7 @@ def _tables(
     for number, (results, compared) in enumerate(zip(every, tests, strict=True), start=1):
         found.append(results_table(results, compared, against, options, number))
         found.append(significance_table(results, compared, options, number))
-        found.append(harm_table(results, compared, against, number))
+        found.append(harm_table(results, compared, against, options, number))
     return [table for table in found if table]
 
 

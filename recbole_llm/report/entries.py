@@ -57,7 +57,6 @@ class Options:
 
 # Keys of a comparison as typed, where they are not the attributes' names.
 TYPED = {"datasets": "dataset", "few_shots": "few_shot"}
-OPTION_KEYS = {TYPED.get(f.name, f.name) for f in fields(Options)}
 
 
 def _each(check: Check) -> Check:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_llm.report.results import Line, Results
+from recbole_llm.report.results import Line, Results, from_to, training_data
 from recbole_llm.report.significance import LEVEL
 from recbole_llm.report.stats import bootstrap_interval
 
@@ -27,8 +27,11 @@ def setting_columns(results: Results) -> dict[str, Any]:
 
 
 def line_columns(line: Line) -> dict[str, Any]:
-    """Where a line has training users of its own, they win over the table's."""
-    return {"few_shot": line.runs[0].get("few_shot")} if line.runs else {}
+    """Where a line has training data or users of its own, they win over the table's."""
+    if not line.runs:
+        return line.trained_on
+    run = line.runs[0]
+    return {"dataset": from_to(run["dataset"], [training_data(run)]), "few_shot": run.get("few_shot")}
 
 
 def results_frame(every: Sequence[Results]) -> pd.DataFrame:
@@ -107,8 +110,9 @@ def tests_frame(every: Sequence[Results], tests: Sequence[pd.DataFrame]) -> pd.D
         frame = found.copy()
         for place, (name, value) in enumerate(setting_columns(results).items()):
             frame.insert(place, name, value)
-        own = {line.label: line_columns(line)["few_shot"] for line in results.finished}
-        frame["few_shot"] = frame["model"].map(own)
+        own = {line.label: line_columns(line) for line in results.finished}
+        for name in ("dataset", "few_shot"):
+            frame[name] = [own[model][name] for model in frame["model"]]
         frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["dataset", "metric", "model"])
 
@@ -138,6 +142,7 @@ def _model(line: Line, spans: pd.DataFrame, versions: dict[str, str] | None) -> 
     """``versions`` are the table's; a run that had others says which."""
     return {
         "model": line.label,
+        **line_columns(line),
         "runs": [
             {"seed": run["seed"], "run": run["run_hash"], "device": run["device"], "metrics": run["metrics"]}
             | ({} if run["versions"] == versions else {"versions": run["versions"]})

@@ -115,15 +115,16 @@ def cells(
     for setting in settings_of(options, dataset):
         asked = {}
         for entry in entries:
-            own = (options.per_model or {}).get(entry.model, {}) | entry.settings
+            own = _laid_over((options.per_model or {}).get(entry.model, {}), entry.settings)
             own |= (chosen or {}).get((entry.label, setting), {})
             # A seed of its own is one run, and counts as one.
             for seed in (own["seed"],) if "seed" in own else options.seeds or (None,):
-                mine = _of_axes(shared, setting, seed) | own
+                mine = _laid_over(_of_axes(shared, setting, seed), own)
                 try:
                     config = LLMConfig(entry.model, mine.get("dataset", setting.dataset), None, mine)
                     check_recommenders(config)
                     asked[entry.label] = eval_config_of(config)
+                    _check_mode(setting, asked[entry.label])
                 except ConfigError as error:
                     for problem in error.problems:
                         problems.setdefault(problem, []).append(entry.label)
@@ -151,6 +152,24 @@ def _of_axes(shared: dict[str, Any], setting: Setting, seed: int | None) -> dict
         valid = mode if isinstance(mode, dict) else {"valid": mode}
         mine["eval_args"] = {**(asked if isinstance(asked, dict) else {}), "mode": {**valid, "test": setting.mode}}
     return mine
+
+
+def _laid_over(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Both; where they disagree ``own`` wins, which changes of ``eval_args`` only the entries that it names."""
+    asked: list[dict[str, Any]] = [s["eval_args"] for s in (settings, own) if isinstance(s.get("eval_args"), dict)]
+    if len(asked) < 2:
+        return settings | own
+    modes = [a["mode"] for a in asked if isinstance(a.get("mode"), dict)]
+    merged = asked[0] | asked[1] | ({"mode": modes[0] | modes[1]} if len(modes) == 2 else {})
+    return settings | own | {"eval_args": merged}
+
+
+def _check_mode(setting: Setting, asked: LLMConfig) -> None:
+    """Raises ConfigError where a run would be asked otherwise than its table says."""
+    mode = asked["eval_args"]["mode"]["test"]
+    if setting.mode not in (None, mode):
+        told = f"--modes={setting.mode}: eval_args of the model's own (or of --eval_config) ask {mode}"
+        raise ConfigError([f"{told}; leave out its mode."])
 
 
 def _unlike(asked: dict[str, LLMConfig]) -> Iterator[str]:

@@ -61,8 +61,9 @@ def draw(every: Sequence[Results], options: Options) -> Iterator[Plot]:
     for number, results in enumerate(every, start=1):
         trained_on = (results.setting.dataset, results.setting.few_shot)
         if trained_on not in seen:  # how the test asks changes no training
-            yield from training(results, number, looks)
-        seen.add(trained_on)
+            for plot in training(results, number, looks):
+                seen.add(trained_on)
+                yield plot
 
 
 def metric_bars(told: Told, looks: Styles, resamples: int) -> Plot:

@@ -119,8 +119,14 @@ def _protocol(comparison: Comparison) -> str:
     return _section("protocol", "Protocol", f"<dl>{rows}</dl>") if facts else ""
 
 
+def _asked_of(run: dict[str, Any]) -> dict[str, Any]:
+    """``eval_args``, with the split of what was ranked; runs of older versions record only that of training data."""
+    told = _config(run).get("eval_args", {})
+    return {**told, "split": run["split"]} if "split" in run else told
+
+
 def _asked(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    evaluation = [_config(run).get("eval_args", {}) for run in runs]
+    evaluation = [_asked_of(run) for run in runs]
     split = [
         ", ".join(f"{kind} {how}" for kind, how in told["split"].items()) + f", order {told['order']}"
         for told in evaluation

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Line:
         label: as the user typed it, or the name given for it.
         runs: records of the finished runs, one a seed.
         errors: why the others failed.
+        trained_on: ``dataset`` and ``few_shot`` of its settings; what runs record wins.
     """
 
     label: str
     runs: list[dict[str, Any]]
     errors: list[str]
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
@@ -86,13 +88,18 @@ class Results:
         """The data set; with ``eval_dataset`` those that were trained on before it."""
         if not self.records:
             return self.setting.dataset
-        ranked, trained = self.records[0]["dataset"], dict.fromkeys(map(training_data, self.records))
-        return ranked if list(trained) == [ranked] else f"{' / '.join(trained)} → {ranked}"
+        return from_to(self.records[0]["dataset"], map(training_data, self.records))
 
     def metrics(self) -> list[str]:
         """What every finished run has, and what of free answers any has, in the order of the first that has it."""
         every = dict.fromkeys(m for run in self.records for m in run["metrics"])
         return [m for m in every if m.startswith(GENERATED) or all(m in run["metrics"] for run in self.records)]
+
+
+def from_to(ranked: str, trained: Iterable[str]) -> str:
+    """The data set that was ranked, behind those that were trained on where they are others."""
+    names = list(dict.fromkeys(trained))
+    return ranked if names == [ranked] else f"{' / '.join(names)} → {ranked}"
 
 
 def training_data(run: dict[str, Any]) -> str:
@@ -115,16 +122,19 @@ def collect(
         UserError: runs of one setting were evaluated on different candidates, or the candidates of a run were changed
             since.
     """
-    found: dict[Setting, dict[str, tuple[list[Any], list[str]]]] = {}
+    found: dict[Setting, dict[str, Line]] = {}
     for cell, record in zip(cells, records, strict=True):
         if "metrics" in record:
             check_saved_rows(Path(record["run_folder"]), record)
-        runs, errors = found.setdefault(cell.setting, {}).setdefault(cell.entry.label, ([], []))
-        runs.append(record) if "metrics" in record else errors.append(record["error"])
-    every = [
-        Results(setting, [Line((names or {}).get(label, label), *both) for label, both in lines.items()])
-        for setting, lines in found.items()
-    ]
+        label, config = cell.entry.label, cell.config
+        trained_on = {
+            "dataset": from_to(config["eval_dataset"] or config["dataset"], [config["dataset"]]),
+            "few_shot": config["few_shot"],
+        }
+        new = Line((names or {}).get(label, label), [], [], trained_on)
+        line = found.setdefault(cell.setting, {}).setdefault(label, new)
+        line.runs.append(record) if "metrics" in record else line.errors.append(record["error"])
+    every = [Results(setting, list(lines.values())) for setting, lines in found.items()]
     for results in every:
         check_same_candidates(results)
     return every

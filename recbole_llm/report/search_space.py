@@ -166,7 +166,9 @@ def _wrong_keys(config: LLMConfig, parameters: list[Parameter]) -> list[str]:
         if p.key in everyones - {"MAX_ITEM_LIST_LENGTH"}:
             problems.append(f"{p.key}: it is the same for every model, so it is not searched; leave it out.")
         values = p.bounds if p.kind == "choice" else p.bounds[:2]
-        told = [t for value in values for t in wrong_values({p.key: value}, config.recbole_defaults)]
+        asked = [(p.key, value) for value in values]
+        asked += [(key, value) for key, listed in p.unless.items() if key in known for value in listed]
+        told = [t for key, value in asked for t in wrong_values({key: value}, config.recbole_defaults)]
         problems += [t.removeprefix("--") for t in told]
     return problems
 

@@ -38,6 +38,22 @@ def baselines(entries: Sequence[Entry], options: Options) -> list[str]:
     return found
 
 
+def check_resamples(entries: Sequence[Entry], against: Sequence[str], options: Options) -> None:
+    """Raises ConfigError where a randomisation test has too few draws to show anything after Holm's correction."""
+    if options.test != "randomization":
+        return
+    both = len(against) * (len(against) - 1)  # pairs of two baselines, which two-sided are asked once
+    asked = len(against) * (len(entries) - 1) - (both // 2 if options.alternative == "two-sided" else 0)
+    least = int(asked / options.alpha) + 1
+    if options.resamples + 1 < least:
+        raise ConfigError(
+            [
+                f"--resamples={options.resamples}: with {asked} comparisons a metric no p-value could fall below "
+                f"--alpha={options.alpha:g} after Holm's correction; give {least} or more, or --test=t."
+            ]
+        )
+
+
 def comparisons(results: Results, against: Sequence[str], options: Options) -> pd.DataFrame:
     """Tests, intervals and effect sizes of one table.
 
@@ -53,9 +69,10 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
         ci_low, ci_high`` (95 %), ``t, p_t, p_randomization, p_holm`` (of the test that ``test`` names), ``d, wins,
         ties, losses, detectable`` (see ``stats``) and ``verdict``: better, worse or empty.
     """
-    pairs = _pairs(results.finished, against, options)
-    metrics = [m for m in results.metrics() if pairs and m in pairs[0][0].users and direction(m)]
-    rows = [(metric, *pair) for metric in metrics for pair in pairs]
+    pairs = {way: _pairs(results.finished, against, way) for way in ("two-sided", options.alternative)}
+    known = results.finished[0].users if results.finished else ()
+    metrics = [m for m in results.metrics() if m in known and direction(m)]
+    rows = [(metric, *pair) for metric in metrics for pair in pairs[_alternative(metric, options)]]
     if not rows:
         return pd.DataFrame()
     # The same numbers over seeds in another order have another last digit; that is no difference.
@@ -85,13 +102,17 @@ def _stacked(differences: Iterable[np.ndarray]) -> np.ndarray:
     return np.where(np.abs(found) < TIE, 0.0, found)
 
 
-def _pairs(lines: Sequence[Line], against: Sequence[str], options: Options) -> list[tuple[Line, Line]]:
+def _alternative(metric: str, options: Options) -> str:
+    return "two-sided" if direction(metric) == "zero" else options.alternative
+
+
+def _pairs(lines: Sequence[Line], against: Sequence[str], alternative: str) -> list[tuple[Line, Line]]:
     """Model and baseline; where both are baselines once, but one-sided both ways, which are two questions."""
     by_label = {line.label: line for line in lines}
     pairs, met = [], set()
     for name in (n for n in against if n in by_label):
         for line in lines:
-            asked = frozenset((line.label, name)) in met and options.alternative == "two-sided"
+            asked = frozenset((line.label, name)) in met and alternative == "two-sided"
             if line.label != name and not asked:
                 met.add(frozenset((line.label, name)))
                 pairs.append((line, by_label[name]))

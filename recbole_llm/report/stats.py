@@ -8,7 +8,6 @@ tests do not (Ihemelandu & Ekstrand, SIGIR 2023, arXiv:2305.02461).
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -16,7 +15,6 @@ import numpy as np
 from scipy import stats
 
 AT_ONCE = 2**24  # random numbers held in memory
-ALTERNATIVES = ("two-sided", "better")
 
 
 def paired_t(
@@ -42,11 +40,16 @@ def paired_t(
             t[row], p[row] = stats.ttest_1samp(given[row][~np.isnan(given[row])], 0.0, alternative=side)
     most, users = np.nanmax(np.abs(given), axis=1), (~np.isnan(given)).sum(axis=1)
     flips = np.minimum(0.5**users * (2 if alternative == "two-sided" else 1), 1.0)
-    alike = np.nanmax(given, axis=1) - np.nanmin(given, axis=1) <= 1e-9 * most  # 1 - 2/3 is not 1/3 to the last bit
-    alike &= users > 1  # of one there is no test
+    alike = _alike(given)
     against = (alternative != "two-sided") & (np.nanmean(given, axis=1) < 0)
     t, p = np.where(alike, np.copysign(np.inf, t), t) * sign, np.where(alike, np.where(against, 1.0, flips), p)
     return np.where(most == 0, 0.0, t), np.where(most == 0, 1.0, p)
+
+
+def _alike(rows: np.ndarray) -> np.ndarray:
+    """Rows of one value for several users, but for rounding: 1 - 2/3 is not 1/3 to the last bit ``[C]``."""
+    span = np.nanmax(rows, axis=1) - np.nanmin(rows, axis=1)
+    return (span <= 1e-9 * np.nanmax(np.abs(rows), axis=1)) & ((~np.isnan(rows)).sum(axis=1) > 1)
 
 
 def sign_flip(
@@ -107,11 +110,14 @@ def bootstrap_interval(
 
 
 def effect_size(differences: np.ndarray) -> np.ndarray:
-    """Cohen's d of paired differences ``[C]``: their mean over their standard deviation (n - 1); 0 where all are 0."""
+    """Cohen's d of paired differences ``[C]``: their mean over their standard deviation (n - 1).
+
+    0 where all are 0; infinite where all are the same.
+    """
     mean = np.nanmean(differences, axis=1)
     with np.errstate(all="ignore"):
         d = mean / np.nanstd(differences, axis=1, ddof=1)
-    return np.where(mean == 0, 0.0, d)
+    return np.where(mean == 0, 0.0, np.where(_alike(differences), np.copysign(np.inf, mean), d))
 
 
 def win_tie_loss(gains: np.ndarray) -> np.ndarray:
@@ -138,4 +144,5 @@ def detectable(differences: np.ndarray, alpha: float = 0.05, power: float = 0.8)
     """
     n = (~np.isnan(differences)).sum(1)
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
-    return z * np.nanstd(differences, axis=1, ddof=1) / np.array([math.sqrt(x) for x in n])
+    spread = np.where(_alike(differences), 0.0, np.nanstd(differences, axis=1, ddof=1))
+    return z * spread / np.sqrt(n)

@@ -96,7 +96,7 @@ def _against(
 ) -> str:
     """The best against a baseline; ``alone`` there is no other best."""
     row = _pair(tests, model, baseline)
-    if row is None or np.isnan(row["p_holm"]):  # a single user
+    if row is None or row["users"] < 2:
         return f"There is no test of {model} against the baseline {baseline}."
     none = "not told apart from" if options.alternative == "two-sided" else "not significantly better than"
     relation = {"better": "significantly better than", "worse": "significantly worse than", "": none}

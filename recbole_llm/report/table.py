@@ -57,18 +57,21 @@ def results_table(
     tested = [b for b in against if any(line.label == b for line in results.finished)]
     used = {b: letters[b] for b in tested} if not tests.empty and (tests["verdict"] != "").any() else {}
     body = _metric_columns(results.finished, columns, tests, letters)
+    header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)] + ["Result"] * (not columns)
+    failed = [Value("failed"), *[Value("")] * (len(header) - 2)]
     rows = [
-        [Value(_lettered(line.label, used)), *(body[line.label] if line.runs else _failed(len(columns)))]
+        [Value(_lettered(line.label, used)), *((body[line.label] or [Value("")]) if line.runs else failed)]
         for line in results.lines
     ]
-    header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
     told = caption(results, tests, tested, options, used)
     lacks = [m for m in options.table_metrics or () if results.records and m.lower() not in map(str.lower, columns)]
     notes = [f"{m}: not every run has it." for m in lacks] + _notes(results)
     return Table(f"results-{number}", results.title, told, header, rows, notes=notes)
 
 
-def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], number: int) -> Table | None:
+def harm_table(
+    results: Results, tests: pd.DataFrame, against: Sequence[str], options: Options, number: int
+) -> Table | None:
     """What the rankings do besides hitting, at the largest K; None where nothing is known of it."""
     columns = _largest_k([m for m in results.metrics() if is_harm(m)])
     if not columns:
@@ -77,7 +80,7 @@ def harm_table(results: Results, tests: pd.DataFrame, against: Sequence[str], nu
     body = _metric_columns(results.finished, columns, tests, letters)
     rows = [[Value(line.label), *body[line.label]] for line in results.finished]
     header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
-    return Table(f"harm-{number}", f"Harm: {results.title}", harm_caption(), header, rows)
+    return Table(f"harm-{number}", f"Harm: {results.title}", harm_caption(options), header, rows)
 
 
 def significance_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:
@@ -234,10 +237,6 @@ def _spread(values: pd.Series | None) -> str:
     if values is None or values.notna().sum() < 2:
         return ""
     return f"{values.std(ddof=1):.{DIGITS}f}"
-
-
-def _failed(columns: int) -> list[Value]:
-    return [Value("failed"), *[Value("")] * (columns - 1)][:columns]
 
 
 def _notes(results: Results) -> list[str]:

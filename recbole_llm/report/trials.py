@@ -106,6 +106,8 @@ def _kept(file: Path, number: int, values: dict[str, Any]) -> Trial | None:
         return Trial(number, values, record["score"], record["seconds"], record["error"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error}). Remove it: the trial is done again.") from error
 
 
 def _keep(file: Path, config: LLMConfig, done: Trial, result: dict[str, float] | None, where: str | None) -> None:
