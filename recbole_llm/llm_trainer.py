@@ -238,13 +238,12 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         template = load_template(self.config["prompt"], self.config.properties)
         weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
         settings = [self.config["quantization"], self.config["lora_alpha"]]
-        counts = fill_reference(
-            stage.windows,
-            model.reference_logps,
-            folder=stage.folder / "reference",
-            policy=content_hash([weights, settings, template, versions()]),
-            show_progress=show_progress,
-        )
+        policy = content_hash([weights, settings, template, model.llm.device.partition(":")[0], versions()])
+        folder = Path(self.config["checkpoint_dir"]) / "stages" / f"reference-{policy[:12]}"  # of all losses over it
+        with only_here(folder):
+            counts = fill_reference(
+                stage.windows, model.reference_logps, folder=folder, policy=policy, show_progress=show_progress
+            )
         if counts["read"]:
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
         return counts

@@ -1,7 +1,8 @@
 """Reference log-probs of a preference stage's pairs, each computed once and kept on disk as they come.
 
 A part of the windows has a file of its own, named by the SHA-256 of all that its numbers depend on. So a run that was
-killed goes on where it was, and what was computed for another adapter, prompt or pair is never read.
+killed goes on where it was, losses over the same policy and pairs (DMPO and S-DPO, trials of a search) share them, and
+what was computed for another adapter, prompt or pair is never read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def fill_reference(
     Args:
         windows: what the stage trains on.
         logps: log-probs by the policy, nats.
-        folder: where they are kept; files of other pairs or another policy are removed.
+        folder: where they are kept.
         policy: hash of all that they depend on but the windows: weights, prompts, item texts, code.
 
     Returns:
@@ -44,7 +45,7 @@ def fill_reference(
     Raises:
         UserError: the folder cannot be written.
     """
-    positions, kept = {"read": 0, "computed": 0}, set()
+    positions = {"read": 0, "computed": 0}
     starts = range(0, len(windows), WINDOWS_AT_ONCE)
     for first in bar(iterable=starts, desc="Reference log-probs", disable=not show_progress):
         part = windows[first : first + WINDOWS_AT_ONCE]
@@ -58,14 +59,7 @@ def fill_reference(
         windows[first : first + WINDOWS_AT_ONCE] = [
             replace(w, reference=r) for w, r in zip(part, reference, strict=True)
         ]
-        kept.add(file)
-    from_first(partial(_forget, set(folder.glob("*.safetensors*")) - kept))
     return positions
-
-
-def _forget(stale: set[Path]) -> None:
-    for file in stale:
-        file.unlink()
 
 
 def _write(file: Path, reference: list[list[list[float]]]) -> None:

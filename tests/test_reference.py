@@ -61,7 +61,7 @@ def values(stage: Stage) -> list[list[list[float]]]:
 
 
 def parts(stage: Stage) -> list[Path]:
-    return sorted((stage.folder / "reference").iterdir())
+    return sorted(stage.folder.parent.glob("reference-*/*.safetensors"))
 
 
 @pytest.mark.parametrize("prompt", ["stream", "instruct", "pair"])
@@ -145,17 +145,28 @@ def test_nothing_stale_is_read(settings: dict[str, Any], tmp_path: Path, what: s
         last = stage.windows[-1]
         stage.windows[-1] = replace(last, rejected=tuple((r[1], r[0]) for r in last.rejected))
     counts, _ = filled(trainer, stage)
-    kept = set(before) & set(parts(stage))
-    assert len(parts(stage)) == len(before)  # and what nobody reads any more is gone
+    new = set(parts(stage)) - set(before)
     if what == "rejected":  # one part of them
-        assert counts["computed"] == sum(len(w.targets) for w in stage.windows[len(kept) * 8 :])
-        assert len(kept) == len(before) - 1
+        assert counts["computed"] == sum(len(w.targets) for w in stage.windows[(len(before) - 1) * 8 :])
+        assert len(new) == 1
     else:
-        assert counts["read"] == 0 and not kept
+        assert counts["read"] == 0 and len(new) == len(before)
     trainer.model.eval()
     with torch.no_grad():
         logps = trainer.model.window_logps([stage.windows[-1]])
     torch.testing.assert_close(torch.tensor(stage.windows[-1].reference), logps, atol=1e-4, rtol=0)
+
+
+def test_losses_over_one_policy_share_them(settings: dict[str, Any]) -> None:
+    """Of the same pairs; another number of rejected items is other pairs."""
+    settings |= {"epochs": 1}
+    counts = {}
+    for loss, more in (("DMPO", {}), ("SDPO", {"beta": 0.5}), ("DPO", {"rejected_num": 1})):
+        result = run_recbole_llm(config_dict={**settings, "loss": loss, **more})
+        record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
+        counts[loss] = {name: n > 0 for name, n in record["stages"][1]["reference"].items()}
+    new, known = {"read": False, "computed": True}, {"read": True, "computed": False}
+    assert counts == {"DMPO": new, "SDPO": known, "DPO": new}
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "changed", "other"])
@@ -174,10 +185,12 @@ def test_a_damaged_part_is_computed_again(settings: dict[str, Any], damage: str)
     assert file.read_bytes() == sound
 
 
-def test_a_folder_that_cannot_be_written(settings: dict[str, Any]) -> None:
+def test_a_folder_that_cannot_be_written(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     trainer, stage = preference(settings)
-    stage.folder.mkdir(parents=True)
-    (stage.folder / "reference").write_text("")
+    monkeypatch.setattr(reference, "save_file", no_room)
     with pytest.raises(UserError, match="--checkpoint_dir: reference log-probs could not be kept.*Free some space"):
         filled(trainer, stage)
 
