@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from recbole_llm.files import write_json, write_text
 from recbole_llm.report.entries import Options
 from recbole_llm.report.formats import markdown as as_markdown
 from recbole_llm.report.frames import results_frame
-from recbole_llm.report.results import Line, Results
+from recbole_llm.report.results import Results
 from recbole_llm.report.table import costs_table, harm_table, results_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -54,11 +55,11 @@ def keep(done: dict[str, Any], name: str, folder: str, note: str = "", names: di
         {**run, "entry": run["label"], "label": (names or {}).get(run["label"], run["label"])} for run in done["runs"]
     ]
     shown = [
-        Results(r.setting, [Line((names or {}).get(li.label, li.label), li.runs, li.errors) for li in r.lines])
+        Results(r.setting, [replace(line, label=(names or {}).get(line.label, line.label)) for line in r.lines])
         for r in done["results"]
     ]
     tables = [results_table(r, pd.DataFrame(), [], Options(), i) for i, r in enumerate(shown)]
-    tables += [t for i, r in enumerate(shown) if (t := harm_table(r, pd.DataFrame(), [], i))]
+    tables += [t for i, r in enumerate(shown) if (t := harm_table(r, pd.DataFrame(), [], Options(), i))]
     markdown = (f"{note}\n\n" if note else "") + "\n".join(map(as_markdown, [*tables, costs_table(shown)]))
     write_text(home / f"{name}.md", markdown)
     write_text(home / f"{name}.csv", results_frame(shown).to_csv(index=False))

@@ -83,8 +83,9 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
         problems += [told for told, wrong in _wrong_training(settings).items() if wrong]
         problems += _wrong_switches(settings)
     problems += [
-        f"--{key}={settings[key]}: the training of an LLM does not read it. Leave it out (see --dtype), or give it to "
-        "a recommender that serves the run by --recommender_config."
+        f"--{key}={settings[key]}: the training of an LLM does not read it. Leave it out, or give it to the "
+        f"model that does: in a comparison SASRec[{key}={settings[key]}]; one that serves the run takes it from "
+        "--recommender_config."
         for key, default in keys.NOT_OF_LLMS.items()
         if settings.get(key, default) != default
     ]

@@ -193,6 +193,8 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         }
         if stage.loss != "SFT":
             still = from_first(partial(standstill, self.metrics_file, stage.loss))
+            if self.resumed:  # what the references took is among the earlier seconds
+                reference = (reference or {}) | {"seconds": 0.0, "cpu_seconds": 0.0}
             record |= {"reference": reference, "displacement": self.displacement.facts(), "standstill": still}
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
@@ -232,18 +234,20 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         write_text(self.metrics_file, told)
         return len(told.splitlines())
 
-    def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, int]:
+    def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, Any]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
         model = self.model
         template = load_template(self.config["prompt"], self.config.properties)
         weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
         settings = [self.config["quantization"], self.config["lora_alpha"]]
         policy = content_hash([weights, settings, template, model.llm.device.partition(":")[0], versions()])
-        folder = Path(self.config["checkpoint_dir"]) / "stages" / f"reference-{policy[:12]}"  # of all losses over it
-        with only_here(folder):
-            counts = fill_reference(
-                stage.windows, model.reference_logps, folder=folder, policy=policy, show_progress=show_progress
-            )
+        counts = fill_reference(
+            stage.windows,
+            model.reference_logps,
+            stages=stage.folder.parent,
+            policy=policy,
+            show_progress=show_progress,
+        )
         if counts["read"]:
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
         return counts

@@ -11,15 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recbole_llm.costs import Clock
 from recbole_llm.data.prompt import Window
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import UserError
-from recbole_llm.files import content_hash, whole
+from recbole_llm.files import content_hash, only_here, whole
 from recbole_llm.llm.adapter import digest
 from recbole_llm.progress import bar
 
@@ -29,46 +31,55 @@ Logps = Callable[[Sequence[Window]], list[list[list[float]]]]  # windows -> log-
 
 
 def fill_reference(
-    windows: list[Window], logps: Logps, *, folder: Path, policy: str, show_progress: bool
-) -> dict[str, int]:
+    windows: list[Window], logps: Logps, *, stages: Path, policy: str, show_progress: bool
+) -> dict[str, Any]:
     """Give each window, in place, the log-probs of its pairs by the policy as it is now.
 
     Args:
         windows: what the stage trains on.
         logps: log-probs by the policy, nats.
-        folder: where they are kept.
+        stages: folder of all stages. They are kept in ``reference-<hash of policy and pairs>`` there, on which one
+            process works at a time.
         policy: hash of all that they depend on but the windows: weights, prompts, item texts, code.
 
     Returns:
-        Positions that were ``read`` and ``computed``.
+        Positions that were ``read`` and ``computed``, and what those read had taken (``seconds``, ``cpu_seconds``).
 
     Raises:
         UserError: the folder cannot be written.
     """
-    positions = {"read": 0, "computed": 0}
-    starts = range(0, len(windows), WINDOWS_AT_ONCE)
-    for first in bar(iterable=starts, desc="Reference log-probs", disable=not show_progress):
-        part = windows[first : first + WINDOWS_AT_ONCE]
-        pairs = [[w.user, w.items, w.targets, w.also, w.rejected] for w in part]
-        file = folder / f"{content_hash([policy, pairs])[:32]}.safetensors"
-        reference = from_first(partial(_read, file, part))
-        positions["computed" if reference is None else "read"] += sum(len(w.targets) for w in part)
-        if reference is None:
-            reference = logps(part)
-            from_first(partial(_write, file, reference))
-        windows[first : first + WINDOWS_AT_ONCE] = [
-            replace(w, reference=r) for w, r in zip(part, reference, strict=True)
-        ]
-    return positions
+    counts = {"read": 0, "computed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    parts = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
+    names = [content_hash([policy, [[w.user, w.items, w.targets, w.also, w.rejected] for w in p]])[:32] for p in parts]
+    folder = stages / f"reference-{content_hash(names)[:12]}"
+    named = [*zip(names, parts, strict=True)]
+    windows.clear()
+    with only_here(folder):
+        for name, part in bar(iterable=named, desc="Reference log-probs", disable=not show_progress):
+            file = folder / f"{name}.safetensors"
+            known = from_first(partial(_read, file, part))
+            counts["computed" if known is None else "read"] += sum(len(w.targets) for w in part)
+            if known is None:
+                clock = Clock()
+                reference = logps(part)
+                from_first(partial(_write, file, reference, clock.spent()))
+            else:
+                reference, seconds, cpu_seconds = known
+                counts["seconds"] += seconds
+                counts["cpu_seconds"] += cpu_seconds
+            windows += [replace(w, reference=r) for w, r in zip(part, reference, strict=True)]
+    return counts
 
 
-def _write(file: Path, reference: list[list[list[float]]]) -> None:
+def _write(file: Path, reference: list[list[list[float]]], spent: tuple[float, float]) -> None:
     # One tensor a window: their numbers of chosen and rejected items need not agree.
     tensors = {str(number): torch.tensor(logps) for number, logps in enumerate(reference)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as beside:
-            save_file(tensors, beside, metadata={"sha256": digest(tensors)})
+            seconds, cpu_seconds = map(str, spent)
+            known = {"sha256": digest(tensors), "seconds": seconds, "cpu_seconds": cpu_seconds}
+            save_file(tensors, beside, metadata=known)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"--checkpoint_dir: reference log-probs could not be kept in {file.parent} ({error}). Free some space, or "
@@ -76,14 +87,15 @@ def _write(file: Path, reference: list[list[list[float]]]) -> None:
         ) from error
 
 
-def _read(file: Path, windows: Sequence[Window]) -> list[list[list[float]]] | None:
-    """What ``_write`` wrote for these windows; None if it is not there or damaged."""
+def _read(file: Path, windows: Sequence[Window]) -> tuple[list[list[list[float]]], float, float] | None:
+    """What ``_write`` wrote for these windows, and seconds by clock and processor; None if not there or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            expected = (stored.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
+            known = stored.metadata() or {}
+            spent = float(known["seconds"]), float(known["cpu_seconds"])
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    if digest(tensors) != expected or len(tensors) != len(windows):
+    if digest(tensors) != known.get("sha256") or len(tensors) != len(windows):
         return None
-    return [tensors[str(number)].tolist() for number in range(len(windows))]
+    return [tensors[str(number)].tolist() for number in range(len(windows))], *spent

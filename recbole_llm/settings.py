@@ -155,3 +155,15 @@ def read_yamls(files: list[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def laid_over(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Both; where they disagree ``own`` wins, which changes of ``eval_args``, and of its mode, only what it names."""
+    asked = [s["eval_args"] for s in (settings, own) if isinstance(s.get("eval_args"), dict)]
+    if len(asked) < 2:
+        return settings | own
+    merged = asked[0] | asked[1]
+    if "mode" in asked[0] and isinstance(asked[1].get("mode"), dict):
+        before = asked[0]["mode"]
+        merged["mode"] = (before if isinstance(before, dict) else {"valid": before, "test": before}) | asked[1]["mode"]
+    return settings | own | {"eval_args": merged}

@@ -8,6 +8,7 @@ from recbole_llm import keys
 from recbole_llm.checks import SWITCHES
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
+from recbole_llm.settings import laid_over
 
 # What `eval_config` may hold: how that data set is read, whom it asks and what.
 MAY_DIFFER = keys.READING_KEYS | {"eval_args", "eval_users", "candidate_seed", "min_disliked", "liked_only", "encoder"}
@@ -46,6 +47,6 @@ def eval_config_of(config: LLMConfig) -> LLMConfig:
     left_out = belongs | OF_TRAINING | keys.TRAINING_KEYS
     shared = {k: v for k, v in config.external_config_dict.items() if k not in left_out}
     try:
-        return LLMConfig(config["model"], config["eval_dataset"], None, {**shared, **own})
+        return LLMConfig(config["model"], config["eval_dataset"], None, laid_over(shared, own))
     except ConfigError as error:
         raise ConfigError([f"--eval_dataset={config['eval_dataset']}: {p}" for p in error.problems]) from None

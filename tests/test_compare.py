@@ -21,7 +21,7 @@ from recbole_llm.report import jobs
 from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import TYPED, Entry, Options, parse_models, split_options
 from recbole_llm.report.grid import cells
-from recbole_llm.settings import PROPERTIES, read_yaml
+from recbole_llm.settings import PROPERTIES, laid_over, read_yaml
 
 SASREC = "SASRec[hidden_size=8,inner_size=8,n_layers=1,n_heads=1]"
 
@@ -215,6 +215,9 @@ def test_an_axis_of_modes_meets_a_split_of_a_models_own(toy: dict[str, Any]) -> 
     asked = [cell.config["eval_args"] for cell in grid]
     assert [a["mode"]["test"] for a in asked] == [cell.setting.mode for cell in grid] == ["uni9"] * 2 + ["full"] * 2
     assert all(a["split"] == {"RS": [0.8, 0.1, 0.1]} for a in asked)
+    assert laid_over({"eval_args": {"mode": "uni9"}}, {"eval_args": {"mode": {"valid": "uni3"}}}) == {
+        "eval_args": {"mode": {"valid": "uni3", "test": "uni9"}}
+    }
 
 
 def test_defaults_are_those_of_the_yaml() -> None:

@@ -224,6 +224,7 @@ def test_no_titles_at_all(tmp_path: Path) -> None:
 def test_an_id_keeps_its_blanks(tmp_path: Path) -> None:
     """RecBole strips no ids of interactions, so an item with such an id has its title under the same."""
     assert texts_of(tmp_path, {" i1": " A ", "i1": "B"}) == {" i1": "A", "i1": "B"}
+    assert texts_of(tmp_path, {"i1 ": "A"}, items=["i1"]) == {"i1": "A"}  # blanks in this file alone
 
 
 def test_a_line_that_cannot_be_read(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def filled(trainer: LLMTrainer, stage: Stage) -> tuple[dict[str, int], int]:
     hook = decoder.register_forward_hook(lambda *_: passes.append(1))
     counts = trainer._fill_reference(stage, False)
     hook.remove()
-    assert sum(counts.values()) == sum(len(w.targets) for w in stage.windows)
+    assert counts["read"] + counts["computed"] == sum(len(w.targets) for w in stage.windows)
     return counts, len(passes)
 
 
@@ -115,10 +115,8 @@ def test_a_killed_run_goes_on(settings: dict[str, Any], monkeypatch: pytest.Monk
     assert resumed["test_result"] == whole["test_result"]
     records = [json.loads((Path(r["run_folder"]) / "result.json").read_text())["stages"][0] for r in (whole, resumed)]
     positions = records[0]["positions"]
-    assert [r["reference"] for r in records] == [
-        {"read": 0, "computed": positions},
-        {"read": positions, "computed": 0},
-    ]
+    assert [(r["reference"]["read"], r["reference"]["computed"]) for r in records] == [(0, positions), (positions, 0)]
+    assert records[0]["reference"]["seconds"] == 0 < records[1]["reference"]["seconds"]
     filled = [w for w in asked if not w.reference]  # the others are asked by guards, before and after training
     assert len({(w.user, w.targets) for w in filled}) == len(filled)  # each window once
 
@@ -146,11 +144,7 @@ def test_nothing_stale_is_read(settings: dict[str, Any], tmp_path: Path, what: s
         stage.windows[-1] = replace(last, rejected=tuple((r[1], r[0]) for r in last.rejected))
     counts, _ = filled(trainer, stage)
     new = set(parts(stage)) - set(before)
-    if what == "rejected":  # one part of them
-        assert counts["computed"] == sum(len(w.targets) for w in stage.windows[(len(before) - 1) * 8 :])
-        assert len(new) == 1
-    else:
-        assert counts["read"] == 0 and len(new) == len(before)
+    assert counts["read"] == 0 and len(new) == len(before)
     trainer.model.eval()
     with torch.no_grad():
         logps = trainer.model.window_logps([stage.windows[-1]])
@@ -164,8 +158,8 @@ def test_losses_over_one_policy_share_them(settings: dict[str, Any]) -> None:
     for loss, more in (("DMPO", {}), ("SDPO", {"beta": 0.5}), ("DPO", {"rejected_num": 1})):
         result = run_recbole_llm(config_dict={**settings, "loss": loss, **more})
         record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
-        counts[loss] = {name: n > 0 for name, n in record["stages"][1]["reference"].items()}
-    new, known = {"read": False, "computed": True}, {"read": True, "computed": False}
+        counts[loss] = {name for name, n in record["stages"][1]["reference"].items() if n}
+    new, known = {"computed"}, {"read", "seconds", "cpu_seconds"}
     assert counts == {"DMPO": new, "SDPO": known, "DPO": new}
 
 
@@ -182,7 +176,8 @@ def test_a_damaged_part_is_computed_again(settings: dict[str, Any], damage: str)
     counts, _ = filled(other, again)
     assert 0 < counts["computed"] <= max(len(w.targets) for w in stage.windows) * 8
     assert values(again) == values(stage)
-    assert file.read_bytes() == sound
+    whole = preference(settings)
+    assert filled(*whole)[0]["computed"] == 0 and values(whole[1]) == values(stage)
 
 
 def test_a_folder_that_cannot_be_written(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

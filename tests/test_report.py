@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from recbole_llm.report.compare import write_comparison
 from recbole_llm.report.entries import Options
 from recbole_llm.report.grid import Setting
-from recbole_llm.report.results import Line, Results
+from recbole_llm.report.results import Line, Results, collect
 from recbole_llm.report.summary import found
 from recbole_llm.report.tune import Trial, Tuned
 from tests.made_runs import NOT_GIVEN, cell_of, made_grid, made_up, write_run
@@ -158,6 +159,18 @@ def test_what_others_wrote_is_text(tmp_path: Path) -> None:
         assert told in page.text
     links = [unquote(link) for link in page.all("a", "href") if not link.startswith("#") and not urlsplit(link).scheme]
     assert {(tmp_path / "out" / link).resolve() for link in links} >= {folder.resolve() for folder in folders}
+
+
+def test_what_experiments_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """experiments/kept.py writes the tables of a comparison under other names."""
+    spec = importlib.util.spec_from_file_location("kept", Path(__file__).parents[1] / "experiments" / "kept.py")
+    kept = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kept)
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    cells, records = made_grid(tmp_path, ["A", "B"], [NOT_GIVEN], failing=["B"])
+    done = {"runs": records, "results": collect(cells, records)}
+    told = kept.keep(done, "table", "mine", names={"A": "first"})
+    assert "| first" in told and "Harm" in told and (tmp_path / "mine" / "table.json").is_file()
 
 
 def test_without_plots(tmp_path: Path) -> None:

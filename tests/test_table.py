@@ -509,6 +509,11 @@ def test_one_sided_asks_once_of_what_is_best_near_zero(tmp_path: Path) -> None:
     results = Results(Setting("toy", None, False, None), lines)
     tests = comparisons(results, ["A", "B"], Options(resamples=99, alternative="better"))
     assert tests["metric"].value_counts().to_dict() == {"ndcg@10": 2, "popularity_lift@10": 1}
+    options = Options(resamples=99, alternative="better", table_metrics=("popularity_lift@10",))
+    told = found(results, tests, ["A", "B"], options)
+    assert "one-sided" not in told and ("A is a baseline itself" in told or "not told apart" in told)
+    table = significance_table(results, tests, options, 1)
+    assert table.rows[0][-1].text == "not told apart" and "(two-sided)" in table.caption
 
 
 def test_one_user_has_no_test(tmp_path: Path) -> None:
@@ -522,9 +527,9 @@ def test_too_few_draws_are_refused() -> None:
     """1 / (99 + 1) times six comparisons is .06."""
     entries = parse_models("Pop,BPR,SASRec,GRU4Rec,EASE,ItemKNN,Random")
     given = {"resamples": 99, "test": "randomization"}
-    with pytest.raises(ConfigError, match=r"--resamples=99: with 6 comparisons .* give 121 or more"):
+    with pytest.raises(ConfigError, match=r"--resamples=99: with 6 comparisons .* give 120 or more"):
         check_resamples(entries, ["Pop"], Options(**given))
-    check_resamples(entries, ["Pop"], Options(**given | {"resamples": 121}))
+    check_resamples(entries, ["Pop"], Options(**given | {"resamples": 120}))
     check_resamples(entries, ["Pop"], Options(resamples=99))
 
 

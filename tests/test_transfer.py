@@ -111,7 +111,7 @@ def test_settings_of_training_are_not_asked_of_the_other_data_set(both: dict[str
 
 
 def test_the_record_has_the_seed_and_data_of_what_was_ranked(both: dict[str, Any]) -> None:
-    asked = {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": "uni9"}
+    asked = {"split": {"RS": [0.8, 0.1, 0.1]}}  # the mode stays that of the run
     other = {"candidate_seed": 7, "eval_users": 8, "eval_args": asked}
     result = run_recbole_llm(config_dict={**both, "eval_config": other})
     folder = Path(result["run_folder"])

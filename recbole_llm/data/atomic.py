@@ -207,4 +207,6 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         row = dict(zip(columns, fields, strict=True))
         token = row.pop(item_field)  # as it stands, for RecBole strips no ids of interactions
         rows[token] = {name: told.strip() for name, told in row.items()}
+    for token in list(rows):
+        rows.setdefault(token.strip(), rows[token])  # of ids with blanks in this file alone
     return others, rows

@@ -12,6 +12,7 @@ import pandas as pd
 from recbole_llm.config import read_yaml
 from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import ConfigError, UserError
+from recbole_llm.keys import NOT_OF_LLMS
 
 # What RecBole derives from the other settings, and refuses to be told.
 DERIVED = (
@@ -67,7 +68,8 @@ def run_settings(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder}: config.yaml is missing, so its settings are not known; run it again.")
     try:
-        saved = {key: value for key, value in read_yaml(str(file)).items() if key not in DERIVED}
+        left_out = {*DERIVED, *NOT_OF_LLMS}  # which runs of older versions may hold; nothing read them
+        saved = {key: value for key, value in read_yaml(str(file)).items() if key not in left_out}
     except ConfigError as error:
         told = error.problems[0].removeprefix("--config_files: ")
         raise UserError(f"The settings of the run cannot be read: {told} Run it again.") from None

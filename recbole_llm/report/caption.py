@@ -10,6 +10,7 @@ import pandas as pd
 
 from recbole_llm.report.entries import Options
 from recbole_llm.report.results import Results, is_harm, metric_name, training_data
+from recbole_llm.report.significance import alternative_of
 
 DRAWN = {
     "uni": "drawn uniformly from those that the user never met",
@@ -94,7 +95,7 @@ def one_run_each(results: Results) -> bool:
 
 def tests_caption(results: Results, metric: str, options: Options) -> str:
     """How the columns of a table of tests are to be read."""
-    side = "two-sided" if options.alternative == "two-sided" else "one-sided: is the model better?"
+    side = "two-sided" if alternative_of(metric, options) == "two-sided" else "one-sided: is the model better?"
     more = " One seed: how runs vary is not in it." if one_run_each(results) else ""
     return (
         f"{metric_name(metric)}: difference of means over users, its 95 % bootstrap interval ({options.resamples:,} "

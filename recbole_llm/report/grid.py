@@ -14,6 +14,7 @@ from recbole_llm.files import content_hash
 from recbole_llm.recommender import check_recommenders
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.run_folder import run_folder_of
+from recbole_llm.settings import laid_over
 from recbole_llm.transfer import eval_config_of
 
 # Two models whose values of these differ are never asked the same.
@@ -115,11 +116,11 @@ def cells(
     for setting in settings_of(options, dataset):
         asked = {}
         for entry in entries:
-            own = _laid_over((options.per_model or {}).get(entry.model, {}), entry.settings)
+            own = laid_over((options.per_model or {}).get(entry.model, {}), entry.settings)
             own |= (chosen or {}).get((entry.label, setting), {})
             # A seed of its own is one run, and counts as one.
             for seed in (own["seed"],) if "seed" in own else options.seeds or (None,):
-                mine = _laid_over(_of_axes(shared, setting, seed), own)
+                mine = laid_over(_of_axes(shared, setting, seed), own)
                 try:
                     config = LLMConfig(entry.model, mine.get("dataset", setting.dataset), None, mine)
                     check_recommenders(config)
@@ -152,16 +153,6 @@ def _of_axes(shared: dict[str, Any], setting: Setting, seed: int | None) -> dict
         valid = mode if isinstance(mode, dict) else {"valid": mode}
         mine["eval_args"] = {**(asked if isinstance(asked, dict) else {}), "mode": {**valid, "test": setting.mode}}
     return mine
-
-
-def _laid_over(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Both; where they disagree ``own`` wins, which changes of ``eval_args`` only the entries that it names."""
-    asked: list[dict[str, Any]] = [s["eval_args"] for s in (settings, own) if isinstance(s.get("eval_args"), dict)]
-    if len(asked) < 2:
-        return settings | own
-    modes = [a["mode"] for a in asked if isinstance(a.get("mode"), dict)]
-    merged = asked[0] | asked[1] | ({"mode": modes[0] | modes[1]} if len(modes) == 2 else {})
-    return settings | own | {"eval_args": merged}
 
 
 def _check_mode(setting: Setting, asked: LLMConfig) -> None:

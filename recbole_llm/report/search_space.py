@@ -162,9 +162,12 @@ def _wrong_keys(config: LLMConfig, parameters: list[Parameter]) -> list[str]:
     owners = partial(checks.model_keys, PROPERTIES)
     problems = [told.removeprefix("--") for told in unknown_keys(named, known, config.model, owners)]
     everyones = (checks.shared_keys(PROPERTIES) | set(keys.PROTOCOL_KEYS)) - keys.TRAINING_KEYS
+    unread = set(keys.NOT_OF_LLMS) if keys.ranks_titles(config.final_config_dict) else set()
     for p in (p for p in parameters if p.key in known):
         if p.key in everyones - {"MAX_ITEM_LIST_LENGTH"}:
             problems.append(f"{p.key}: it is the same for every model, so it is not searched; leave it out.")
+        if p.key in unread:
+            problems.append(f"{p.key}: the training of an LLM does not read it; leave it out.")
         values = p.bounds if p.kind == "choice" else p.bounds[:2]
         asked = [(p.key, value) for value in values]
         asked += [(key, value) for key, listed in p.unless.items() if key in known for value in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -44,8 +45,8 @@ def check_resamples(entries: Sequence[Entry], against: Sequence[str], options: O
         return
     both = len(against) * (len(against) - 1)  # pairs of two baselines, which two-sided are asked once
     asked = len(against) * (len(entries) - 1) - (both // 2 if options.alternative == "two-sided" else 0)
-    least = int(asked / options.alpha) + 1
-    if options.resamples + 1 < least:
+    least = math.floor(round(asked / options.alpha, 9))
+    if options.resamples < least:
         raise ConfigError(
             [
                 f"--resamples={options.resamples}: with {asked} comparisons a metric no p-value could fall below "
@@ -72,7 +73,7 @@ def comparisons(results: Results, against: Sequence[str], options: Options) -> p
     pairs = {way: _pairs(results.finished, against, way) for way in ("two-sided", options.alternative)}
     known = results.finished[0].users if results.finished else ()
     metrics = [m for m in results.metrics() if m in known and direction(m)]
-    rows = [(metric, *pair) for metric in metrics for pair in pairs[_alternative(metric, options)]]
+    rows = [(metric, *pair) for metric in metrics for pair in pairs[alternative_of(metric, options)]]
     if not rows:
         return pd.DataFrame()
     # The same numbers over seeds in another order have another last digit; that is no difference.
@@ -102,7 +103,8 @@ def _stacked(differences: Iterable[np.ndarray]) -> np.ndarray:
     return np.where(np.abs(found) < TIE, 0.0, found)
 
 
-def _alternative(metric: str, options: Options) -> str:
+def alternative_of(metric: str, options: Options) -> str:
+    """``two-sided`` of what is best near zero, else as asked."""
     return "two-sided" if direction(metric) == "zero" else options.alternative
 
 

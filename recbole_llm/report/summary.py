@@ -12,6 +12,7 @@ import pandas as pd
 from recbole_llm.report.entries import Options
 from recbole_llm.report.grid import Cell
 from recbole_llm.report.results import Results, direction, merit, metric_name
+from recbole_llm.report.significance import alternative_of
 from recbole_llm.report.table import DIGITS, p_text, primary_metric
 
 
@@ -65,21 +66,21 @@ def found(results: Results, tests: pd.DataFrame, against: Sequence[str], options
     mine = tests[tests["metric"] == metric] if len(tests) else tests
     for baseline in against:
         if baseline in best:
-            told.append(_above_others(mine, baseline, options))
+            told.append(_above_others(mine, baseline, metric, options))
         else:
-            told += [_against(mine, name, baseline, value, options, alone=len(best) == 1) for name in best]
+            told += [_against(mine, name, baseline, value, metric, options, alone=len(best) == 1) for name in best]
     return " ".join(told)
 
 
-def _above_others(tests: pd.DataFrame, baseline: str, options: Options) -> str:
+def _above_others(tests: pd.DataFrame, baseline: str, metric: str, options: Options) -> str:
     """The best is the baseline: who is told apart from it?"""
     rows = tests[tests["baseline"] == baseline] if len(tests) else tests
     elsewhere = len(tests) and (tests["model"] == baseline).any()  # against another baseline, told of next
-    if elsewhere and (not len(rows) or options.alternative == "better"):
+    if elsewhere and (not len(rows) or alternative_of(metric, options) == "better"):
         return f"{baseline} is a baseline itself."
     if not len(rows):
         return f"{baseline} is the baseline; there is no other to test."
-    if options.alternative == "better":
+    if alternative_of(metric, options) == "better":
         return f"{baseline} is the baseline; the tests are one-sided, and do not ask whether it is better than others."
     worse = rows.loc[rows["verdict"] == "worse", "model"]
     if len(worse) == len(rows):
@@ -92,13 +93,13 @@ def _above_others(tests: pd.DataFrame, baseline: str, options: Options) -> str:
 
 
 def _against(
-    tests: pd.DataFrame, model: str, baseline: str, value: dict[str, float], options: Options, alone: bool
+    tests: pd.DataFrame, model: str, baseline: str, value: dict[str, float], metric: str, options: Options, alone: bool
 ) -> str:
     """The best against a baseline; ``alone`` there is no other best."""
     row = _pair(tests, model, baseline)
     if row is None or row["users"] < 2:
         return f"There is no test of {model} against the baseline {baseline}."
-    none = "not told apart from" if options.alternative == "two-sided" else "not significantly better than"
+    none = "not told apart from" if alternative_of(metric, options) == "two-sided" else "not significantly better than"
     relation = {"better": "significantly better than", "worse": "significantly worse than", "": none}
     facts = (
         f"difference {row['difference']:+.{DIGITS}f}, 95 % interval [{row['ci_low']:+.{DIGITS}f}, "

@@ -13,6 +13,7 @@ from recbole_llm.report.caption import caption, harm_caption, tests_caption
 from recbole_llm.report.entries import Options
 from recbole_llm.report.results import Line, Results, direction, is_harm, merit, metric_name
 from recbole_llm.report.runs import stood_still
+from recbole_llm.report.significance import alternative_of
 
 DIGITS = 4
 ARROWS = {"larger": " ↑", "smaller": " ↓", "zero": " → 0", None: ""}
@@ -101,7 +102,10 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
                 Value(p_text(row["p_t"])),
                 Value(p_text(row["p_randomization"])),
                 Value(p_text(row["p_holm"]), place=int(row["verdict"] != "")),
-                Value(row["verdict"] or ("not told apart" if options.alternative == "two-sided" else "not better")),
+                Value(
+                    row["verdict"]
+                    or ("not told apart" if alternative_of(metric, options) == "two-sided" else "not better")
+                ),
             ]
         )
     header = [
