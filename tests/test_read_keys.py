@@ -103,7 +103,7 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
     pd.testing.assert_frame_equal(*ranks)
     assert folders[0] == folders[1]
     assert stages[0] == stages[1]  # so runs of other models and modes share them
-    assert {stage.split("-")[0] for stage in stages[0]} - {"SFT"} == {name} & {"DPO", "RosePO"}
+    assert {stage.split("-")[0] for stage in stages[0]} - {"SFT", "reference"} == {name} & {"DPO", "RosePO"}
 
 
 @pytest.mark.parametrize(
