@@ -15,7 +15,7 @@ from recbole_llm.data_checks import READ_WITH, wrong_data
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
-from recbole_llm.settings import PROPERTIES, SettingsLoader, read_yaml, read_yamls
+from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yaml, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
 
@@ -147,10 +147,8 @@ class LLMConfig(Config):
 
     def _eval_args(self) -> dict[str, Any]:
         """RecBole's four entries; what the user leaves out stays, in ``mode`` as well."""
-        default = self.internal_config_dict["eval_args"]
-        merged = {**default, **self.external_config_dict.get("eval_args", {})}
-        if isinstance(merged["mode"], dict):
-            merged["mode"] = {**default["mode"], **merged["mode"]}
+        default = {"eval_args": self.internal_config_dict["eval_args"]}
+        merged: dict[str, Any] = laid_over(default, self.external_config_dict)["eval_args"]
         return merged
 
     def _given(self) -> dict[str, Any]:

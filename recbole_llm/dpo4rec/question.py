@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,15 @@ def item_template(settings: Mapping[str, Any], dataset: str) -> str:
         title = next((c for c in TITLE_COLUMNS if c in columns), None)
         genre = next((c for c in GENRE_COLUMNS if c in columns), None)
         wanted = f"{{{title}}}" + (f" ({{{genre}}})" if genre else "") if title else wanted
-    try:
+    with _by_its_own_key():
         return text_template(wanted, columns, dataset)
+
+
+@contextmanager
+def _by_its_own_key() -> Iterator[None]:
+    """What is wrong with an item's text is told by the key that names it here."""
+    try:
+        yield
     except UserError as error:
         raise UserError(str(error).replace("--item_text", "--reasoning_item")) from None
 
@@ -51,10 +59,8 @@ def described_items(config: Config, dataset: Dataset, tokenizer: Any = None) -> 
         return [len(ids) for ids in (plain_tokens(tokenizer, texts) if tokenizer else map(str.split, texts))]
 
     template = item_template(config.final_config_dict, config["dataset"])
-    try:
+    with _by_its_own_key():
         return item_texts(config, dataset, count, template, title_first=config["reasoning_item"] == "auto")
-    except UserError as error:
-        raise UserError(str(error).replace("--item_text", "--reasoning_item")) from None
 
 
 class Question:

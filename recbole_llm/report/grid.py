@@ -148,10 +148,7 @@ def _of_axes(shared: dict[str, Any], setting: Setting, seed: int | None) -> dict
     if seed is not None:
         mine["seed"] = seed
     if setting.mode is not None:
-        asked = mine.get("eval_args") or {}
-        mode = asked.get("mode", {}) if isinstance(asked, dict) else {}
-        valid = mode if isinstance(mode, dict) else {"valid": mode}
-        mine["eval_args"] = {**(asked if isinstance(asked, dict) else {}), "mode": {**valid, "test": setting.mode}}
+        mine = laid_over(mine, {"eval_args": {"mode": {"test": setting.mode}}})
     return mine
 
 

@@ -89,6 +89,7 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
     metric = primary_metric(results, options)
     if metric is None or tests.empty or metric not in set(tests["metric"]):
         return None
+    neither = "not told apart" if alternative_of(metric, options) == "two-sided" else "not better"
     rows = []
     for row in tests[tests["metric"] == metric].to_dict("records"):
         rows.append(
@@ -102,10 +103,7 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
                 Value(p_text(row["p_t"])),
                 Value(p_text(row["p_randomization"])),
                 Value(p_text(row["p_holm"]), place=int(row["verdict"] != "")),
-                Value(
-                    row["verdict"]
-                    or ("not told apart" if alternative_of(metric, options) == "two-sided" else "not better")
-                ),
+                Value(row["verdict"] or neither),
             ]
         )
     header = [
