@@ -21,6 +21,9 @@ from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
 PLANNED_SHOWN = 24
+GUESS_WEIGHT = (
+    0.1  # the first guess counts as this share of all work done: the first runs that end are often seconds long
+)
 _current: WholeRun | None = None
 
 
@@ -37,7 +40,12 @@ class WholeRun:
         self.kinds = [_kind(config) for _, config in runs]
         # LLM runs of the same users and seed may share the first one's SFT stage.
         first = {_shares(config): config for _, config in reversed(runs) if _kind(config) == "llm"}
-        self.seconds = [_guess(config, config is first.get(_shares(config))) for _, config in runs]
+        folders = [run_folder_of(config) for _, config in runs]
+        self.runs = len(set(folders))  # two labels may be one run
+        self.seconds = [
+            _guess(config, config is first.get(_shares(config))) if folders[i] not in folders[:i] else 0.0
+            for i, (_, config) in enumerate(runs)
+        ]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.open = {i for i, seconds in enumerate(self.seconds) if seconds}
         self.todo, self.jobs = len(self.open), jobs
@@ -49,7 +57,7 @@ class WholeRun:
         """One line a kind of run that is still to be done, and one for all."""
         at_once = f", {self.jobs} at a time" if self.jobs > 1 else ""
         print(
-            f"{len(self.labels)} runs, {len(self.labels) - self.todo} finished before, about {told_time(self.left())} "
+            f"{self.runs} runs, {self.runs - self.todo} finished before, about {told_time(self.left())} "
             f"in all{at_once} (a guess until the first runs end).",
             flush=True,
         )
@@ -87,8 +95,10 @@ class WholeRun:
     def ended(self, number: int, error: str | None) -> None:
         """One of several runs at a time has ended: says so, and learns from the pace of all so far."""
         self.open.discard(number)
+        took = (time.monotonic() - self.began) * self.jobs
         done = sum(s for i, s in enumerate(self.seconds) if i not in self.open)
-        self.scale = dict.fromkeys(self.kinds, (time.monotonic() - self.began) * self.jobs / done if done else 1.0)
+        guessed = sum(self.seconds) * GUESS_WEIGHT
+        self.scale = dict.fromkeys(self.kinds, (took + guessed) / (done + guessed))
         print(
             f"[{self.todo - len(self.open)}/{self.todo}] {self.labels[number]}: {'failed' if error else 'done'}; whole "
             f"comparison about {told_time(self.left())} left",

@@ -1,0 +1,97 @@
+"""The time a comparison will still take: what is guessed, and what the runs that end teach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_llm import progress
+from recbole_llm.config import LLMConfig
+from recbole_llm.progress import WholeRun, guessed_seconds
+from recbole_llm.run_folder import run_folder_of
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose speed no other process changes: guesses are compared."""
+    monkeypatch.setattr(progress, "_machine_flops", lambda: 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in its only place."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def made(settings: dict[str, Any], **other: Any) -> LLMConfig:
+    settings = {"model": "Pop", **settings, **other}
+    return LLMConfig(model=settings["model"], dataset=settings["dataset"], config_dict=settings)
+
+
+def whole_of(settings: dict[str, Any], jobs: int, *guesses: float, monkeypatch: pytest.MonkeyPatch) -> WholeRun:
+    """Runs whose guesses are known."""
+    by_seed = dict(enumerate(guesses, 1))
+    monkeypatch.setattr(progress, "guessed_seconds", lambda config, with_sft: by_seed[config["seed"]])
+    return WholeRun([(f"run {seed}", made(settings, seed=seed)) for seed in by_seed], jobs)
+
+
+def test_what_costs_more_is_guessed_longer(toy: dict[str, Any], tiny: dict[str, Any]) -> None:
+    def seconds(**other: Any) -> float:
+        return guessed_seconds(made(tiny, **other))
+
+    assert guessed_seconds(made(toy)) == 5.0
+    assert seconds(epochs=3) > seconds(epochs=1)
+    assert seconds(loss="DMPO", rejected_num=3) > seconds(loss="DPO", rejected_num=1) > seconds()
+    assert seconds(few_shot=5) < seconds()
+    assert guessed_seconds(made(tiny), with_sft=False) < seconds()
+
+
+def test_a_shared_stage_and_a_finished_run_are_not_guessed_again(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft, dmpo = made(tiny), made(tiny, loss="DMPO")
+    alone = WholeRun([("DMPO", dmpo)])
+    both = WholeRun([("SFT", sft), ("DMPO", dmpo), ("the same SFT", sft)])
+    assert both.seconds[0] == guessed_seconds(sft) and both.seconds[2] == 0.0
+    assert both.seconds[1] < alone.seconds[0]
+    assert "2 runs, 0 finished before" in capsys.readouterr().out
+    folder = Path(run_folder_of(sft))
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    rest = WholeRun([("SFT", sft), ("DMPO", dmpo)])
+    assert rest.seconds[0] == 0.0 and rest.left() == rest.seconds[1]
+    assert "2 runs, 1 finished before" in capsys.readouterr().out
+
+
+def test_one_at_a_time_each_kind_learns_from_its_last_run(
+    toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = whole_of(toy, 1, 10.0, 10.0, 10.0, monkeypatch=monkeypatch)
+    with whole.running(0):
+        clock[0] += 4
+        assert whole.left() == 26.0  # what the run that is on has taken is no longer to come
+        clock[0] += 16
+    assert whole.left() == 40.0
+
+
+def test_a_short_first_run_does_not_say_how_long_the_long_ones_take(
+    toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = whole_of(toy, 2, 5.0, 1000.0, 1000.0, monkeypatch=monkeypatch)
+    clock[0] += 20  # four times the guess, of which a new process is most
+    whole.ended(0, None)
+    assert 1000.0 < whole.left() < 1300.0  # by its pace alone it would be 8000
+
+
+def test_all_that_has_ended_decides_in_the_end(
+    toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = whole_of(toy, 1, *[100.0] * 20, monkeypatch=monkeypatch)
+    for run in range(19):
+        clock[0] += 300
+        whole.ended(run, None)
+    assert whole.left() == pytest.approx(300, rel=0.1)
