@@ -107,9 +107,9 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
 def _wrong_normalisation(settings: Mapping[str, Any]) -> list[str]:
     """RecBole would scale ratings to 0..1 before they are compared with ``rating_threshold``, and times."""
     fields = settings.get("normalize_field")
-    named = set(fields if isinstance(fields, (list, tuple)) else [fields])
+    named = fields if isinstance(fields, (list, tuple)) else [fields]
     read = [settings[key] for key in ("RATING_FIELD", "TIME_FIELD")]
-    if not settings.get("normalize_all") and not named & set(read):
+    if not settings.get("normalize_all") and not any(field in named for field in read):
         return []
     key = "normalize_all" if settings.get("normalize_all") else "normalize_field"
     return [
@@ -120,14 +120,15 @@ def _wrong_normalisation(settings: Mapping[str, Any]) -> list[str]:
 
 def _wrong_mixture(settings: Mapping[str, Any]) -> list[str]:
     """A share of a mixture that nothing mixes, or that is to be chosen where nothing is mixed."""
-    weight, mode = settings["rerank_weight"], (settings["eval_args"] or {}).get("mode")
+    weight, args = settings["rerank_weight"], settings["eval_args"]
+    mode = args.get("mode") if isinstance(args, dict) else None  # what is no table is told elsewhere
     modes = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}
     mixed = [split for split, asked in modes.items() if reranks(settings, str(asked))]
     elsewhere = any(reranks(settings, str(asked)) for asked in eval_config_modes(settings))
-    if weight != 1 and not mixed and not elsewhere:
+    if weight != 1 and "test" not in mixed and not elsewhere:
         return [
-            f"--rerank_weight={weight}: there is no re-ranking to mix in; set --rerank_candidates=True, or ask in mode "
-            "full with --full_ranking=rerank."
+            f"--rerank_weight={weight}: the test is not re-ranked, so there is nothing to mix in; set "
+            "--rerank_candidates=True, or ask in mode full with --full_ranking=rerank."
         ]
     if weight == "auto" and "valid" not in mixed:
         return [

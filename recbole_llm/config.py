@@ -67,6 +67,10 @@ class LLMConfig(Config):
         given |= {k: "none" for k in keys.NONE_IS_A_CHOICE if k in given and given[k] is None}
         return {k: list(v) if isinstance(v, tuple) and k != "gpu_id" else v for k, v in given.items()}
 
+    def _merge_external_config_dict(self) -> None:
+        # RecBole's, but what stands in a file under eval_args is not lost to a flag that names another part of it.
+        self.external_config_dict = laid_over(self.file_config_dict, self.variable_config_dict)
+
     def _load_cmd_line(self) -> dict[str, Any]:
         return {}
 

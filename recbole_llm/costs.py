@@ -4,44 +4,73 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recbole_llm.distributed import gathered
+
 PROCESS = Path("/proc/self")
+_waited = 0.0
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Around waiting for another process: such seconds are no cost of this one."""
+    global _waited
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited += time.perf_counter() - began
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter() - _waited, time.process_time()
 
 
 class Clock:
-    """Wall and processor seconds, between laps and in all.
+    """Wall and processor seconds, between laps and in all; without those of ``waiting``.
 
     Attributes:
         earlier: those of a process before this one, which was cut off.
     """
 
     def __init__(self) -> None:
-        self._began = self._at = (time.perf_counter(), time.process_time())
+        self._began = self._at = _now()
         self.earlier = (0.0, 0.0)
         self._wall: dict[str, float] = {}
         self._cpu: dict[str, float] = {}
 
     def lap(self, name: str, wall: float = 0.0, cpu: float = 0.0) -> None:
         """What ran since the last lap is called ``name``; so are seconds of a process before, which was cut off."""
-        now = (time.perf_counter(), time.process_time())
+        now = _now()
         self._wall[name], self._cpu[name] = now[0] - self._at[0] + wall, now[1] - self._at[1] + cpu
         self._at = now
 
     def spent(self) -> tuple[float, float]:
         """Seconds since this was made, and the earlier ones."""
-        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
-        return self.earlier[0] + wall, self.earlier[1] + cpu
+        now = _now()
+        return self.earlier[0] + now[0] - self._began[0], self.earlier[1] + now[1] - self._began[1]
+
+    def spent_by_all(self) -> tuple[float, float]:
+        """``spent`` of a run: this process's wall time, all processes' processor time; called by all of them."""
+        wall, cpu = self.spent()
+        return wall, sum(gathered(lambda: cpu))
 
     def timings(self) -> dict[str, float]:
         """``<lap>_s`` and ``<lap>_cpu_s`` of every lap and in total, seconds."""
         found = {f"{name}_s": value for name, value in self._wall.items()}
         found |= {f"{name}_cpu_s": value for name, value in self._cpu.items()}
         return found | {"total_s": sum(self._wall.values()), "total_cpu_s": sum(self._cpu.values())}
+
+
+def found_done(what: str, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What another run did for this one, or this one before it was cut off, and what it took there."""
+    return {"what": what, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def of_all(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -93,6 +93,9 @@ def _wrong_pairs(settings: Mapping[str, Any], properties: Path) -> list[str]:
             "score_norm"
         ]
         != "sum",
+        "--rerank_candidates: a pair prompt's LLM ranks the only two candidates; leave it out.": bool(
+            settings["rerank_candidates"]
+        ),
         "--loss=MultDPO: a pair prompt lists one liked item; use --prompt=stream.": settings["loss"] == "MultDPO",
         "--generate_users: a pair prompt's answer is no single title; use --prompt=stream.": settings["generate_users"]
         != 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from recbole_llm.costs import waiting
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 
@@ -68,7 +69,8 @@ def held(file: Path, what: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             print(f"Waiting for {what}: another process works there.", flush=True)
-            lock.acquire()
+            with waiting():
+                lock.acquire()
     except OSError as error:
         raise UserError(
             f"--checkpoint_dir: cannot open {file} ({error}). Name a folder that can be written."
@@ -80,9 +82,13 @@ def held(file: Path, what: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else."""
-    beside = file.with_name(file.name + ".tmp")
+def whole(file: Path, own: str = "") -> Iterator[Path]:
+    """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else.
+
+    Args:
+        own: put into its name, where several processes may write the file at a time.
+    """
+    beside = file.with_name(f"{file.name}{own}.tmp")
     try:
         yield beside
         os.replace(beside, file)
@@ -92,7 +98,7 @@ def whole(file: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     """Write a whole file or none: beside, to disk, then renamed."""
-    with whole(file) as beside, open(beside, "w", encoding="utf-8") as out:
+    with whole(file, f".{os.getpid()}") as beside, open(beside, "w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
@@ -103,9 +109,24 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def found_or_made(folder: Path, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """The record of a stage, which lies in its folder when the stage is finished, and whether it lay there.
+
+    Args:
+        make: does the stage and gives its record; meanwhile no other process works there.
+    """
+    done = folder / "stage.json"
+    with only_here(folder):
+        if done.is_file():
+            return json.loads(done.read_text(encoding="utf-8")), True
+        record = make()
+        write_json(done, record)
+        return record, False
+
+
 def write_table(file: Path, table: pd.DataFrame) -> None:
     """Write a gzipped CSV, whole or not at all; the same table gives the same bytes."""
-    with whole(file) as beside:
+    with whole(file, f".{os.getpid()}") as beside:
         table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
 
 

@@ -12,7 +12,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.item_text import clean
 from recbole_llm.data.prompt import load_template
 from recbole_llm.llm.half_precision import autocast
-from recbole_llm.llm.sampling import cache_key, plain_attention
+from recbole_llm.llm.sampling import cache_key, ends_of, plain_attention
 
 if TYPE_CHECKING:  # importing it takes seconds, which a run of another model need not wait
     from recbole_llm.model.llmranker import LLMRanker
@@ -98,10 +98,11 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str, token_
     Args:
         trunk: tokens of the prompt.
         most: tokens that are written at most.
-        stop: ends the text where it appears, and stands in it; empty = nothing but the end-of-text token ends it.
+        stop: ends the text where it appears, and stands in it; empty = nothing but the LLM's own end ends it.
         token_budget: tokens of the prompt that go through the model at a time.
     """
     tokenizer, device = model.llm.tokenizer, next(model.policy.parameters()).device
+    ends = ends_of(model.llm)
     *before, feed = torch.tensor([trunk], device=device).split(token_budget, dim=1)
     written: list[int] = []
     cache, text, key = None, "", cache_key(model.policy)
@@ -111,7 +112,7 @@ def greedy_text(model: LLMRanker, trunk: list[int], most: int, stop: str, token_
         while len(written) < most:
             out = model.policy(input_ids=feed, use_cache=True, **{key: cache})
             feed, cache = out.logits[:, -1:].argmax(-1), out[key]
-            if int(feed) == tokenizer.eos_token_id:
+            if int(feed) in ends:
                 break
             written.append(int(feed))
             text = tokenizer.decode(written, clean_up_tokenization_spaces=False)

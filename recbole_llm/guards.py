@@ -32,9 +32,10 @@ def refuse_loss(
     """
     dataset = protocol.dataset
     users = sorted({str(dataset.id2token(dataset.uid_field, window.user)) for window in windows})
+    kept = f"; the last good epoch is in {stage.folder}" if (stage.folder / "adapter_base.json").is_file() else ""
     raise UserError(
         f"--{key}: the {stage.loss} loss became {total} in epoch {epoch}, step {step} "
-        f"(users {', '.join(users[:5])}). Lower it; the last good epoch is in {stage.folder}."
+        f"(users {', '.join(users[:5])}). Lower it{kept}."
     )
 
 

@@ -25,8 +25,8 @@ _Trainer: Any = object  # to a type checker a mixin has whatever the class has t
 class WindowSteps(_Trainer):
     """Mixed into a RecBole trainer whose model is a ``WindowPolicy``: an epoch over the windows of ``stage``.
 
-    An optimizer step covers ``train_batch_size`` supervised positions, split into passes of ``token_budget`` tokens;
-    the loss does not depend on the split.
+    An optimizer step covers at least ``train_batch_size`` supervised positions (a window is not cut), split into passes
+    of ``token_budget`` tokens; the loss does not depend on the split.
     """
 
     stage: Stage
@@ -91,6 +91,7 @@ class WindowSteps(_Trainer):
         self.rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.tokens += sum(map(self.model.prompt.window_size, windows))
+        self.steps += 1
         return total, whole, logged
 
     def _gradients(

@@ -15,7 +15,7 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from transformers import get_scheduler
 
-from recbole_llm.costs import Clock, TokenCount
+from recbole_llm.costs import Clock, TokenCount, found_done
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
@@ -66,9 +66,9 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             "prompt": self.config["prompt"],
             "score_norm": self.config["score_norm"],
             "prompt_hash": prompt_hash(self.model.prompt),
-            "effective_batch": self.config["train_batch_size"],
             "processes": world_size(),
             "stages": [],
+            "found": [],
         }
         self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that go on, before they were cut off
 
@@ -90,18 +90,21 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         """
         best: tuple[float, dict[str, float] | None] = (-np.inf, None)
         windows: list[Window] = []
+        self.clock = Clock()
         for stage in self.stages():
-            windows = stage.windows or windows
             with only_here(stage.folder):
                 if (finished := from_first(partial(_finished, stage))) is not None:
                     record = finished | {"reused": True}
                     self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
-                    best = (record["best_valid_score"], record["best_valid_result"])
+                    score, result = record["best_valid_score"], record["best_valid_result"]
+                    best = (-np.inf if score is None else score, result)
                 else:
                     best, record = self._run_stage(stage, train_data, valid_data, verbose, show_progress, callback_fn)
+                    windows = stage.windows
             self.facts["stages"].append(record)
+            self.clock = Clock()
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
         if valid_data and (not self.facts["stages"] or self._lacks_metrics(best[1])):  # zero-shot, or another's record
             best = self._valid_epoch(valid_data, show_progress)
@@ -158,19 +161,22 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
         self.train_loss_dict: dict[int, float] = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
-        steps = stage.epochs * sum(1 for _ in self._steps(0))
+        steps = sum(1 for epoch in range(stage.epochs) for _ in self._steps(epoch))
         warmup = int(steps * self.config["warmup_ratio"])
         schedule = self.config["lr_scheduler"]
         schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
         self.scheduler = get_scheduler(schedule, self.optimizer, warmup, steps)
-        positions, self.clock = sum(len(w.targets) for w in stage.windows), Clock()
+        positions = sum(len(w.targets) for w in stage.windows)
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
-            f"{steps} steps."
+            f"{steps} steps of {positions * stage.epochs / steps:.0f} positions on average."
         )
-        reference = None if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
+        self.found = [*stage.facts.get("found", ())]
+        reference = {} if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
+        if reference.get("read"):
+            self.found.append(found_done("reference", reference["seconds"], reference["cpu_seconds"]))
         before = Standing.of(self.model, stage.windows)
-        self.tokens, self.displacement = 0, Displacement()
+        self.tokens, self.steps, self.displacement = 0, 0, Displacement()
         self._go_on(stage)
         with bar(
             total=positions * stage.epochs, desc=f"Train {stage.loss}", unit="title", disable=not show_progress
@@ -178,24 +184,25 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self.bar.update(positions * self.start_epoch)
             best = super().fit(train_data, valid_data, verbose, True, show_progress, callback_fn)
         load_adapter(self.model.llm, stage.folder)  # the best epoch, as it lies on the disk
-        check_moved(self.model, before, stage, steps, self.rate_key())
+        check_moved(self.model, before, stage, self.steps, self.rate_key())
+        seconds, cpu_seconds = self.clock.spent_by_all()
         record = {
             "loss": stage.loss,
             "positions": positions,
-            "steps": steps,
+            "steps": self.steps,
             "tokens": self.tokens,
             "best_valid_score": None if best[1] is None else best[0],
             "best_valid_result": best[1],
             "train_loss": self.train_loss_dict,
-            "seconds": self.clock.spent()[0],
-            "cpu_seconds": sum(gathered(lambda: self.clock.spent()[1])),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             **stage.facts,
+            "found": self.found,
         }
         if stage.loss != "SFT":
             still = from_first(partial(standstill, self.metrics_file, stage.loss))
-            if self.resumed:  # what the references took is among the earlier seconds
-                reference = (reference or {}) | {"seconds": 0.0, "cpu_seconds": 0.0}
-            record |= {"reference": reference, "displacement": self.displacement.facts(), "standstill": still}
+            counts = {key: reference[key] for key in ("read", "computed")}
+            record |= {"reference": counts, "displacement": self.displacement.facts(), "standstill": still}
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record

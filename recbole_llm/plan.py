@@ -101,7 +101,6 @@ def _all_work(
         context=llm.context,
         base=base,
         policy=policy,
-        even_finished=True,
     )
     for stage in found:
         if stage.loss != "SFT":  # named by what the run will choose, not by the draws that stand for it
@@ -149,6 +148,12 @@ def _notes(config: LLMConfig, work: list[Work]) -> list[str]:
         notes.append(
             "exact_topk: nodes as a trained ranker visits them (an estimate); --full_ranking=exact counts the most "
             "that it can take."
+        )
+    if config["generate_users"]:
+        notes.append(f"generate_users={config['generate_users']}: free answers are not counted.")
+    if config["fsdp"]:
+        notes.append(
+            "fsdp: memory is that of a single process, which holds the whole LLM; each of several holds a part."
         )
     if config["finetune"] != "none" and config["eval_step"] > 0:
         notes.append("early stopping can only shorten this.")

@@ -79,12 +79,12 @@ def tokens_one_by_one(prompt: Prompt | PairPrompt, window: Window) -> int:
 def stage_work(config: Config, prompt: Prompt | PairPrompt, stage: Stage) -> list[Work]:
     """A training stage, with its reference where it has one."""
     grouped = [
-        optimizer_steps(stage.windows, config["train_batch_size"], config["seed"], epoch)
+        [*optimizer_steps(stage.windows, config["train_batch_size"], config["seed"], epoch)]
         for epoch in range(stage.epochs)
     ]
-    epochs = [[part for step in steps for part in passes_of(config, prompt, step)] for steps in grouped]
-    steps = sum(1 for _ in optimizer_steps(stage.windows, config["train_batch_size"], config["seed"], 0))
-    trained = sum_work(stage.loss, prompt, epochs[0], stage.windows, rounds=stage.epochs, steps=stage.epochs * steps)
+    steps = sum(map(len, grouped))
+    epochs = [[part for step in epoch for part in passes_of(config, prompt, step)] for epoch in grouped]
+    trained = sum_work(stage.loss, prompt, epochs[0], stage.windows, rounds=stage.epochs, steps=steps)
     trained.largest = max(_sizes(prompt, part) for epoch in epochs for part in epoch)
     if stage.loss == "SFT":
         return [trained]

@@ -50,7 +50,7 @@ def preview_user(config: LLMConfig, user: str | None) -> str:
     model = LLMRanker(config, protocol.train_data._dataset)
     window = _window(config, protocol, model, internal)
     whole = _cut_titles(config, protocol, model)
-    told = _told(model, window, str(tokens[internal]), len(sequences[internal]), whole)
+    told = _told(model, window, str(tokens[internal]), sequences[internal].tolist(), whole)
     return "\n".join([*told, "", *_shown(model, window), "", *_all_users(config, protocol, model, whole)])
 
 
@@ -76,14 +76,18 @@ def _cut_titles(config: LLMConfig, protocol: Protocol, model: LLMRanker) -> dict
     return {i + 1: texts[i] for i, size in enumerate(sizes) if size > config["item_text_max_tokens"]}
 
 
-def _told(model: LLMRanker, window: Window, user: str, trained: int, whole: dict[int, str]) -> list[str]:
+def _told(model: LLMRanker, window: Window, user: str, trained: list[int], whole: dict[int, str]) -> list[str]:
     """How much of a user's history the prompt holds, and which of its titles are not whole."""
     config, target = model.config, window.targets[-1]
     prompt = model.prompt.trunk(window.items[:target])
     most = config["MAX_ITEM_LIST_LENGTH"]
-    by_length, by_context = left_out(window, trained, most)
+    # Of low_rating it is the last that is not rated low; an item met again counts where it was met last.
+    later = window.also[-1] if window.also else ()
+    known = trained[: len(trained) - len(later)]
+    before = len(known) - 1 - known[::-1].index(window.items[target])
+    by_length, by_context = left_out(window, before, most)
     lines = [
-        f"user {user}: {trained} training items, {target} of them in this prompt, {len(prompt)} tokens",
+        f"user {user}: {len(trained)} training items, {target} of them in this prompt, {len(prompt)} tokens",
         f"left out: {by_length} older items by --MAX_ITEM_LIST_LENGTH={most}, {by_context} by the LLM's context of "
         f"{model.llm.context} tokens",
         f"trained in one pass with it: {len(window.targets)} positions, {model.prompt.window_size(window)} tokens",
@@ -93,15 +97,14 @@ def _told(model: LLMRanker, window: Window, user: str, trained: int, whole: dict
     return lines + [f"cut by --item_text_max_tokens={most}: {model.texts[i]!r} of {whole[i]!r}" for i in shown]
 
 
-def left_out(window: Window, trained: int, most: int) -> tuple[int, int]:
+def left_out(window: Window, before: int, most: int) -> tuple[int, int]:
     """Items before the last target that its prompt lacks: over ``most``, and for lack of room in the LLM's context.
 
     Args:
         window: the user's last.
-        trained: training items of the user.
+        before: the user's training items before that target.
         most: items of history at most.
     """
-    before = trained - 1 - (len(window.also[-1]) if window.also else 0)
     return max(0, before - most), min(before, most) - window.targets[-1]
 
 
@@ -127,7 +130,8 @@ def _all_users(config: LLMConfig, protocol: Protocol, model: LLMRanker, whole: d
         chosen=config["chosen_num"] if config["loss"] == "MultDPO" else 1,
     )
     sizes = [len(model.prompt.trunk(w.items[: w.targets[-1]])) for w in windows]
-    lacks = np.array([left_out(w, len(sequences[w.user]), most) for w in windows]) > 0
+    before = [len(sequences[w.user]) - 1 - (len(w.also[-1]) if w.also else 0) for w in windows]
+    lacks = np.array([left_out(w, known, most) for w, known in zip(windows, before, strict=True)]) > 0
     by_length, by_context = 100 * lacks.mean(0)
     half, nearly_all = np.percentile(sizes, [50, 95])
     longest = int(np.argmax([len(a) for a in model.prompt.answers]))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,16 +15,14 @@ from recbole.config import Config
 from recbole.utils import ModelType
 from tqdm import tqdm as plain_tqdm
 
-from recbole_llm.data.atomic import atomic_file, read_items
+from recbole_llm.data.atomic import atomic_file, read_header, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
-from recbole_llm.read_keys import reranks
+from recbole_llm.read_keys import SFT_KEYS, reranks
 from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
+TOPK_ANSWERS = 100  # titles that a search for the best ten costs about as much as
 PLANNED_SHOWN = 24
-GUESS_WEIGHT = (
-    0.1  # the first guess counts as this share of all work done: the first runs that end are often seconds long
-)
 _current: WholeRun | None = None
 
 
@@ -32,25 +31,26 @@ class WholeRun:
 
     Args:
         runs: label and configuration of each, in order.
-        jobs: how many run at a time.
+        jobs: how many run at a time. With one, each is done inside ``running``; else ``side_by_side`` tells that they
+            have begun, and ``ended`` that one has ended, upon which the next begins.
     """
 
     def __init__(self, runs: Sequence[tuple[str, Config]], jobs: int = 1) -> None:
         self.labels = [label for label, _ in runs]
         self.kinds = [_kind(config) for _, config in runs]
         # LLM runs of the same users and seed may share the first one's SFT stage.
-        first = {_shares(config): config for _, config in reversed(runs) if _kind(config) == "llm"}
+        first = {_sft(config): config for _, config in reversed(runs) if _trains_llm(config)}
         folders = [run_folder_of(config) for _, config in runs]
         self.runs = len(set(folders))  # two labels may be one run
         self.seconds = [
-            _guess(config, config is first.get(_shares(config))) if folders[i] not in folders[:i] else 0.0
+            _guess(config, config is first.get(_sft(config))) if folders[i] not in folders[:i] else 0.0
             for i, (_, config) in enumerate(runs)
         ]
         self.scale = dict.fromkeys(self.kinds, 1.0)
+        self.took, self.guessed = dict.fromkeys(self.kinds, 0.0), dict.fromkeys(self.kinds, 0.0)
         self.open = {i for i, seconds in enumerate(self.seconds) if seconds}
         self.todo, self.jobs = len(self.open), jobs
-        self.at: int | None = None
-        self.began = time.monotonic()
+        self.began: dict[int, float] = {}  # runs that are on
         self._tell_plan()
 
     def _tell_plan(self) -> None:
@@ -68,16 +68,16 @@ class WholeRun:
 
     def left(self) -> float:
         """Seconds to the end of the last run."""
-        expected = {i: self.seconds[i] * self.scale[self.kinds[i]] for i in self.open}
-        if self.at in expected:
-            expected[self.at] = max(0.0, expected[self.at] - (time.monotonic() - self.began))
-        return sum(expected.values()) / self.jobs
+        now = time.monotonic()
+        whole = {i: self.seconds[i] * self.scale[self.kinds[i]] for i in self.open}
+        expected = [max(0.0, seconds - (now - self.began.get(i, now))) for i, seconds in whole.items()]
+        return max(max(expected, default=0.0), sum(expected) / self.jobs)
 
     @contextmanager
     def running(self, number: int) -> Iterator[None]:
-        """Around one run in this process: says which, and learns from how long it took."""
+        """Around one run in this process: says which."""
         global _current
-        self.at, self.began, _current = number, time.monotonic(), self
+        self.began[number], _current = time.monotonic(), self
         place = self.todo - len(self.open) + 1
         print(
             f"\n[{place}/{self.todo}] {self.labels[number]}: whole comparison about {told_time(self.left())} left",
@@ -86,19 +86,35 @@ class WholeRun:
         try:
             yield
         finally:
-            _current = self.at = None
+            _current = None
             self.open.discard(number)
-        if self.seconds[number]:
-            took = time.monotonic() - self.began
-            self.scale[self.kinds[number]] = took / self.seconds[number]
+
+    def side_by_side(self) -> None:
+        """As many runs as there may be are on."""
+        for number in sorted(self.open - set(self.began))[: self.jobs - len(self.began)]:
+            self.began[number] = time.monotonic()
+
+    def learn(self, number: int) -> None:
+        """A run is done: others of its kind take as much longer, or shorter, than was guessed.
+
+        One that failed teaches nothing. The guess of one run counts as one that took so long: the first to end may have
+        found its stages finished.
+        """
+        kind, began = self.kinds[number], self.began.pop(number, None)
+        if began is None or not self.seconds[number]:
+            return
+        self.took[kind] += time.monotonic() - began
+        self.guessed[kind] += self.seconds[number]
+        one = median(s for s, other in zip(self.seconds, self.kinds, strict=True) if s and other == kind)
+        self.scale[kind] = (self.took[kind] + one) / (self.guessed[kind] + one)
 
     def ended(self, number: int, error: str | None) -> None:
-        """One of several runs at a time has ended: says so, and learns from the pace of all so far."""
+        """One of several runs at a time has ended: says so, and the next is on."""
         self.open.discard(number)
-        took = (time.monotonic() - self.began) * self.jobs
-        done = sum(s for i, s in enumerate(self.seconds) if i not in self.open)
-        guessed = sum(self.seconds) * GUESS_WEIGHT
-        self.scale = dict.fromkeys(self.kinds, (took + guessed) / (done + guessed))
+        if error is None:
+            self.learn(number)
+        self.began.pop(number, None)
+        self.side_by_side()
         print(
             f"[{self.todo - len(self.open)}/{self.todo}] {self.labels[number]}: {'failed' if error else 'done'}; whole "
             f"comparison about {told_time(self.left())} left",
@@ -131,8 +147,13 @@ def _kind(config: Config) -> str:
     return "llm" if "llm" in config else "trained" if config["MODEL_TYPE"] != ModelType.TRADITIONAL else "counted"
 
 
-def _shares(config: Config) -> tuple[Any, ...]:
-    return config["dataset"], config["few_shot"], config["seed"]
+def _trains_llm(config: Config) -> bool:
+    return _kind(config) == "llm" and config["finetune"] != "none"
+
+
+def _sft(config: Config) -> str:
+    """What runs have in common that share an SFT stage; of other models, nothing that any LLM has."""
+    return str([config[key] for key in ("dataset", "few_shot", "sft_positions", *SFT_KEYS)]) if "llm" in config else ""
 
 
 def _guess(config: Config, with_sft: bool) -> float:
@@ -161,9 +182,10 @@ def guessed_seconds(config: Config, with_sft: bool = True) -> float:
 
 
 def _sizes(config: Config) -> dict[str, float]:
-    file = atomic_file(config.final_config_dict, config["dataset"], "inter")
-    with open(file, "rb") as lines:
-        users = [line.split(b"\t", 1)[0] for line in lines][1:]
+    file, separator = atomic_file(config.final_config_dict, config["dataset"], "inter"), config["field_separator"]
+    column = [*read_header(file, separator)].index(config["USER_ID_FIELD"])
+    with open(file, encoding="utf-8") as lines:
+        users = [line.rstrip("\n").split(separator)[column] for line in lines][1:]
     n_users = len(set(users))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
     return {
@@ -177,17 +199,19 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     """Tokens of all passes; a training step costs as much as 2.3 passes (the base's weights get no gradient)."""
     _, items = read_items(config.final_config_dict, config["dataset"])
     title = 2 + sum(len(next(iter(row.values()))) for row in items.values()) / max(1, len(items)) / 3
-    rounds = (config["epochs"] if with_sft else 0) + (config["preference_epochs"] if config["loss"] != "SFT" else 0)
-    rounds *= config["eval_step"] > 0
+    with_sft, prefers = with_sft and _trains_llm(config), config["loss"] != "SFT" and _trains_llm(config)
+    rounds = (config["epochs"] if with_sft else 0) + (config["preference_epochs"] if prefers else 0)
+    rounds = rounds * (config["eval_step"] > 0) if _trains_llm(config) else 1
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        answers = config["rerank_topk"] if mode == "full" else int(mode[3:]) + config["next_items"]
+        exact = len(items) if config["full_ranking"] == "exact" else min(len(items), TOPK_ANSWERS)
+        answers = exact if mode == "full" else int(mode[3:]) + config["next_items"]
         answers = min(answers, config["rerank_topk"]) if reranks(config, mode) else answers
         asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
     trained = 0.0
     if with_sft:
         trained += _positions(config["sft_positions"], sizes) * config["epochs"]
-    if config["loss"] != "SFT":
+    if prefers:
         trunk = sizes["users"] * config["MAX_ITEM_LIST_LENGTH"]
         pairs = trunk + _positions(config["preference_positions"], sizes) * (1 + config["rejected_num"])
         trained += pairs * (config["preference_epochs"] + 1 / 2.3)

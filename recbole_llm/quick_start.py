@@ -23,7 +23,7 @@ from recbole_llm.files import only_here
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
-from recbole_llm.read_keys import reranks
+from recbole_llm.read_keys import reranks, unread
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.run_folder import make_run_folder, run_folder_of
 from recbole_llm.run_log import explained, start_log
@@ -49,7 +49,8 @@ def run_recbole_llm(
     Args:
         model, dataset, config_file_list, config_dict: as in RecBole.
         saved: keep the best epoch's checkpoint and evaluate that; otherwise the last epoch of RecBole's models is
-            evaluated. LLMRanker and DPO4Rec, whose stages are kept for other runs, take the best all the same.
+            evaluated, and no result is kept in the folder. LLMRanker and DPO4Rec, whose stages are kept for other
+            runs, take the best all the same.
 
     Returns:
         RecBole's ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result`` and ``test_result``, and
@@ -118,7 +119,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     title_embeddings(asked.dataset)  # kept for the evaluation
     try_ahead(config, protocol)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
-    train_base(config, recommender, told, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
+    train_base(config, trainer, told, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
     clock.lap("data_and_model")
     with explained(config, told, "training"):
         best_score, best_valid = fit(config, trainer, protocol, saved)
@@ -126,7 +127,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
-        train_base(test_config, recommender, told, asked.test.mode)
+        train_base(test_config, trainer, told, asked.test.mode)
     with explained(config, told, "ranking the test rows"):
         test_result = trainer.evaluate(asked.test, load_best_model=saved, show_progress=config["show_progress"])
     samples = _generate(config, trainer, asked, test_result)
@@ -142,7 +143,8 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     logger.info(f"best valid : {best_valid}")
     logger.info(f"test result: {test_result}")
     costs = of_all(gathered(lambda: {"timings": clock.timings(), "peak_memory_bytes": peak.bytes()}))
-    from_first(lambda: save_run(folder, config, protocol, asked, trainer, result, costs, samples))
+    if saved:  # what was not to be kept is no finished run that a comparison takes
+        from_first(lambda: save_run(folder, config, protocol, asked, trainer, result, costs, samples))
     return result
 
 
@@ -179,7 +181,7 @@ def build_trainer(config: LLMConfig, protocol: Protocol, folder: Path, told: Pat
     return trainer
 
 
-def train_base(config: LLMConfig, recommender: Any, told: Path | None, *modes: str) -> None:
+def train_base(config: LLMConfig, trainer: Any, told: Path | None, *modes: str) -> None:
     """For a model that reorders the top of another one where it is asked in one of these modes: that other one.
 
     Args:
@@ -188,9 +190,11 @@ def train_base(config: LLMConfig, recommender: Any, told: Path | None, *modes: s
     Raises:
         UserError: it cannot be built or trained with these settings.
     """
-    if hasattr(recommender, "rerank_with") and any(reranks(config, mode) for mode in modes):
+    if hasattr(trainer.model, "rerank_with") and any(reranks(config, mode) for mode in modes):
         with explained(config, told, f"training --rerank_model={config['rerank_model']}"):
-            recommender.rerank_with(train_recommender(config, config["rerank_model"]).model)
+            base = train_recommender(config, config["rerank_model"])
+        trainer.model.rerank_with(base.model)
+        trainer.facts["found"] += [base.found] if base.found else []
 
 
 def fit(config: LLMConfig, trainer: Any, protocol: Protocol, saved: bool) -> tuple[float, dict[str, float] | None]:
@@ -230,6 +234,13 @@ def trainer_for(config: LLMConfig, recommender: Any) -> Any:
 def _tell(logger: logging.Logger, config: LLMConfig, protocol: Protocol, asked: Protocol, folder: Path) -> None:
     logger.info(config)
     logger.info(protocol.dataset)
+    if idle := sorted(unread(config.final_config_dict) & set(config.external_config_dict)):
+        logger.info(f"Given, but read by nothing under the other settings: {', '.join(idle)}")
+    if (again := asked.test.repeated()) and (asked.test.mode != "full" or config["mask_history"]):
+        logger.info(
+            f"Protocol: in {again} of {len(asked.test)} test rows the target is among the user's earlier items, where "
+            "no other answer is: that favours models that repeat the history."
+        )
     users = "all" if protocol.train_users is None else f"{len(protocol.train_users)} (few-shot)"
     logger.info(
         f"Protocol: training users {users}, training interactions {sum(protocol.item_counter.values())}, "

@@ -14,14 +14,23 @@ FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions
 PREFERENCE_KEYS = {
     "beta",
     "sft_weight",
-    "from_model",
     "preference_epochs",
     "preference_learning_rate",
     "preference_positions",
 }
+POOL_STRATEGIES = {"self_hard", "semantic", "from_model"}  # draw from ``rejected_pool`` items
 ORACLE_KEYS = {"oracle_model", "oracle_folds", "smoothing_max"}
 BASE_KEYS = {"rerank_model", "rerank_topk"}
-NEVER_READ = {"eval_batch_size"}  # by a model whose passes `token_budget` bounds
+# What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
+SFT_KEYS = tuple(
+    """
+    llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
+    prompt epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio clip_grad_norm
+    eval_step seed MAX_ITEM_LIST_LENGTH
+""".split()
+)
+# `token_budget` bounds its passes, and `rejected` says what it is trained against.
+NEVER_READ = {"eval_batch_size", "train_neg_sample_args"}
 
 
 def unread(settings: Mapping[str, Any]) -> set[str]:
@@ -46,8 +55,13 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
         found |= ORACLE_KEYS
     if not prefers or not settings["dynamic_beta"]:
         found.add("dynamic_margin")
-    if not prefers or "popularity" not in settings["rejected"].split("+"):
+    strategies = set(settings["rejected"].split("+")) if prefers else set()
+    if "popularity" not in strategies:
         found.add("popularity_exponent")
+    if "from_model" not in strategies:
+        found.add("from_model")
+    if not strategies & POOL_STRATEGIES:
+        found.add("rejected_pool")
     if not any(reranks(settings, mode) for mode in asked_modes(settings)):
         found |= BASE_KEYS
     if "full" not in asked_modes(settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,10 +18,11 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_llm import checks, keys
 from recbole_llm.config import PROPERTIES, LLMConfig
+from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.files import content_hash, only_here, write_json
+from recbole_llm.files import content_hash, found_or_made
 from recbole_llm.model import model_class
 from recbole_llm.read_keys import needed_recommenders
 from recbole_llm.run_folder import run_hash
@@ -31,11 +31,16 @@ from recbole_llm.trainer import trainer_class
 
 @dataclass(frozen=True)
 class Recommender:
-    """A trained model with the configuration and the data it was trained under."""
+    """A trained model with the configuration and the data it was trained under.
+
+    Attributes:
+        found: what its training took, where another run had trained it (``costs.found_done``).
+    """
 
     model: AbstractRecommender
     config: LLMConfig
     protocol: Protocol
+    found: dict[str, Any] | None = None
 
     @torch.no_grad()
     def scores(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
@@ -123,10 +128,14 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
     Raises:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
-    shared = {k: v for k, v in shared_settings(config).items() if k != "log_wandb"}
+    shared = {k: v for k, v in shared_settings(config).items() if k not in ("log_wandb", "look_alikes", "encoder")}
     # It is never tested, so how the test asks must not name it: runs that differ in that share it.
     asked = config["eval_args"]["mode"]["valid"]
     shared["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
+    metric, _, top = config["valid_metric"].partition("@")
+    shared |= {"metrics": [metric], "topk": [int(top)] if top else config["topk"]}
+    if config["valid_users"] and not config["disjoint_users"]:  # where who is tested says who is not validated
+        shared["eval_users"] = config["valid_users"]
     return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
 
 
@@ -150,22 +159,26 @@ def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = N
     folder = _folder(own, protocol, users)
     trainer = trainer_class(own["MODEL_TYPE"], own["model"])(own, model)
     trainer.start(protocol, folder)
-    score = from_first(partial(_fit_once, trainer, protocol, own, folder))
+    with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
+        record, found = from_first(partial(found_or_made, folder, partial(_fit, trainer, protocol)))
     trainer._load_checkpoint(None)
-    logging.getLogger().info(f"{name} in {folder}: validation {score:.4f}")
+    logging.getLogger().info(f"{name} in {folder}: validation {record['best_valid_score']:.4f}")
     init_seed(config["seed"], config["reproducibility"])
-    return Recommender(model.eval(), own, protocol)
+    spent = found_done(name, record["seconds"], record["cpu_seconds"]) if found else None
+    return Recommender(model.eval(), own, protocol, spent)
 
 
-def _fit_once(trainer: Any, protocol: Protocol, config: LLMConfig, folder: Path) -> float:
-    """Validation score of the model, whose checkpoint lies in its folder then."""
-    done = folder / "stage.json"
-    with only_here(folder):
-        if not done.is_file():
-            with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
-                score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=config["show_progress"])
-            write_json(done, {"model": config["model"], "best_valid_score": score})
-    return json.loads(done.read_text())["best_valid_score"]
+def _fit(trainer: Any, protocol: Protocol) -> dict[str, Any]:
+    """Train the model, whose checkpoint lies in its folder then; the record of that."""
+    clock = Clock()
+    score, _ = trainer.fit(protocol.train_data, protocol.valid, show_progress=trainer.config["show_progress"])
+    seconds, cpu_seconds = clock.spent()
+    return {
+        "model": trainer.config["model"],
+        "best_valid_score": float(score),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
 
 
 def _folder(config: LLMConfig, protocol: Protocol, users: np.ndarray | None) -> Path:

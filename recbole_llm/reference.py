@@ -43,7 +43,8 @@ def fill_reference(
         policy: hash of all that they depend on but the windows: weights, prompts, item texts, code.
 
     Returns:
-        Positions that were ``read`` and ``computed``, and what those read had taken (``seconds``, ``cpu_seconds``).
+        Positions that were ``read`` and ``computed``, and what those read had taken (``seconds``, ``cpu_seconds``, of
+        all processes).
 
     Raises:
         UserError: the folder cannot be written.
@@ -62,7 +63,7 @@ def fill_reference(
             if known is None:
                 clock = Clock()
                 reference = logps(part)
-                from_first(partial(_write, file, reference, clock.spent()))
+                from_first(partial(_write, file, reference, clock.spent_by_all()))
             else:
                 reference, seconds, cpu_seconds = known
                 counts["seconds"] += seconds

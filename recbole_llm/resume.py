@@ -31,7 +31,7 @@ from recbole_llm.llm.identity import check_identity, identity
 
 FILES = ("progress-0.safetensors", "progress-1.safetensors")  # written in turn
 # What RecBole's loop and ours remember between steps.
-REMEMBERED = ("cur_step", "best_valid_score", "best_valid_result", "tokens", "global_step")
+REMEMBERED = ("cur_step", "best_valid_score", "best_valid_result", "tokens", "steps", "global_step", "found")
 
 logger = logging.getLogger()
 
@@ -61,11 +61,12 @@ class StageProgress:
         Raises:
             UserError: the disk is full; the save before this one is untouched.
         """
-        from_first(lambda: self._write(*self._state(epoch, steps, total, count)))
+        spent = self.trainer.clock.spent_by_all()
+        from_first(lambda: self._write(*self._state(epoch, steps, total, count, spent)))
         self.saved, self.at = self.saved + 1, time.monotonic()
 
     def _state(
-        self, epoch: int, steps: int, total: float, count: float
+        self, epoch: int, steps: int, total: float, count: float, spent: tuple[float, float]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         trainer, device = self.trainer, self.trainer.device
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter_state(trainer.model.llm).items()}
@@ -83,7 +84,7 @@ class StageProgress:
             "total": total,
             "count": count,
             "saved": self.saved,
-            "spent": trainer.clock.spent(),
+            "spent": spent,
             "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
             "rates": [group["lr"] for group in trainer.optimizer.param_groups],
             "remembered": {name: getattr(trainer, name) for name in REMEMBERED},

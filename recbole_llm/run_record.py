@@ -60,6 +60,7 @@ def save_run(
         "mask_history": config["mask_history"],
         "next_items": config["next_items"],
         "rows": len(asked.test),
+        "repeated_targets": asked.test.repeated(),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),
         "training_interactions": sum(protocol.item_counter.values()),
         "trainable_parameters": trainable,

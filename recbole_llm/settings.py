@@ -140,7 +140,7 @@ def read_yaml(file: str) -> dict[str, Any]:
 
 
 def read_yamls(files: list[str]) -> dict[str, Any]:
-    """Settings of several files, later ones win.
+    """Settings of several files, later ones win as in ``laid_over``.
 
     Raises:
         ConfigError: what is wrong with all of them.
@@ -149,7 +149,7 @@ def read_yamls(files: list[str]) -> dict[str, Any]:
     problems = []
     for file in files:
         try:
-            settings |= read_yaml(file)
+            settings = laid_over(settings, read_yaml(file))
         except ConfigError as error:
             problems += error.problems
     if problems:

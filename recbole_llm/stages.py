@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,16 @@ from recbole_llm.data.prompt import Prompt, Window, load_template
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
 from recbole_llm.data.windows import training_windows
-from recbole_llm.distributed import from_first
 from recbole_llm.environment import versions
 from recbole_llm.files import content_hash
 from recbole_llm.harm import title_vectors
 from recbole_llm.llm.identity import PARTS, identity, local_weights
 from recbole_llm.llm.types import LLM
 from recbole_llm.oracle import train_oracle
-from recbole_llm.read_keys import needed_recommenders, reranks, unread
+from recbole_llm.read_keys import SFT_KEYS, needed_recommenders, reranks, unread
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_folder import NOT_IN_HASH, data_hash
 
-# What determines the SFT adapter, besides data, model and windows. A preference loss shares the stage of all others.
-SFT_KEYS = tuple(
-    """
-    llm dtype quantization finetune lora_r lora_alpha lora_dropout lora_target_modules item_text item_text_max_tokens
-    prompt epochs learning_rate train_batch_size learner weight_decay lr_scheduler warmup_ratio clip_grad_norm
-    eval_step seed MAX_ITEM_LIST_LENGTH
-""".split()
-)
 SELECTION_KEYS = ("score_norm", "stopping_step", "valid_metric", "metric_decimal_place")  # where validation selects
 # Where validation selects epochs by a re-ranking.
 RERANK_KEYS = (
@@ -52,14 +44,32 @@ LAST_BITS = {"gradient_checkpointing", "fast_linears"}  # what they move no two 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``; ``facts`` go to its record."""
+    """One training stage: ``loss`` over ``windows``, its best epoch kept in ``folder``; ``facts`` go to its record.
+
+    Args:
+        make: gives the windows and facts. It is asked when the first of them is read: never, where the stage is found
+            finished.
+    """
 
     loss: str
     epochs: int
     learning_rate: float
-    windows: list[Window]
     folder: Path
-    facts: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[], tuple[list[Window], dict[str, Any]]]
+
+    @cached_property
+    def _made(self) -> tuple[list[Window], dict[str, Any]]:
+        return self.make()
+
+    @property
+    def windows(self) -> list[Window]:
+        """What the stage trains on."""
+        return self._made[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What made them."""
+        return self._made[1]
 
 
 def stages(
@@ -70,31 +80,26 @@ def stages(
     context: int,
     base: str,
     policy: Policy,
-    even_finished: bool = False,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
 
-    The pairs of the preference stage are made when it is asked for, by the policy as it is then.
+    The pairs of the preference stage are made when they are asked for, by the policy as it is then.
 
     Args:
         context: tokens of a prompt with its answer at most.
         base: fingerprint of the base LLM and the item texts, which name a stage together with the settings.
         policy: log-probs of windows by the policy.
-        even_finished: make the pairs of a preference stage that was finished before, too; else it has no windows.
     """
     if config["finetune"] == "none":
         return
     if config["epochs"] > 0:
         windows = sft_windows(config, protocol, prompt, context)
         folder = sft_folder(config, protocol, base, windows)
-        yield Stage("SFT", config["epochs"], config["learning_rate"], windows, folder)
+        yield Stage("SFT", config["epochs"], config["learning_rate"], folder, lambda: (windows, {}))
     if config["loss"] != "SFT" and config["preference_epochs"] > 0:
-        folder, windows = preference_folder(config, protocol, base), []
-        facts: dict[str, Any] = {}
-        if even_finished or not from_first((folder / "stage.json").is_file):
-            windows, facts = preference_windows(config, protocol, prompt, context, policy)
-        rate = config["preference_learning_rate"]
-        yield Stage(config["loss"], config["preference_epochs"], rate, windows, folder, facts)
+        folder, rate = preference_folder(config, protocol, base), config["preference_learning_rate"]
+        make = partial(preference_windows, config, protocol, prompt, context, policy)
+        yield Stage(config["loss"], config["preference_epochs"], rate, folder, make)
 
 
 def sft_windows(
@@ -141,19 +146,22 @@ def preference_windows(
     last = config["preference_positions"]
     windows = _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
     strategies = config["rejected"].split("+")
+    models = [train_recommender(config, config["from_model"])] if "from_model" in strategies else []
     sources = Sources(
         policy=policy,
         vectors=title_vectors(config, protocol.dataset) if "semantic" in strategies else None,
-        recommend=train_recommender(config, config["from_model"]).scores if "from_model" in strategies else None,
+        recommend=models[0].scores if models else None,
     )
     windows = RejectedItems(config, protocol, sources).fill(windows, config["show_progress"])
-    if config["loss"] != "RosePO" or config["smoothing"] != "oracle":
-        return windows, {}
-    oracle = train_oracle(config, protocol)
-    smoothing = oracle.smoothing(windows)
-    mean = [e for window in smoothing for target in window for e in target]
-    facts = {"oracle": {**asdict(oracle.calibration), "mean_epsilon": sum(mean) / len(mean)}}
-    return [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)], facts
+    facts: dict[str, Any] = {}
+    if config["loss"] == "RosePO" and config["smoothing"] == "oracle":
+        oracle = train_oracle(config, protocol)
+        models += oracle.judges
+        smoothing = oracle.smoothing(windows)
+        mean = [e for window in smoothing for target in window for e in target]
+        facts["oracle"] = {**asdict(oracle.calibration), "mean_epsilon": sum(mean) / len(mean)}
+        windows = [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)]
+    return windows, {**facts, "found": [model.found for model in models if model.found]}
 
 
 def base_hash(llm: LLM, texts: list[str]) -> str:

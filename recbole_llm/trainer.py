@@ -148,14 +148,20 @@ class ProtocolEvaluation(_Trainer):
 
     def _predict(self, visible: Interaction, items: torch.Tensor) -> torch.Tensor:
         """Scores ``[B, C]`` through RecBole's ``predict``, all candidates of a user in consecutive rows."""
-        pairs = visible.repeat_interleave(items.shape[1])
-        pairs.update(Interaction({self.config["ITEM_ID_FIELD"]: items.reshape(-1)}))
-        pairs = self.protocol.dataset.join(pairs.to("cpu")).to(self.device)
         if getattr(self.model, "ranks_candidates", False):
-            return self.model.predict(pairs, items.shape[1]).view(items.shape)
-        size = self.config["eval_batch_size"]
-        chunks = [self.model.predict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+            every = self._pairs(visible, items, slice(items.numel()))
+            return self.model.predict(every, items.shape[1]).view(items.shape)
+        size = self.config["eval_batch_size"]  # a pair holds the whole history: never all of them at once
+        parts = (slice(first, min(first + size, items.numel())) for first in range(0, items.numel(), size))
+        chunks = [self.model.predict(self._pairs(visible, items, part)) for part in parts]
         return torch.cat([c.reshape(-1) for c in chunks]).view(items.shape)
+
+    def _pairs(self, visible: Interaction, items: torch.Tensor, part: slice) -> Interaction:
+        """A part of the pairs of user and candidate, users' candidates one after another, with the items' features."""
+        rows = torch.arange(part.start or 0, part.stop, device=self.device) // items.shape[1]
+        pairs = visible[rows]
+        pairs.update(Interaction({self.config["ITEM_ID_FIELD"]: items.reshape(-1)[part]}))
+        return self.protocol.dataset.join(pairs.to("cpu")).to(self.device)
 
     def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
         if getattr(self.model, "ranks_candidates", False):  # such a model computes equal histories once

@@ -35,6 +35,7 @@ def validate(
         UserError: bad input; the message says what to do.
     """
     config = LLMConfig(model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict)
+    config["log_wandb"] = False  # a trial is no run of its own there
     folder = trial_folder_of(config)
     try:
         with writing(config, folder):
@@ -58,7 +59,7 @@ def _validate(config: LLMConfig, folder: Path) -> tuple[float, dict[str, float]]
     protocol = read_data(config, None)
     trainer = build_trainer(config, protocol, folder, None)
     try_ahead(config, protocol)
-    train_base(config, trainer.model, None, protocol.valid.mode)
+    train_base(config, trainer, None, protocol.valid.mode)
     score, result = fit(config, trainer, protocol, saved=False)
     if result is None:
         result = trainer.evaluate(protocol.valid, load_best_model=False, show_progress=config["show_progress"])

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -165,7 +167,14 @@ def small(kind: type, **options: object) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [(LlamaConfig, {}), (Qwen2Config, {}), (Qwen3Config, {}), (MistralConfig, {"sliding_window": None})],
+    [
+        (LlamaConfig, {}),
+        (Qwen2Config, {}),
+        (Qwen3Config, {}),
+        (MistralConfig, {"sliding_window": None}),
+        (CohereConfig, {"logit_scale": 0.25}),  # both scale their logits
+        (GraniteConfig, {"logits_scaling": 8.0}),
+    ],
 )
 def test_known_architectures_run_in_blocks(architecture: type, options: dict) -> None:
     model = small(architecture, **options)

@@ -14,6 +14,7 @@ import torch
 
 from recbole_llm import cli, run_log, run_record
 from recbole_llm.config import LLMConfig
+from recbole_llm.files import whole
 from recbole_llm.llm import adapter
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
@@ -313,3 +314,12 @@ def test_folders_that_cannot_be_written(
     told = refused(capsys, argv(toy, model="Pop"))
     assert "could not write ./log/ (Permission denied)" in told
     assert "run in a folder that can be written" in told
+
+
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of two equal comparisons that end together: each is written beside by a name of its own."""
+    file = tmp_path / "table.md"
+    with whole(file, ".1") as mine, whole(file, ".2") as other:
+        mine.write_text("mine")
+        other.write_text("the other's")
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]

@@ -456,3 +456,15 @@ def test_toy_users_meet_no_item_twice(tmp_path: Path) -> None:
     lines = (tmp_path / "toy" / "toy.inter").read_text().splitlines()[1:]
     pairs = [tuple(line.split("\t")[:2]) for line in lines]
     assert len(set(pairs)) == len(pairs) == 40 * 12
+
+
+def test_repeated_targets_are_counted(toy: dict[str, Any], tmp_path: Path) -> None:
+    """One that the user met before is the only answer of the history; who reads a result has to know."""
+    assert prepared(toy, "Pop")[1].test.repeated() == 0
+    file = tmp_path / "data" / "toy" / "toy.inter"
+    header, *lines = file.read_text().splitlines()
+    user, first, *_ = lines[0].split("\t")
+    last = max((line.split("\t") for line in lines if line.split("\t")[0] == user), key=lambda event: float(event[3]))
+    again = "\t".join([user, first, last[2], str(float(last[3]) + 1)])
+    file.write_text("\n".join([header, *lines, again]) + "\n")
+    assert prepared(toy, "Pop")[1].test.repeated() == 1

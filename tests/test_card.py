@@ -337,6 +337,7 @@ def test_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: s
     ("llm", "told"),
     [
         ("embedded", "where = embedded_folder()"),
+        ("qwen2.5-coder-0.5b", "where = embedded_folder('qwen2.5-coder-0.5b')"),
         ("Qwen/Qwen2.5-0.5B", "where = 'Qwen/Qwen2.5-0.5B'"),
         ("/m/x.gguf", "where = gguf_folder(Path('/m/x.gguf'))"),
         ("it's\n\"", "where = 'it\\'s\\n\"'"),

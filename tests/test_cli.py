@@ -113,10 +113,10 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.startswith("models: LLMRanker, DPO4Rec, ") and "SASRec" in told and "xgboost" not in told
     assert "prompt: instruct, pair, reasoning, stream" in told and "dataset: ml-100k" in told
     assert (
-        "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-ml-100k, "
-        "full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, full-ranking-ml-100k, "
-        "losses-games, losses-ml-100k, model-size, quick, rerank_lists, rosepo-ml-100k, rosepo-seeds, "
-        "transfer-to-films, transfer-to-games\n"
+        "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-games-uni99, "
+        "few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, "
+        "full-ranking-ml-100k, losses-games, losses-ml-100k, model-size, quick, rerank_lists, rosepo-ml-100k, "
+        "rosepo-seeds, transfer-to-films, transfer-to-games\n"
         in told
         and "search: BERT4Rec, BPR, " in told
     )
@@ -427,3 +427,14 @@ def test_module_with_bad_input(toy: dict[str, Any], tmp_path: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "2 problems in the configuration:" in done.stderr
     assert "--epochs='many': must be a whole number" in done.stderr
+
+
+@pytest.mark.parametrize("others", [{}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "1"}])
+def test_a_rank_of_a_scheduler_silences_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, others: dict[str, str]
+) -> None:
+    """RANK alone is no torchrun's."""
+    for name, value in {"RANK": "1", **others}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["runn"]) == 2
+    assert "`runn`: no such command" in capsys.readouterr().err

@@ -471,3 +471,8 @@ def test_rows_that_are_gone(toy: dict[str, Any]) -> None:
     file.write_bytes(b"no gzip")
     with pytest.raises(UserError, match="per_user.csv.gz cannot be read .* Remove that folder"):
         compare("Pop,BPR", None, toy)
+
+
+def test_a_seed_beside_seeds_is_refused(toy: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--seed=7: --seeds=1,2 says those of a comparison"):
+        compare("Pop", None, {**toy, "seed": 7, "seeds": "1,2"})

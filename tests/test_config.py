@@ -519,3 +519,34 @@ def test_token_budget_follows_the_device(toy: dict[str, Any]) -> None:
     for wrong in ("most", 63, 2048.0):
         with pytest.raises(ConfigError, match="token_budget.*must be a whole number >= 64, or auto"):
             LLMConfig("LLMRanker", config_dict={**toy, "token_budget": wrong})
+
+
+def test_a_flag_changes_of_eval_args_what_it_names(toy: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("eval_args: {split: {TS: [0.8, 0.1, 0.1]}, mode: {valid: uni9, test: uni9}}")
+    given = {key: value for key, value in toy.items() if key != "eval_args"}
+    config = LLMConfig("Pop", None, [str(file)], {**given, "eval_args": {"mode": {"test": "full"}}})
+    assert config["eval_args"]["split"] == {"TS": [0.8, 0.1, 0.1]}
+    assert config["eval_args"]["mode"] == {"valid": "uni9", "test": "full"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"eval_args": "uni19"}, "--eval_args='uni19': must be a table"),
+        ({"TIME_FIELD": [1]}, "--TIME_FIELD=[1]"),
+        (
+            {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}, "full_ranking": "exact",
+             "rerank_candidates": True, "rerank_weight": 0.5},
+            "--rerank_weight=0.5: the test is not re-ranked",
+        ),
+        (
+            {"prompt": "pair", "rerank_candidates": True, "eval_args": {"mode": {"valid": "uni1", "test": "uni1"}}},
+            "--rerank_candidates: a pair prompt's LLM ranks the only two candidates",
+        ),
+    ],
+)  # fmt: skip
+def test_what_an_llm_cannot_be_asked(tiny: dict[str, Any], given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        LLMConfig(config_dict={**tiny, **given})
+    assert told in str(error.value)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from recbole_llm import costs, quick_start
 from recbole_llm.config import LLMConfig
-from recbole_llm.costs import Peak, TokenCount
+from recbole_llm.costs import Clock, Peak, TokenCount, waiting
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
 
@@ -112,3 +113,11 @@ def test_count_ends_with_its_block() -> None:
         body(input_ids=torch.zeros(1, 3))
     body(input_ids=torch.zeros(1, 100))
     assert count.tokens == 13
+
+
+def test_waiting_for_another_process_costs_nothing() -> None:
+    clock = Clock()
+    with waiting():
+        time.sleep(0.3)
+    clock.lap("work")
+    assert clock.spent()[0] < 0.2 and clock.timings()["work_s"] < 0.2

@@ -17,23 +17,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from recbole_llm import cli, recommender
+from recbole_llm import cli, files
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, load_template
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.explain import command, faithful_users
-from recbole_llm.explain.explain import explain_user
+from recbole_llm.explain.explain import _rounding, explain_user
 from recbole_llm.explain.explanation import Explanation
 from recbole_llm.explain.faithfulness import SIZES, Deletion, deletion_tests, influences, over_users
 from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.explain.history_logps import History, answer_token_logps, history_tree, question
+from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.ranked import Ranked
 from recbole_llm.explain.run_files import run_settings
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.explain_html import explanation_html
+from recbole_llm.report.explain_tables import effects, reading_notes
 from recbole_llm.report.explain_text import explanation_text, faithfulness_text
 from recbole_llm.run_folder import run_folder_of
 from tests.conftest import toy_settings, write_dataset
@@ -754,3 +756,47 @@ def test_wrong_keys_are_told_together(dpo: Path) -> None:
     with pytest.raises(ConfigError) as error:
         FinishedRun(dpo, {"beta": 1, "loss": "SFT"})
     assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("ranked", "explained_in", "most"),
+    [("float32", "float32", 1e-3), ("bfloat16", "float32", 0.1), ("float32", "bfloat16", 0.1)],
+)
+def test_the_looser_type_says_how_near_scores_must_be(
+    finished: FinishedRun, monkeypatch: pytest.MonkeyPatch, ranked: str, explained_in: str, most: float
+) -> None:
+    """A GPU's run in half precision may be explained on a CPU."""
+    monkeypatch.setitem(finished.record, "dtype", ranked)
+    monkeypatch.setattr(finished.model, "llm", replace(finished.model.llm, dtype=explained_in))
+    assert _rounding(finished) == most
+
+
+def test_what_moves_the_order_is_in_its_unit(explained: Explanation) -> None:
+    """Summed log-probs, log-probs by token, or nothing where another model's scores move it too."""
+    first, second = (influence.by_item for influence in explained.influences)
+    sizes = [len(influence.title.tokens) for influence in explained.influences]
+    (head, by_sum) = effects(explained)[-1]
+    assert head.endswith("rather than target") and by_sum == tuple(a - b for a, b in zip(first, second, strict=True))
+    mean = replace(explained, run=explained.run | {"score_norm": "mean"})
+    (_, by_token) = effects(mean)[-1]
+    assert by_token == tuple(a / sizes[0] - b / sizes[1] for a, b in zip(first, second, strict=True))
+    assert any("divided by its title's tokens" in note for note in reading_notes(mean))
+    mixed = replace(explained, run=explained.run | {"mixed": True})
+    assert len(effects(mixed)) == len(explained.influences)
+    assert any("the other model's scores too" in note for note in reading_notes(mixed))
+
+
+def test_a_damaged_run_beside_is_left_out(
+    dpo: Path, sasrec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is an error where it was named."""
+    for folder in (dpo, sasrec):
+        shutil.copytree(folder, tmp_path / folder.name)
+    (tmp_path / sasrec.name / "per_user.csv.gz").unlink()
+    record = json.loads((dpo / "result.json").read_text())
+    user = users_of(dpo)[0]
+    target = str(row_of(dpo, user)["target"])
+    assert other_ranks(tmp_path / dpo.name, record, user, target) == []
+    assert f"{sasrec.name} is left out" in caplog.text
+    with pytest.raises(UserError):
+        other_ranks(tmp_path / dpo.name, record, user, target, tmp_path / sasrec.name)

@@ -208,3 +208,12 @@ def test_dask_is_not_there(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install 'recbole-llm\[cluster\]'"):
         compare("Pop", None, {**toy, "cluster": "tcp://127.0.0.1:1"})
+
+
+def test_code_that_changed_meanwhile_is_told(toy: dict[str, Any], tmp_path: Path) -> None:
+    """The process would land in another folder than the one that is waited for: it says so, and trains nothing."""
+    (cell,) = grid_of(toy, "Pop")
+    asked = jobs._asked(cell, 1) | {"folder": str(cell.folder.with_name("Pop-toy-0123456789"))}
+    error = jobs.run_apart(asked)
+    assert error is not None and "changed since the comparison began; give the same command again" in error
+    assert not list(tmp_path.glob("saved/*/result.json"))

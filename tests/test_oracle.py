@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.harm import title_vectors
 from recbole_llm.oracle import Calibration, Oracle, _negatives, calibrate, judged, train_oracle
 from recbole_llm.quick_start import run_recbole_llm
-from recbole_llm.recommender import check_recommenders, train_recommender
+from recbole_llm.recommender import check_recommenders, recommender_config, train_recommender
+from recbole_llm.run_folder import run_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,6 +171,33 @@ def test_a_recommender_is_trained_once(toy: dict[str, Any]) -> None:
     np.testing.assert_array_equal(one.scores([[1, 2]]), other.scores([[1, 2]]))
     users = np.array(sorted(one.protocol.training_sequences()))[:10]
     assert (train_recommender(config, "SASRec", users).scores([[1, 2]]) != one.scores([[1, 2]])).any()
+    assert one.found is None and other.found is not None and other.found["seconds"] > 0
+    assert other.found["what"] == "SASRec"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"topk": [1, 10]}, {"metrics": ["NDCG", "Hit"]}, {"look_alikes": 3}, {"encoder": "none"}, {"eval_users": 7}],
+)
+def test_how_the_test_asks_names_no_recommender(toy: dict[str, Any], asked: dict[str, Any]) -> None:
+    settings = rosepo(toy, valid_users=20)
+    one, other = (recommender_config(LLMConfig(config_dict=s), "SASRec") for s in (settings, {**settings, **asked}))
+    assert run_hash(one) == run_hash(other)
+    first, second = prepare_data(one), prepare_data(other)
+    assert first.valid.digest == second.valid.digest
+    assert first.training_sequences().keys() == second.training_sequences().keys()
+
+
+def test_what_serves_a_run_is_counted_where_it_was_found(toy: dict[str, Any]) -> None:
+    """The first run trains the judges in its own seconds; one with another beta finds them, and says what they took."""
+    records = []
+    for beta in (1.0, 0.5):
+        result = run_recbole_llm(config_dict=rosepo(toy, beta=beta))
+        records.append(json.loads((Path(result["run_folder"]) / "result.json").read_text()))
+    first, second = (record["stages"][-1] for record in records)
+    assert [part for part in first["found"] if part["what"] == "SASRec"] == []
+    judges = [part for part in second["found"] if part["what"] == "SASRec"]
+    assert len(judges) == 2 and first["seconds"] > sum(part["seconds"] for part in judges) > 0
 
 
 def test_rosepo_runs_with_its_oracle(toy: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def test_costs_count_a_shared_stage_for_each(tmp_path: Path) -> None:
     assert found["seconds"][["A", "B"]].tolist() == [100, 100] and np.isnan(found["seconds"]["C"])
     assert found["parameters"].tolist() == [1000, 1000, 1000]
     assert plot_data.run_seconds(part, cpu=False) == 90 and plot_data.on_cpu([results])
-    read = {"loss": "SDPO", "reference": {"read": 9, "computed": 0, "seconds": 7.0, "cpu_seconds": 6.0}}
+    read = {"loss": "SDPO", "found": [{"what": "reference", "seconds": 7.0, "cpu_seconds": 6.0}]}
     added = plot_data.run_seconds(part | {"stages": [*part["stages"], read]}, cpu=False)
     assert added == 90 + 7  # what another loss computed
     assert not plot_data.on_cpu([one_setting(tmp_path, D=[(users, {"device": "cuda"})])])

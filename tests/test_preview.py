@@ -13,6 +13,7 @@ import pytest
 from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
+from recbole_llm.data.protocol import prepare_data
 from recbole_llm.llm import tiny as tiny_module
 from recbole_llm.llm.token_tree import TokenTree
 from recbole_llm.preview import left_out, preview_user
@@ -94,12 +95,27 @@ def test_what_is_shown_is_what_is_trained(tiny: dict[str, Any], changes: dict[st
 
 
 def test_left_out_by_hand() -> None:
-    # Ten training items, the last is the target: nine before it.
-    assert left_out(Window(1, tuple(range(10)), (9,)), 10, 20) == (0, 0)
-    assert left_out(Window(1, tuple(range(5)), (1, 4)), 10, 4) == (5, 0)
-    assert left_out(Window(1, tuple(range(3)), (2,)), 10, 4) == (5, 2)
-    # Two chosen a pair: the target is the last but one, eight before it.
-    assert left_out(Window(1, tuple(range(9)), (8,), also=((1,),)), 10, 20) == (0, 0)
+    # Nine training items before the target.
+    assert left_out(Window(1, tuple(range(10)), (9,)), 9, 20) == (0, 0)
+    assert left_out(Window(1, tuple(range(5)), (1, 4)), 9, 4) == (5, 0)
+    assert left_out(Window(1, tuple(range(3)), (2,)), 9, 4) == (5, 2)
+
+
+def test_a_target_that_is_not_the_last_lacks_nothing(tiny: dict[str, Any]) -> None:
+    """Of low_rating the last item may be one that was rated low: what comes after the target is not left out."""
+    low = {"loss": "DMPO", "rejected": "low_rating", "rejected_num": 1, "rating_threshold": 4, "liked_only": False}
+    config = LLMConfig(config_dict={**tiny, **low, "min_disliked": 1})
+    protocol = prepare_data(config)
+    tokens, events = protocol.dataset.field2id_token[protocol.dataset.uid_field], protocol.events
+    rated_low = [
+        str(tokens[user])
+        for user, items in protocol.training_sequences().items()
+        if items[-1] in events.disliked(user, len(items))
+    ]
+    assert rated_low
+    for user in rated_low[:3]:
+        told = preview_user(config, user)
+        assert "left out: 0 older items by --MAX_ITEM_LIST_LENGTH=20, 0 by the LLM's context" in told
 
 
 def test_history_that_is_too_long(tiny: dict[str, Any]) -> None:

@@ -47,13 +47,17 @@ def test_what_costs_more_is_guessed_longer(toy: dict[str, Any], tiny: dict[str, 
     assert seconds(epochs=3) > seconds(epochs=1)
     assert seconds(loss="DMPO", rejected_num=3) > seconds(loss="DPO", rejected_num=1) > seconds()
     assert seconds(few_shot=5) < seconds()
+    assert seconds(finetune="none") < seconds()
     assert guessed_seconds(made(tiny), with_sft=False) < seconds()
 
 
 def test_a_shared_stage_and_a_finished_run_are_not_guessed_again(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sft, dmpo = made(tiny), made(tiny, loss="DMPO")
+    sft, dmpo, none = made(tiny), made(tiny, loss="DMPO"), made(tiny, finetune="none")
+    first, second = WholeRun([("zero-shot", none), ("SFT", sft)]).seconds
+    assert first == guessed_seconds(none) and second == guessed_seconds(sft)  # which no zero-shot run shares
+    capsys.readouterr()
     alone = WholeRun([("DMPO", dmpo)])
     both = WholeRun([("SFT", sft), ("DMPO", dmpo), ("the same SFT", sft)])
     assert both.seconds[0] == guessed_seconds(sft) and both.seconds[2] == 0.0
@@ -75,23 +79,34 @@ def test_one_at_a_time_each_kind_learns_from_its_last_run(
         clock[0] += 4
         assert whole.left() == 26.0  # what the run that is on has taken is no longer to come
         clock[0] += 16
-    assert whole.left() == 40.0
+        whole.learn(0)
+    assert whole.left() == 30.0  # (20 + 10) / (10 + 10), twice 10 seconds
+    with whole.running(1):
+        clock[0] += 1  # failed: teaches nothing
+    assert whole.left() == 15.0
 
 
 def test_a_short_first_run_does_not_say_how_long_the_long_ones_take(
     toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = whole_of(toy, 2, 5.0, 1000.0, 1000.0, monkeypatch=monkeypatch)
+    whole.side_by_side()
     clock[0] += 20  # four times the guess, of which a new process is most
     whole.ended(0, None)
-    assert 1000.0 < whole.left() < 1300.0  # by its pace alone it would be 8000
+    assert 1000.0 < whole.left() < 1100.0  # by its pace alone it would be 8000
+    clock[0] += 30
+    before = whole.left()
+    whole.ended(1, "it failed")
+    assert whole.left() == before > 900  # one still runs, and what failed teaches nothing
 
 
 def test_all_that_has_ended_decides_in_the_end(
     toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = whole_of(toy, 1, *[100.0] * 20, monkeypatch=monkeypatch)
-    for run in range(19):
+    whole = whole_of(toy, 2, *[100.0] * 20, monkeypatch=monkeypatch)
+    whole.side_by_side()
+    for run in range(0, 18, 2):
         clock[0] += 300
         whole.ended(run, None)
+        whole.ended(run + 1, None)
     assert whole.left() == pytest.approx(300, rel=0.1)

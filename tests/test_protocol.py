@@ -456,3 +456,9 @@ def test_published_tables_are_asked_as_before(name: str) -> None:
     protocol = prepare_data(LLMConfig("Pop", "ml-100k", None, {**kept, "encoder": "none", "gpu_id": ""}))
     (table,) = json.loads((PROPERTIES.parent / "results" / name / "table.json").read_text(encoding="utf-8"))
     assert protocol.candidate_hash == table["candidate_hash"]
+
+
+def test_what_was_not_to_be_kept_is_no_finished_run(toy: dict[str, Any]) -> None:
+    """The last epoch's result would pass for the best one's in a comparison."""
+    result = run_recbole_llm("BPR", config_dict=toy, saved=False)
+    assert not (Path(result["run_folder"]) / "result.json").exists()

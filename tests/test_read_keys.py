@@ -25,7 +25,8 @@ from recbole_llm.run_folder import run_folder_of
 from recbole_llm.stages import preference_folder, sft_folder
 
 SINGLE = {"full_ranking", "recommender_config"} | NEVER_READ
-PREFERENCE_ALONE = PREFERENCE_KEYS | ORACLE_KEYS | {"smoothing", "dynamic_margin", "popularity_exponent"}
+DRAW_KEYS = {"popularity_exponent", "from_model", "rejected_pool"}
+PREFERENCE_ALONE = PREFERENCE_KEYS | ORACLE_KEYS | DRAW_KEYS | {"smoothing", "dynamic_margin"}
 # Of each key a value that is not the default.
 OTHER: dict[str, Any] = {
     "lora_r": 2,
@@ -39,6 +40,8 @@ OTHER: dict[str, Any] = {
     "epochs": 3,
     "train_batch_size": 5,
     "eval_batch_size": 7,
+    "train_neg_sample_args": {"distribution": "popularity", "sample_num": 2},
+    "rejected_pool": 17,
     "popularity_exponent": 0.5,
     "beta": 3.0,
     "sft_weight": 2.0,
@@ -79,7 +82,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "RosePO": (
         {"loss": "RosePO", "rejected_num": 1, "eval_step": 0, "smoothing": 0.2},
-        ORACLE_KEYS | {"dynamic_margin", "popularity_exponent"} | SINGLE | BASE_KEYS,
+        ORACLE_KEYS | DRAW_KEYS | {"dynamic_margin"} | SINGLE | BASE_KEYS,
     ),
 }
 
@@ -115,7 +118,10 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
         ),
         ({"loss": "RosePO", "smoothing": 0.1}, {"smoothing"}),
         ({"loss": "DMPO", "dynamic_beta": True, "rejected": "popularity"}, {"dynamic_margin", "popularity_exponent"}),
-        ({"loss": "DMPO", "rejected": "from_model"}, {"from_model", "recommender_config", "preference_positions"}),
+        (
+            {"loss": "DMPO", "rejected": "from_model"},
+            {"from_model", "recommender_config", "preference_positions", "rejected_pool"},
+        ),
         ({"rerank_candidates": True}, {"rerank_model", "rerank_topk", "recommender_config"}),
         (
             {"eval_args": {"mode": {"valid": "uni9", "test": "full"}}},

@@ -116,7 +116,9 @@ def test_a_killed_run_goes_on(settings: dict[str, Any], monkeypatch: pytest.Monk
     records = [json.loads((Path(r["run_folder"]) / "result.json").read_text())["stages"][0] for r in (whole, resumed)]
     positions = records[0]["positions"]
     assert [(r["reference"]["read"], r["reference"]["computed"]) for r in records] == [(0, positions), (positions, 0)]
-    assert records[0]["reference"]["seconds"] == 0 < records[1]["reference"]["seconds"]
+    assert records[0]["found"] == []
+    (found,) = records[1]["found"]
+    assert found["what"] == "reference" and found["seconds"] > 0
     filled = [w for w in asked if not w.reference]  # the others are asked by guards, before and after training
     assert len({(w.user, w.targets) for w in filled}) == len(filled)  # each window once
 
@@ -154,13 +156,40 @@ def test_nothing_stale_is_read(settings: dict[str, Any], tmp_path: Path, what: s
 def test_losses_over_one_policy_share_them(settings: dict[str, Any]) -> None:
     """Of the same pairs; another number of rejected items is other pairs."""
     settings |= {"epochs": 1}
-    counts = {}
+    counts, found = {}, {}
     for loss, more in (("DMPO", {}), ("SDPO", {"beta": 0.5}), ("DPO", {"rejected_num": 1})):
         result = run_recbole_llm(config_dict={**settings, "loss": loss, **more})
         record = json.loads((Path(result["run_folder"]) / "result.json").read_text())
-        counts[loss] = {name for name, n in record["stages"][1]["reference"].items() if n}
-    new, known = {"computed"}, {"read", "seconds", "cpu_seconds"}
-    assert counts == {"DMPO": new, "SDPO": known, "DPO": new}
+        stage = record["stages"][1]
+        counts[loss] = {name for name, n in stage["reference"].items() if n}
+        found[loss] = [part["what"] for part in stage["found"] if part["seconds"] > 0]
+    assert counts == {"DMPO": {"computed"}, "SDPO": {"read"}, "DPO": {"computed"}}
+    assert found == {"DMPO": [], "SDPO": ["reference"], "DPO": []}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_stage_cut_off_in_training_counts_its_references_once(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Among its own seconds, or, where another loss had computed them, with what they took there."""
+    settings |= {"save_every": 1e-9}
+    if shared:
+        run_recbole_llm(config_dict=settings)
+    steps, real = [], LLMTrainer._step
+
+    def third_dies(self: LLMTrainer, *args: Any) -> Any:
+        steps.append(args)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(LLMTrainer, "_step", third_dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm(config_dict=settings | {"loss": "SDPO"})
+    result = run_recbole_llm(config_dict=settings | {"loss": "SDPO"})
+    (stage,) = json.loads((Path(result["run_folder"]) / "result.json").read_text())["stages"]
+    assert [part["what"] for part in stage["found"]] == ["reference"] * shared
+    assert stage["reference"]["computed"] == 0 and stage["steps"] == len(steps) - 1
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "changed", "other"])

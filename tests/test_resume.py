@@ -56,7 +56,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def left(folder: Path) -> dict[str, Any]:
     """What a run leaves that no clock measured."""
     record = json.loads((folder / "result.json").read_text())
-    timed = ("seconds", "cpu_seconds", "reused", "reference")  # what of the reference was read or computed
+    timed = ("seconds", "cpu_seconds", "reused", "reference", "found")  # what of the reference was read or computed
     return {
         "adapter": (folder / "adapter_model.safetensors").read_bytes(),
         "rows": (folder / "per_user.csv.gz").read_bytes(),

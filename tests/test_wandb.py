@@ -18,6 +18,7 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
+from recbole_llm.validation import validate
 from tests.test_dpo4rec import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +141,14 @@ def test_every_run_of_a_comparison_has_its_own(toy: dict[str, Any], wandb: Modul
     assert [run.given["config"]["model"] for run in wandb.runs] == ["Pop", "BPR"]
     assert [run.exit_code for run in wandb.runs] == [0, 0]
     assert [logged(run, "train_step") for run in wandb.runs] == [[0], [0]]
+
+
+def test_trials_on_validation_are_no_runs(toy: dict[str, Any], wandb: ModuleType) -> None:
+    settings = {**toy, "log_wandb": True, "epochs": 1}
+    validate("BPR", config_dict=settings)
+    run_recbole_llm("BPR", config_dict=settings)
+    (run,) = wandb.runs
+    assert logged(run, "train_step") == [0] and run.exit_code == 0 and wandb.run is None
 
 
 def test_a_run_that_is_open_is_used_and_left_open(toy: dict[str, Any], wandb: ModuleType) -> None:

@@ -63,6 +63,10 @@ class EvalRows:
     def __len__(self) -> int:
         return len(self.users)
 
+    def repeated(self) -> int:
+        """Rows with a relevant item that the user met before; of the other answers none is, unless history is kept."""
+        return sum(bool(np.isin(known, r).any()) for known, r in zip(self.history, self.relevant, strict=True))
+
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """Row numbers in chunks of ``size``."""
         for first in range(0, len(self), size):
@@ -179,7 +183,9 @@ def _draw(config: Config, rows: EvalRows, positions: np.ndarray, events: Events,
         """Which items may be drawn."""
         if rows.mode.startswith("low"):
             return np.isin(universe, events.disliked(user, len(events.items_of(user))))
-        unmet = ~np.isin(universe, events.met(user))
+        unmet = np.ones(len(rows.item_tokens), dtype=bool)
+        unmet[events.met(user)] = False
+        unmet = unmet[universe]
         return unmet if weight is None else unmet & (weight > 0)
 
     for row, (user, position) in enumerate(zip(rows.users, positions, strict=True)):

@@ -162,13 +162,14 @@ def _tell_apart(texts: list[str], tokens: list[str]) -> list[str]:
             f"(for example {twins[:3]})."
         )
     taken, texts = set(count), list(texts)
-    first: set[str] = set()
+    following: dict[str, int] = {}  # the next number of a text that was met
     for i in sorted(range(len(texts)), key=lambda i: tokens[i]):
-        if texts[i] in first:
-            number = 2
-            while (numbered := f"{texts[i]} ({number})") in taken:
-                number += 1
+        text = texts[i]
+        if text in following:
+            while (numbered := f"{text} ({following[text]})") in taken:
+                following[text] += 1
             taken.add(numbered)
             texts[i] = numbered
-        first.add(texts[i])
+        else:
+            following[text] = 2
     return texts

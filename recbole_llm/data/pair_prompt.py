@@ -8,6 +8,7 @@ from what surrounds it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class PairPrompt:
     def longest(self, items: int) -> int:
         """Tokens of the longest prompt of that many items with two candidates and an answer."""
         lines = sorted(map(len, self.lines), reverse=True)[:items]
-        return len(self.prefix) + sum(lines) + len(self.suffix) + self._longest_pair()
+        return len(self.prefix) + sum(lines) + len(self.suffix) + self._longest_pair
 
     def fit(self, history: Sequence[int], most: int) -> Sequence[int]:
         """The history without as many of its oldest items as it takes to leave room for any two candidates.
@@ -75,7 +76,7 @@ class PairPrompt:
         Args:
             most: tokens of prompt and answer together.
         """
-        room = most - len(self.prefix) - len(self.suffix) - self._longest_pair()
+        room = most - len(self.prefix) - len(self.suffix) - self._longest_pair
         return newest([len(self.lines[i]) for i in history], history, room)
 
     def candidate_tree(self, history: Sequence[int], candidates: Sequence[int]) -> TokenTree:
@@ -153,6 +154,7 @@ class PairPrompt:
         coin = np.random.default_rng([window.user, window.targets[0], place, low, high]).integers(2)
         return (high, low) if coin else (low, high)
 
+    @cached_property
     def _longest_pair(self) -> int:
         """Tokens of the longest listing and answer."""
         titles = sum(sorted(map(len, self.answers))[-2:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ class Prompt:
     def longest(self, items: int) -> int:
         """Tokens of the longest prompt of that many items with its answer."""
         lines = sorted(map(len, self.lines), reverse=True)[:items]
-        return len(self.prefix) + sum(lines) + len(self.suffix) + max(map(len, self.answers))
+        return len(self.prefix) + sum(lines) + len(self.suffix) + self.longest_answer
+
+    @cached_property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer."""
+        return max(map(len, self.answers))
 
     def fit(self, history: Sequence[int], most: int) -> Sequence[int]:
         """The history without as many of its oldest items as it takes to leave room for any answer.
@@ -114,7 +120,7 @@ class Prompt:
         Args:
             most: tokens of prompt and answer together.
         """
-        room = most - len(self.prefix) - len(self.suffix) - max(map(len, self.answers))
+        room = most - len(self.prefix) - len(self.suffix) - self.longest_answer
         return newest([len(self.lines[i]) for i in history], history, room)
 
     def candidate_tree(self, history: Sequence[int], candidates: Sequence[int]) -> TokenTree:

@@ -140,8 +140,9 @@ class RejectedItems:
             order = self._order(strategy, place)
             fresh = order[~np.isin(order, chosen)]
             chosen += [int(i) for i in fresh[: slots.count(strategy)]]
-        rest = place.rng.permutation(place.free)
-        chosen += [int(i) for i in rest[~np.isin(rest, chosen)][: self.number - len(chosen)]]
+        if len(chosen) < self.number:
+            rest = place.rng.permutation(place.free)
+            chosen += [int(i) for i in rest[~np.isin(rest, chosen)][: self.number - len(chosen)]]
         if len(chosen) < self.number:
             raise UserError(
                 f"--rejected_num={self.number}: user {self.user_tokens[place.user]} has only {len(chosen)} items that "
@@ -175,7 +176,8 @@ class RejectedItems:
 
     def _places(self, windows: Sequence[Window], numbers: dict[int, int]) -> Iterator[Place]:
         """Every trained position of some windows, with what the strategies need to know of it."""
-        places = [self._place(w, t, numbers) for w in windows for t in w.targets]
+        free = {user: self._free(user) for user in {w.user for w in windows}}  # shared: it may be a large catalogue
+        places = [self._place(w, t, numbers, free[w.user]) for w in windows for t in w.targets]
         if "from_model" in self.strategies:
             assert self.sources.recommend is not None
             scores = self.sources.recommend([p.history for p in places])
@@ -184,12 +186,17 @@ class RejectedItems:
             places = [replace(p, hard=h) for p, h in zip(places, self._hard(windows, places), strict=True)]
         yield from places
 
-    def _place(self, window: Window, target: int, numbers: dict[int, int]) -> Place:
+    def _free(self, user: int) -> np.ndarray:
+        """The catalogue without the user's training items."""
+        kept = np.ones(self.catalogue.max() + 1, dtype=bool)
+        kept[self.events.items_of(user)[: self.train_ends[user]]] = False
+        return self.catalogue[kept[self.catalogue]]
+
+    def _place(self, window: Window, target: int, numbers: dict[int, int], free: np.ndarray) -> Place:
         user = window.user
         numbers[user] = numbers.get(user, 0) + 1
         rng = seeded(self.config["seed"], self.user_tokens[user], numbers[user])
-        own = self.events.items_of(user)[: self.train_ends[user]]
-        return Place(user, window.items[:target], rng, np.setdiff1d(self.catalogue, own))
+        return Place(user, window.items[:target], rng, free)
 
     def _hard(self, windows: Sequence[Window], places: Sequence[Place]) -> Iterator[np.ndarray]:
         """For each position its pool, ordered by the SFT policy's log-prob, best first."""

@@ -158,7 +158,8 @@ def align(
     Returns:
         The stage's record.
     """
-    stage = Stage(config["alignment"], config["align_epochs"], config["align_learning_rate"], list(windows), folder)
+    epochs, rate = config["align_epochs"], config["align_learning_rate"]
+    stage = Stage(config["alignment"], epochs, rate, folder, lambda: (list(windows), {}))
     trainer = AlignmentTrainer(reasoner.config, reasoner, stage)
     trainer.start(protocol, folder)
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open

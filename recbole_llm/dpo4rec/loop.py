@@ -17,7 +17,7 @@ import numpy as np
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
-from recbole_llm.costs import Clock
+from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
@@ -25,9 +25,9 @@ from recbole_llm.dpo4rec.align import Reasoner, align
 from recbole_llm.dpo4rec.places import draw_places, training_loader
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
-from recbole_llm.dpo4rec.work import Work, found_done, judged_facts, judged_lines, others_in_place
+from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
 from recbole_llm.environment import versions
-from recbole_llm.files import content_hash, only_here, write_json, write_text
+from recbole_llm.files import content_hash, found_or_made, only_here, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import data_hash
@@ -199,24 +199,24 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
         others = [read, rows, split_of(self.config), self.protocol.valid.digest]
         folder = self._folder("recommender", RECOMMENDER_KEYS, others)
-        done = folder / "stage.json"
-        with only_here(folder):
-            if done.is_file():
-                self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
-                record = json.loads(done.read_text())
-                self.facts["found"].append(found_done("recommender", record["train_s"], record["train_cpu_s"]))
-            else:
-                self._begin(folder)
-                score, result = super().fit(loader, valid_data, verbose, True, show_progress)
-                record = {
-                    "best_valid_score": None if result is None else float(score),
-                    "best_valid_result": result,
-                    "epochs": len(self.train_loss_dict),
-                    "train_loss": list(self.train_loss_dict.values()),
-                    "rows": len(loader._dataset),
-                    **dict(zip(("train_s", "train_cpu_s"), clock.spent(), strict=True)),
-                }
-                write_json(done, record)
+        train = super().fit
+
+        def trained() -> dict[str, Any]:
+            self._begin(folder)
+            score, result = train(loader, valid_data, verbose, True, show_progress)
+            return {
+                "best_valid_score": None if result is None else float(score),
+                "best_valid_result": result,
+                "epochs": len(self.train_loss_dict),
+                "train_loss": list(self.train_loss_dict.values()),
+                "rows": len(loader._dataset),
+                **dict(zip(("train_s", "train_cpu_s"), clock.spent(), strict=True)),
+            }
+
+        record, found = found_or_made(folder, trained)
+        if found:
+            self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
+            self.facts["found"].append(found_done("recommender", record["train_s"], record["train_cpu_s"]))
         self._take(folder)
         return folder, record
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.costs import found_done
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.seeds import seeded
 from recbole_llm.dpo4rec.align import Reasoner, TextPair
@@ -128,11 +129,6 @@ class Work:
                 )
             )
         return found
-
-
-def found_done(what: str, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    """What another run did for this one, or this one before it was cut off, and what it took there."""
-    return {"what": what, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def others_in_place(users: Sequence[int], seed: int) -> list[int]:

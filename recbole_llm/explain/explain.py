@@ -20,6 +20,7 @@ from recbole_llm.explain.history_logps import History, question
 from recbole_llm.explain.notes import run_notes
 from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.ranked import Ranked
+from recbole_llm.read_keys import reranks
 
 # Scores of one row alone and of the same row in a batch differ by this much at most (nats, or nats a token).
 ROUNDING = {"float32": 1e-3}
@@ -62,12 +63,17 @@ def explain_user(
         titles=tuple(titles.values()),
         k=min(k, len(ranked.items)),
         stored_rank=stored,
-        agrees=ranked.may_be(relevant, stored, ROUNDING.get(run.model.llm.dtype, HALF_ROUNDING)),
+        agrees=ranked.may_be(relevant, stored, _rounding(run)),
         reference=None if run.lacks_reference else run.reference_name,
         others=tuple(others),
         influences=_influences(run, row, history, titles, roles),
         notes=tuple(run_notes(run, row, others)),
     )
+
+
+def _rounding(run: FinishedRun) -> float:
+    """How far scores may be off: a run of a GPU may have ranked in half precision, where a CPU explains it."""
+    return max(ROUNDING.get(dtype, HALF_ROUNDING) for dtype in (run.record["dtype"], run.model.llm.dtype))
 
 
 def _item_id(run: FinishedRun, row: int, item: str) -> int:
@@ -180,4 +186,5 @@ def _told(run: FinishedRun) -> dict[str, Any]:
     names = ("dataset", "llm", "loss", "prompt", "score_norm", "mode", "candidate_hash", "dtype", "training_users")
     told = {name: run.record[name] for name in ("model", *names)}
     stages = [stage["loss"] for stage in run.record["stages"]]
-    return {"folder": str(run.folder), **told, "beta": run.config["beta"], "stages": stages}
+    mixed = reranks(run.config, run.rows.mode) and run.model.rerank_weight != 1
+    return {"folder": str(run.folder), **told, "beta": run.config["beta"], "stages": stages, "mixed": mixed}

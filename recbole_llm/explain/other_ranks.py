@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,13 @@ def other_ranks(
     best: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place, other in sorted(((p, o) for p, o in found if o), key=lambda one: _preferred(one[1], record)):
         best.setdefault(other["model"], (place, other))
-    names = sorted(best, key=lambda name: (name != "SASRec", name))
-    return [_rank(*best[name], user, target) for name in names]
+    ranks = []
+    for name in sorted(best, key=lambda name: (name != "SASRec", name)):
+        try:
+            ranks.append(_rank(*best[name], user, target))
+        except UserError as error:  # nobody asked for this one
+            logging.getLogger().warning(f"{best[name][0]} is left out: {error}")
+    return ranks
 
 
 def _preferred(other: dict[str, Any], record: dict[str, Any]) -> tuple[bool, float]:

@@ -73,10 +73,17 @@ def batch_logps(model: CausalLM, trees: Sequence[TokenTree]) -> torch.Tensor:
     return logps.new_zeros(batch.n_completions).index_add(0, batch.completion, logps)
 
 
+def logit_scale(config: Any) -> float:
+    """What an LLM multiplies its logits by (Cohere, Granite); 1 for others."""
+    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+
 def token_logps(
     hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, head: nn.Linear, config: Any
 ) -> torch.Tensor:
     """log p(target | hidden[row]) ``[M]``, never holding more than a chunk of logits, nor of targets' embeddings."""
+    if (scale := logit_scale(config)) != 1:
+        hidden = hidden * scale  # as good as that of the logits: such heads have no bias
     cap = getattr(config, "final_logit_softcapping", None)
     plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad and cap is None
     if plain:

@@ -62,7 +62,7 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
         prompts: token ids, of any lengths.
         seed: of the draws.
     """
-    model, tokenizer, ends = llm.model.eval(), llm.tokenizer, _ends(llm)
+    model, tokenizer, ends = llm.model.eval(), llm.tokenizer, ends_of(llm)
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
@@ -123,7 +123,7 @@ def _choice(sampling: Sampling) -> dict[str, Any]:
     return {**plain, "do_sample": True, **choice}
 
 
-def _ends(llm: LLM) -> list[int]:
+def ends_of(llm: LLM) -> list[int]:
     """Tokens that end a text: the tokenizer's, and the end of a turn where the model's own settings know another."""
     known = getattr(base_model(llm.model).generation_config, "eos_token_id", None)
     return sorted({llm.tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or ())})

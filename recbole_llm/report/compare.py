@@ -61,6 +61,9 @@ def compare(
     options, shared = split_options({**(config_dict or {}), **({"dataset": dataset} if dataset else {})})
     if options.datasets and len(options.datasets) == 1:  # no axis
         dataset, options = options.datasets[0], replace(options, datasets=None)
+    if options.seeds and "seed" in shared:
+        told = ",".join(map(str, options.seeds))
+        raise ConfigError([f"--seed={shared['seed']}: --seeds={told} says those of a comparison; leave one out."])
     against = baselines(entries, options)
     _check_names(entries, options)
     check_tuned_from(entries, options)

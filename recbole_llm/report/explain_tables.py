@@ -104,8 +104,8 @@ def reading_notes(found: Explanation) -> list[str]:
     notes = [
         *found.notes,
         "Leave-one-out says what this ranker does with an item, not why the user chose it.",
-        "A part of each effect is common to all titles: any shorter history may make them likelier, or less. What "
-        "moves the order of two titles is the difference of their columns.",
+        "A part of each effect is common to all titles: any shorter history may make them likelier, or less. "
+        + _what_moves_the_order(found),
         "Without 1 item the deletion test holds by construction: it is the leave-one-out that chose the item. The "
         "rest need not hold.",
     ]
@@ -117,17 +117,30 @@ def reading_notes(found: Explanation) -> list[str]:
     return notes
 
 
+def _what_moves_the_order(found: Explanation) -> str:
+    if found.run["mixed"]:
+        return "The order of two titles is moved by the other model's scores too, which are not taken apart here."
+    per_token = ", each divided by its title's tokens (score_norm=mean)" if found.run["score_norm"] == "mean" else ""
+    return f"What moves the order of two titles is the difference of their columns{per_token}."
+
+
 def title_heads(found: Explanation) -> list[str]:
     """The explained titles, each with why it is explained."""
     return [f"{influence.role}: {influence.title.text}" for influence in found.influences]
 
 
 def effects(found: Explanation) -> list[tuple[str, tuple[float, ...]]]:
-    """Columns over the history: what each item does to each explained title, and to the first against the second."""
+    """Columns over the history: what each item does to each explained title, and to the first against the second.
+
+    The last is in the unit that the order goes by, nats or (``score_norm=mean``) nats a token; a mixture has none.
+    """
     columns = [(head, i.by_item) for head, i in zip(title_heads(found), found.influences, strict=True)]
-    if len(found.influences) > 1:
+    if len(found.influences) > 1 and not found.run["mixed"]:
         first, second, *_ = found.influences
-        difference = tuple(a - b for a, b in zip(first.by_item, second.by_item, strict=True))
+        by_token = found.run["score_norm"] == "mean"
+        sizes = [len(one.title.tokens) if by_token else 1 for one in (first, second)]
+        pairs = zip(first.by_item, second.by_item, strict=True)
+        difference = tuple(a / sizes[0] - b / sizes[1] for a, b in pairs)
         columns.append((f"{first.role} rather than {second.role}", difference))
     return columns
 

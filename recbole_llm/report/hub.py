@@ -30,7 +30,8 @@ def front_matter(record: Mapping[str, Any], folder: Path) -> str:
     """
     library = "peft" if _has_adapter(folder) else "transformers" if (folder / "model.safetensors").is_file() else None
     metrics = _headline(record["metrics"])
-    tags = ["recommendation", "recbole", "recbole-llm", record["model"], record.get("loss") or record["alignment"]]
+    trained = [stage["loss"] for stage in record.get("stages", ())] or ["zero-shot"]
+    tags = ["recommendation", "recbole", "recbole-llm", record["model"], record.get("alignment") or trained[-1]]
     dataset = one_line(record["dataset"])
     results = [
         EvalResult(
@@ -78,7 +79,8 @@ def loading_code(llm: str, dtype: str, folder: Path) -> str | None:
     else:
         where, imported = repr(llm), []
         if llm in PACKAGED:
-            where, imported = "embedded_folder()", ["from recbole_llm.llm.embedded import embedded_folder"]
+            name = "" if llm == "embedded" else repr(llm)
+            where, imported = f"embedded_folder({name})", ["from recbole_llm.llm.embedded import embedded_folder"]
         elif llm.endswith(".gguf"):
             where = f"gguf_folder(Path({llm!r}))"
             imported = ["from pathlib import Path", "from recbole_llm.llm.embedded import gguf_folder"]

@@ -38,21 +38,24 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
     Raises:
         UserError: no such cluster.
     """
-    whole = WholeRun([(cell.label, cell.config) for cell in cells], jobs)
+    runs = [(cell.label, cell.config) for cell in cells]
     last_first = reversed(list(enumerate(cells)))
     todo = list({cell.folder: i for i, cell in last_first if not _finished(cell.folder)}.values())[::-1]
     errors: dict[int, str | None] = {}
     if cluster:
-        with _on_cluster(cluster, cells, todo) as ended:
-            errors.update(_told(ended, cells, whole))
+        with _on_cluster(cluster, cells, todo) as (ended, threads):
+            errors.update(_told(ended, WholeRun(runs, threads)))
     elif jobs == 1:
+        whole = WholeRun(runs)
         for i in todo:
             with whole.running(i):
                 cell = cells[i]
                 errors[i] = run_once(cell.folder, cell.entry.model, cell.setting.dataset, cell.settings)
+                if errors[i] is None:
+                    whole.learn(i)
     else:
         asked = {i: _asked(cells[i], threads_each(jobs)) for i in todo}
-        errors.update(_told(in_processes(run_apart, asked, jobs), cells, whole))
+        errors.update(_told(in_processes(run_apart, asked, jobs), WholeRun(runs, jobs)))
     by_folder = {cells[i].folder: error for i, error in errors.items()}  # two labels may be one run
     return [_record(cell, by_folder.get(cell.folder)) for cell in cells]
 
@@ -190,8 +193,11 @@ def in_processes(work: Callable[[Any], str | None], asked: Mapping[int, Any], jo
 
 
 @contextmanager
-def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Iterator[Iterator[Outcome]]:
-    """Runs on the workers of a Dask cluster, as they end; one whose worker dies is done again by another."""
+def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Iterator[tuple[Iterator[Outcome], int]]:
+    """Runs on the workers of a Dask cluster, as they end, and how many may run at a time.
+
+    One whose worker dies is done again by another.
+    """
     try:
         from distributed import Client, as_completed
     except ImportError:
@@ -216,11 +222,12 @@ def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Ite
                 yield futures[future], in_a_line(error)
 
     with client:
-        yield ended()
+        yield ended(), max(1, sum(client.nthreads().values()))
 
 
-def _told(ended: Iterable[Outcome], cells: Sequence[Cell], whole: WholeRun) -> Iterator[Outcome]:
+def _told(ended: Iterable[Outcome], whole: WholeRun) -> Iterator[Outcome]:
     """Passes outcomes on and says how far the whole is."""
+    whole.side_by_side()
     for i, error in ended:
         whole.ended(i, error)
         yield i, error

@@ -87,14 +87,14 @@ def on_cpu(every: Sequence[Results]) -> bool:
 def run_seconds(run: dict[str, Any], cpu: bool) -> float:
     """Processor seconds (else those of the clock) that the result took; NaN where no one measured.
 
-    A stage that was found finished, because another loss shares it, is counted with what it took there; so are
-    reference log-probs, and texts, recommenders and alignments of DPO4Rec.
+    A stage that was found finished, because another loss shares it, is counted with what it took there; so is what
+    else was found done: reference log-probs, recommenders that serve a run, texts and alignments of DPO4Rec.
     """
     total = run.get("timings", {}).get("total_cpu_s" if cpu else "total_s", np.nan)
     stages, seconds = run.get("stages", ()), "cpu_seconds" if cpu else "seconds"
     shared = [stage for stage in stages if stage.get("reused")] + run.get("found", [])
-    references = sum((stage.get("reference") or {}).get(seconds, 0.0) for stage in stages)
-    return total + references + sum(stage.get(seconds, np.nan) for stage in shared)
+    shared += [part for stage in stages for part in stage.get("found", [])]
+    return total + sum(part.get(seconds, np.nan) for part in shared)
 
 
 def costs(results: Results, metric: str, resamples: int, cpu: bool) -> pd.DataFrame:
