@@ -462,7 +462,7 @@ def test_every_kind_of_run(
     folder = run(place, given_settings, **changes)
     finished = FinishedRun(folder)
     with pytest.MonkeyPatch.context() as patch:  # a recommender that served the run is found, not trained again
-        patch.setattr(recommender, "write_json", lambda *args: pytest.fail("trained again"))
+        patch.setattr(files, "write_json", lambda *args: pytest.fail("trained again"))
         for user in users_of(folder)[:2]:
             found = explain_user(finished, user, k=3)
             assert found.agrees and found.reference == told[0]
