@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ class Ranking:
     """Where each row's targets came, and what stood at the top.
 
     Attributes:
+        batches: of some rows each, by name:
+
         above: answers scored strictly higher than the target, or the best of several ``[R]``.
         tied: answers scored equal to it, itself included ``[R]``.
         answers: how many answers were ranked ``[R]``.
@@ -45,25 +47,17 @@ class Ranking:
         rows: which rows these are, batch by batch.
     """
 
-    above: list[np.ndarray] = field(default_factory=list)
-    tied: list[np.ndarray] = field(default_factory=list)
-    answers: list[np.ndarray] = field(default_factory=list)
-    top: list[np.ndarray] = field(default_factory=list)
-    hits: list[np.ndarray] = field(default_factory=list)
-    distinct: list[np.ndarray] = field(default_factory=list)
-    best: list[np.ndarray] = field(default_factory=list)
-    rank_sum: list[np.ndarray] = field(default_factory=list)
-    pairs: list[np.ndarray] = field(default_factory=list)
-    rows: list[np.ndarray] = field(default_factory=list)
+    batches: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def whole(self, name: str) -> np.ndarray:
-        """One of the attributes over all rows, in their order."""
-        return np.concatenate(getattr(self, name))[np.argsort(np.concatenate(self.rows))]
+        """One of these over all rows, in their order."""
+        found, rows = (np.concatenate([batch[n] for batch in self.batches]) for n in (name, "rows"))
+        return found[np.argsort(rows)]
 
     @classmethod
     def joined(cls, parts: Sequence[Ranking]) -> Ranking:
         """The ranking of all rows, from parts that ranked some each."""
-        return cls(**{f.name: [array for part in parts for array in getattr(part, f.name)] for f in fields(cls)})
+        return cls([batch for part in parts for batch in part.batches])
 
     def add(
         self,
@@ -94,25 +88,28 @@ class Ranking:
                 "means that training diverged: lower --learning_rate, or set --clip_grad_norm=\"{'max_norm': 1.0}\"."
             )
         target, several = targets.amax(1, keepdim=True), targets.shape[1] > 1
-        self.rows.append(rows)
-        self.above.append((scores > target).sum(1).cpu().numpy())
-        self.tied.append((scores == target).sum(1).cpu().numpy())
-        self.answers.append((scores != -torch.inf).sum(1).cpu().numpy())
         width = min(topk, scores.shape[1])
         # topk leaves open which of tied answers it takes; a single target's metrics do not hang on it.
         columns = scores.sort(dim=1, descending=True, stable=True)[1] if several else scores.topk(width, dim=1)[1]
         columns, fill = columns[:, :width], ((0, 0), (0, topk - width))
         no_answer = scores.gather(1, columns) == -torch.inf
-        self.top.append(np.pad(torch.where(no_answer, 0, item_ids.gather(1, columns)).cpu().numpy(), fill))
+        batch = {
+            "rows": rows,
+            "above": (scores > target).sum(1).cpu().numpy(),
+            "tied": (scores == target).sum(1).cpu().numpy(),
+            "answers": (scores != -torch.inf).sum(1).cpu().numpy(),
+            "top": np.pad(torch.where(no_answer, 0, item_ids.gather(1, columns)).cpu().numpy(), fill),
+        }
         if several:
             is_target = torch.zeros_like(scores, dtype=torch.bool).scatter(1, target_columns, True)
-            self.hits.append(np.pad(is_target.gather(1, columns).cpu().numpy(), fill))
-            self.distinct.append(is_target.sum(1).cpu().numpy())
-            self.best.append((is_target & (scores == target)).sum(1).cpu().numpy())
-            self.rank_sum.append((rankdata(-scores.cpu().numpy(), axis=1) * is_target.cpu().numpy()).sum(1))
+            batch["hits"] = np.pad(is_target.gather(1, columns).cpu().numpy(), fill)
+            batch["distinct"] = is_target.sum(1).cpu().numpy()
+            batch["best"] = (is_target & (scores == target)).sum(1).cpu().numpy()
+            batch["rank_sum"] = (rankdata(-scores.cpu().numpy(), axis=1) * is_target.cpu().numpy()).sum(1)
         elif scores.shape[1] == 2:
             other = scores.gather(1, 1 - target_columns)
-            self.pairs.append(torch.cat([target, other], dim=1).double().cpu().numpy())
+            batch["pairs"] = torch.cat([target, other], dim=1).double().cpu().numpy()
+        self.batches.append(batch)
 
 
 def expected_rank(above: Any, tied: Any, best: Any = 1) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -126,8 +127,16 @@ def found_or_made(folder: Path, make: Callable[[], dict[str, Any]]) -> tuple[dic
 
 def write_table(file: Path, table: pd.DataFrame) -> None:
     """Write a gzipped CSV, whole or not at all; the same table gives the same bytes."""
-    with whole(file, f".{os.getpid()}") as beside:
-        table.to_csv(beside, index=False, compression={"method": "gzip", "mtime": 0}, float_format="%.10g")
+    with whole_gzip(file) as out:
+        table.to_csv(out, index=False, float_format="%.10g")
+
+
+@contextmanager
+def whole_gzip(file: Path) -> Iterator[gzip.GzipFile]:
+    """A gzipped file to write to, whole or not at all; without its name and time: the same text is the same bytes."""
+    with whole(file, f".{os.getpid()}") as beside, open(beside, "wb") as raw:
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
+            yield out
 
 
 def plain(value: Any) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,18 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from transformers import get_scheduler
 
-from recbole_llm.costs import Clock, TokenCount, found_done
+from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window, load_template
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.distributed import from_first, gathered, is_first, own_share, rank, same_everywhere, world_size
+from recbole_llm.distributed import from_first, is_first, rank, same_everywhere, world_size
 from recbole_llm.environment import versions
-from recbole_llm.evaluator import Ranking, accuracy_names
+from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
-from recbole_llm.llm.logps import decoder_and_head
-from recbole_llm.llm.sharded import even_passes
+from recbole_llm.llm_evaluation import LLMEvaluation
 from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.progress import bar
@@ -35,12 +33,9 @@ from recbole_llm.reference import fill_reference
 from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress
 from recbole_llm.stages import Stage, base_hash, sft_windows, stages
-from recbole_llm.trainer import ProtocolEvaluation
-
-ANSWERS = 10  # titles of a history that a row's candidates are taken to cost, to divide rows among processes
 
 
-class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
+class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
     """RecBole's trainer (epochs, early stopping on validation, TensorBoard) over stages of token-tree windows."""
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
@@ -155,7 +150,7 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
         # Whether or not SFT was trained just now. Each process drops (lora_dropout) by draws of its own.
         init_seed(self.config["seed"] + rank(), self.config["reproducibility"])
-        same_everywhere("training windows", lambda: content_hash([_content(w) for w in stage.windows]))
+        same_everywhere("training windows", lambda: content_hash([w.told() for w in stage.windows]))
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
@@ -259,32 +254,6 @@ class LLMTrainer(WindowSteps, ProtocolEvaluation, Trainer):
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
         return counts
 
-    # ---- evaluation
-
-    def evaluate(self, eval_data: EvalRows, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As ``ProtocolEvaluation``; the test's tokens go to the record."""
-        with TokenCount(decoder_and_head(self.model.policy)[0]) as count:
-            result = super().evaluate(eval_data, *args, **kwargs)
-        if eval_data.split == "test":
-            self.facts["test_tokens"] = sum(gathered(lambda: count.tokens))
-        return result
-
-    def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
-        # Something for every process; with many rows the same batches as in a single one.
-        at_once = min(self.model.users_at_once, math.ceil(max(1, len(data)) / world_size()))
-        return data.batches_by_history(at_once, self.config["MAX_ITEM_LIST_LENGTH"])
-
-    def _rank(self, data: EvalRows, batches: Sequence[np.ndarray], show_progress: bool) -> Ranking:
-        """The ranking of all rows, of which each process ranks some batches."""
-        most = self.config["MAX_ITEM_LIST_LENGTH"]
-        mine = own_share(batches, [sum(min(len(data.history[r]), most) + ANSWERS for r in rows) for rows in batches])
-
-        def ranked() -> Ranking:
-            with even_passes(self.model.policy):
-                return ProtocolEvaluation._rank(self, data, mine, show_progress)
-
-        return Ranking.joined(gathered(ranked))
-
     # ---- checkpoints: adapters alone
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -301,7 +270,3 @@ def _finished(stage: Stage) -> dict[str, Any] | None:
     """The record of a stage that was trained before, by this run or another."""
     done = stage.folder / "stage.json"
     return json.loads(done.read_text()) if done.is_file() else None
-
-
-def _content(window: Window) -> list[Any]:
-    return [window.user, window.items, window.targets, window.also, window.rejected]

@@ -51,7 +51,7 @@ def fill_reference(
     """
     counts = {"read": 0, "computed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     parts = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    names = [content_hash([policy, [[w.user, w.items, w.targets, w.also, w.rejected] for w in p]])[:32] for p in parts]
+    names = [content_hash([policy, [w.told() for w in part]])[:32] for part in parts]
     folder = stages / f"reference-{content_hash(names)[:12]}"
     named = [*zip(names, parts, strict=True)]
     windows.clear()

@@ -174,12 +174,8 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
     settings = {key: _as_trained(config, key) for key in named_by}
-    settings["eval_args"] = split_of(config)
     selected_on = protocol.valid.digest if config["eval_step"] else None
-    trained = content_hash([[w.user, w.items, w.targets, w.rejected] for w in windows])
-    template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
-    what = [settings, base, data_hash(config), trained, selected_on, template, versions()]
-    return Path(config["checkpoint_dir"]) / "stages" / f"SFT-{content_hash(what)[:12]}"
+    return _folder("SFT", config, settings, base, content_hash([w.told() for w in windows]), selected_on)
 
 
 def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
@@ -193,11 +189,15 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     settings = {key: _as_trained(config, key) for key in config.final_config_dict if key not in left_out}
     if chooses_by_text:
         settings["encoder weights"] = local_weights(config["encoder"])
-    settings["eval_args"] = split_of(config)
-    template = load_template(config["prompt"], config.properties)
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
-    what = [settings, base, data_hash(config), users, protocol.valid.digest, template, versions()]
-    return Path(config["checkpoint_dir"]) / "stages" / f"{config['loss']}-{content_hash(what)[:12]}"
+    return _folder(config["loss"], config, settings, base, users, protocol.valid.digest)
+
+
+def _folder(name: str, config: Config, settings: dict[str, Any], *others: Any) -> Path:
+    """``<checkpoint_dir>/stages/<name>-<hash>`` of settings and others, data, prompt and code."""
+    template = load_template(config["prompt"], config.properties)  # its name may be that of a file that changes
+    what = [settings | {"eval_args": split_of(config)}, data_hash(config), template, versions(), *others]
+    return Path(config["checkpoint_dir"]) / "stages" / f"{name}-{content_hash(what)[:12]}"
 
 
 def split_of(config: Config) -> dict[str, Any]:

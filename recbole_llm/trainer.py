@@ -117,26 +117,27 @@ class ProtocolEvaluation(_Trainer):
         visible = data.visible[torch.as_tensor(rows)].to(self.device)
         if data.candidates is not None:
             items = torch.as_tensor(data.candidates[rows], device=self.device)
-            if getattr(self.model, "ranks_candidates", False):
-                return self._predict(visible, items), items
-            # One pass over all items costs id models less than a pass for each candidate, and gives the same scores.
-            everything = self._full_sort(visible)
-            scores = self._predict(visible, items) if everything is None else everything.gather(1, items)
-            return scores, items
+            return self._of_candidates(visible, items), items
         items = torch.arange(self.protocol.dataset.item_num, device=self.device).expand(len(rows), -1)
         hidden = [data.hidden[r] for r in rows]
-        if getattr(self.model, "ranks_candidates", False):
-            scores = self.model.full_sort_predict(visible, hidden).view(items.shape)
-        else:
-            every = self._full_sort(visible)
-            scores = self._predict(visible, items) if every is None else every
-        scores = scores.clone()
+        scores = self._of_all(visible, items, hidden).clone()
         scores[:, 0] = -torch.inf  # RecBole's padding item
         for row, answers_not in enumerate(hidden):
             scores[row, torch.as_tensor(answers_not, device=self.device)] = -torch.inf
         # Columns in an order that says nothing: RecBole's ids go by first appearance, so by popularity.
         order = torch.randperm(items.shape[1], generator=torch.Generator().manual_seed(self.config["candidate_seed"]))
         return scores[:, order], items[:, order.to(self.device)]
+
+    def _of_candidates(self, visible: Interaction, items: torch.Tensor) -> torch.Tensor:
+        """Scores of each row's candidates ``[B, C]``."""
+        # One pass over all items costs id models less than a pass for each candidate, and gives the same scores.
+        every = self._full_sort(visible)
+        return self._predict(visible, items) if every is None else every.gather(1, items)
+
+    def _of_all(self, visible: Interaction, items: torch.Tensor, hidden: Sequence[np.ndarray]) -> torch.Tensor:
+        """Scores of the whole vocabulary ``[B, n_items]``; those of each row's ``hidden`` items count for nothing."""
+        every = self._full_sort(visible)
+        return self._predict(visible, items) if every is None else every
 
     def _full_sort(self, visible: Interaction) -> torch.Tensor | None:
         """Scores of all items ``[B, n_items]``, or None where the model scores pairs alone."""
@@ -148,9 +149,6 @@ class ProtocolEvaluation(_Trainer):
 
     def _predict(self, visible: Interaction, items: torch.Tensor) -> torch.Tensor:
         """Scores ``[B, C]`` through RecBole's ``predict``, all candidates of a user in consecutive rows."""
-        if getattr(self.model, "ranks_candidates", False):
-            every = self._pairs(visible, items, slice(items.numel()))
-            return self.model.predict(every, items.shape[1]).view(items.shape)
         size = self.config["eval_batch_size"]  # a pair holds the whole history: never all of them at once
         parts = (slice(first, min(first + size, items.numel())) for first in range(0, items.numel(), size))
         chunks = [self.model.predict(self._pairs(visible, items, part)) for part in parts]
@@ -164,8 +162,6 @@ class ProtocolEvaluation(_Trainer):
         return self.protocol.dataset.join(pairs.to("cpu")).to(self.device)
 
     def _batches(self, data: EvalRows) -> Iterator[np.ndarray]:
-        if getattr(self.model, "ranks_candidates", False):  # such a model computes equal histories once
-            return data.batches_by_history(self.model.users_at_once, self.config["MAX_ITEM_LIST_LENGTH"])
         at_once = min(self.config["eval_batch_size"], SCORES_AT_ONCE // self.protocol.dataset.item_num)
         return data.batches(max(1, at_once))
 

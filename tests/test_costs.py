@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from recbole_llm import costs, quick_start
-from recbole_llm.config import LLMConfig
 from recbole_llm.costs import Clock, Peak, TokenCount, waiting
-from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,24 +74,6 @@ def test_each_run_of_a_process_has_its_own_peak(toy: dict[str, Any], monkeypatch
 
 def test_a_model_of_recboles_has_no_tokens(toy: dict[str, Any]) -> None:
     assert not {"train_tokens", "test_tokens"} & set(record_of(toy, "Pop"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loss": "SDPO", "rejected_num": 2, "epochs": 2},
-        {"loss": "DPO", "rejected_num": 1, "prompt": "instruct", "score_norm": "pmi"},
-        {"finetune": "none"},
-        {"full_ranking": "exact", "eval_args": {"mode": {"valid": "uni9", "test": "full"}}, "token_budget": 96},
-    ],
-)
-def test_tokens_are_those_that_were_planned(tiny: dict[str, Any], changes: dict[str, Any]) -> None:
-    """`plan` counts from prompts and titles, the run at the model."""
-    settings = {**tiny, **FEW, **changes}
-    work = plan(LLMConfig(config_dict=settings), probe=False)["work"]
-    record = record_of(settings)
-    assert record["train_tokens"] == sum(w["rounds"] * w["tokens"] for w in work if w["trained"])
-    assert record["test_tokens"] == sum(w["tokens"] for w in work if w["name"].startswith("test")) > 0
 
 
 def test_a_stage_that_was_there_counts_its_tokens(tiny: dict[str, Any]) -> None:

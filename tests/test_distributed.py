@@ -118,12 +118,14 @@ def test_every_row_has_one_process(tiny: dict[str, Any], monkeypatch: pytest.Mon
         rows = first_rows(trainer.protocol.test, count)
         trainer.evaluate(rows, load_best_model=False)
         parts = []
-        monkeypatch.setattr("recbole_llm.llm_trainer.gathered", lambda work, parts=parts: parts.append(work()) or parts)
+        monkeypatch.setattr(
+            "recbole_llm.llm_evaluation.gathered", lambda work, parts=parts: parts.append(work()) or parts
+        )
         for rank in range(processes):
             as_process(monkeypatch, rank, processes)
             whole = trainer._rank(rows, list(trainer._batches(rows)), False)
         monkeypatch.undo()
-        counts = [sum(map(len, part.rows)) for part in parts]
+        counts = [sum(len(batch["rows"]) for batch in part.batches) for part in parts]
         assert sum(counts) == count and (min(counts) > 0 or count < processes)
         assert max(counts) - min(counts) <= trainer.model.users_at_once
         num_items, counter = trainer.protocol.dataset.item_num, trainer.protocol.item_counter
@@ -132,8 +134,8 @@ def test_every_row_has_one_process(tiny: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def first_rows(rows: EvalRows, count: int) -> EvalRows:
-    kept = {name: getattr(rows, name)[:count] for name in ("users", "targets", "candidates", "hidden", "history")}
-    return replace(rows, visible=rows.visible[torch.arange(count)], relevant=rows.relevant[:count], **kept)
+    kept = {name: getattr(rows, name)[:count] for name in ("users", "relevant", "candidates", "hidden", "history")}
+    return replace(rows, visible=rows.visible[torch.arange(count)], **kept)
 
 
 def test_one_process_talks_to_nobody() -> None:

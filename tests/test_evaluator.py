@@ -82,7 +82,7 @@ def rank(
     users, targets = np.arange(1, len(scores) + 1), columns.numpy() + 1
     names = np.array([f"n{i}" for i in range(max(scores.shape) + 1)])
     visible = Interaction({"user_id": torch.as_tensor(users)})
-    rows = EvalRows("test", "uni1", visible, users, targets, None, [], names, names)
+    rows = EvalRows("test", "uni1", visible, users, targets[:, None], None, [], names, names)
     ranking = Ranking()
     numbers = np.random.default_rng(0).permutation(len(scores))
     for part in (numbers[:2], numbers[2:]):  # two batches, in an order of their own

@@ -271,12 +271,11 @@ def rank(settings: dict[str, Any], scores: Any, relevant: Any, **changes: Any) -
         "uni6",
         Interaction({"user_id": torch.as_tensor(users)}),
         users,
-        targets[:, 0],
+        targets,
         None,
         [],
         names,
         names,
-        relevant=targets,
     )
     ranking = Ranking()
     numbers = np.random.default_rng(0).permutation(len(scores))

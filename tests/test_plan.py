@@ -160,6 +160,8 @@ def test_counts_are_those_of_the_run(
     assert [(p["name"], p["positions"], p["steps"], p["rounds"] * p["tokens"]) for p in trained] == [
         (s["loss"], s["positions"], s["steps"], s["tokens"]) for s in record["stages"]
     ]
+    assert record["train_tokens"] == sum(part["rounds"] * part["tokens"] for part in trained)
+    assert record["test_tokens"] == sum(p["tokens"] for p in found["work"] if p["name"].startswith("test")) > 0
     whole = [(p["rounds"] * p["tokens"], p["rounds"] * p["head_rows"]) for p in found["work"]]
     assert tuple(map(sum, zip(*whole, strict=True))) == tuple(map(sum, zip(*passed, strict=True)))
     assert sum(p["rounds"] * p["passes"] for p in found["work"]) == pytest.approx(len(passed), rel=0.1)

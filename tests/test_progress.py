@@ -71,6 +71,19 @@ def test_a_shared_stage_and_a_finished_run_are_not_guessed_again(
     assert "2 runs, 1 finished before" in capsys.readouterr().out
 
 
+def test_another_sft_is_not_shared(tiny: dict[str, Any]) -> None:
+    whole = WholeRun([("one", made(tiny)), ("other", made(tiny, learning_rate=0.02))])
+    assert whole.seconds[0] == whole.seconds[1] == guessed_seconds(made(tiny))
+
+
+def test_users_are_counted_in_their_own_column(tiny: dict[str, Any], tmp_path: Path) -> None:
+    before = guessed_seconds(made(tiny, few_shot=5))
+    file = tmp_path / "data" / "toy" / "toy.inter"
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    file.write_text("".join("\t".join([row[1], row[0], *row[2:]]) + "\n" for row in rows))
+    assert guessed_seconds(made(tiny, few_shot=5)) == before
+
+
 def test_one_at_a_time_each_kind_learns_from_its_last_run(
     toy: dict[str, Any], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from recbole_llm.report.grid import cells
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(
-    r"^(?:recbole-llm|make) .+$", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+    r"^(?:recbole-llm|make|torchrun) .+$", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.MULTILINE
 )
 
 
@@ -27,13 +27,16 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("line", LINES)
 def test_command_is_accepted(line: str) -> None:
     """Everything up to the first long work: the command exists, its flags parse, its configuration is fine."""
-    program, command, *rest = shlex.split(line, comments=True)
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":  # its own flags first
+        words = words[words.index("-m") + 1 :]
+    program, command, *rest = words
     if program == "make":
         assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     assert command in COMMANDS
     settings = parse_flags(rest, TAKES.get(command))
-    if command in ("run", "preview"):
+    if command in ("run", "plan", "preview"):
         settings.pop("user", None)
         LLMConfig(config_dict=settings)
     if command == "compare":

@@ -20,7 +20,7 @@ from recbole.data.interaction import Interaction
 from recbole_llm.data.dataset import POSITION, Events
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.files import whole
+from recbole_llm.files import whole_gzip
 
 RESTORE = "Restore the file, or remove that folder and give the run's command again."
 
@@ -35,30 +35,30 @@ class EvalRows:
         split: "valid" or "test".
         mode: "full", "uniN", "popN" or "lowN".
         visible: what a model may see of each row: user and history, no target, label, rating or time of it ``[R]``.
-        users, targets: internal ids of the user and of the next item ``[R]``.
+        users: internal ids ``[R]``.
+        relevant: internal ids of the next P items by time; one that the user met twice stands twice ``[R, P]``.
         candidates: internal item ids in an order that says nothing ``[R, N + P]``; None for "full".
         hidden: items that are no answers in "full" mode, for each row; those of the vocabulary that nobody met, too.
         digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
         history: items of the user before each row, oldest first, uncut; for measures, not for models.
-        relevant: internal ids of the next P items by time; one that the user met twice stands twice ``[R, P]``.
     """
 
     split: str
     mode: str
     visible: Interaction
     users: np.ndarray
-    targets: np.ndarray
+    relevant: np.ndarray
     candidates: np.ndarray | None
     hidden: list[np.ndarray]
     user_tokens: np.ndarray
     item_tokens: np.ndarray
     digest: str = ""
     history: list[np.ndarray] = field(default_factory=list)
-    relevant: np.ndarray = None  # type: ignore[assignment]  # a field cannot default to another: see __post_init__
 
-    def __post_init__(self) -> None:
-        if self.relevant is None:
-            self.relevant = self.targets[:, None]
+    @property
+    def targets(self) -> np.ndarray:
+        """Internal id of the next item of each row ``[R]``."""
+        return self.relevant[:, 0]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -95,11 +95,7 @@ class EvalRows:
 
     def save(self, file: Path) -> None:
         """Write the rows as gzipped JSON lines, whole or not at all."""
-        with (
-            whole(file) as beside,
-            open(beside, "wb") as raw,
-            gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out,
-        ):
+        with whole_gzip(file) as out:
             for record in self.records():
                 out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
@@ -123,12 +119,11 @@ def freeze_rows(
         UserError: a user has fewer than N never-seen items, or no user has a row.
     """
     feat, relevant = _rows_of(part, split, asked)
-    users, targets = feat[part.uid_field].numpy(), relevant[:, 0]
+    users = feat[part.uid_field].numpy()
     positions = feat[POSITION].numpy()
     mode = config["eval_args"]["mode"][split]
     user_tokens, item_tokens = part.field2id_token[part.uid_field], part.field2id_token[part.iid_field]
-    rows = EvalRows(split, mode, _visible(part, feat), users, targets, None, [], user_tokens, item_tokens)
-    rows.relevant = relevant
+    rows = EvalRows(split, mode, _visible(part, feat), users, relevant, None, [], user_tokens, item_tokens)
     rows.history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
     if mode == "full":
         masked = config["mask_history"]

@@ -52,6 +52,10 @@ class Window:
     reference: list[list[float]] = field(default_factory=list)
     smoothing: list[list[float]] = field(default_factory=list)
 
+    def told(self) -> list[Any]:
+        """What it asks, to be hashed: not what it is worth (``smoothing``, ``reference``)."""
+        return [self.user, self.items, self.targets, self.also, self.rejected]
+
     def branches(self) -> list[tuple[int, ...]]:
         """For each target the items scored beside it: those also chosen, then the rejected ones."""
         nothing = ((),) * len(self.targets)

@@ -22,15 +22,15 @@ from recbole_llm.explain.ranked import Ranked
 from recbole_llm.explain.run_files import read_per_user, read_record, run_settings, runs_there_are
 from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_state
 from recbole_llm.llm.identity import prompt_hash
+from recbole_llm.llm_evaluation import LLMEvaluation
 from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_log import explained
-from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.transfer import eval_config_of
 
 
-class FinishedRun(ProtocolEvaluation):
+class FinishedRun(LLMEvaluation):
     """An LLMRanker run as it lies in its folder; it ranks test rows as its evaluation did.
 
     Args:

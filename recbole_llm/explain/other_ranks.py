@@ -58,16 +58,14 @@ def other_ranks(
             )
         return [_rank(baseline, other, user, target)]
     found = [(file.parent, _asked_the_same(file, record)) for file in sorted(folder.parent.glob("*/result.json"))]
+    for place in [p for p, other in found if other and not (p / "per_user.csv.gz").is_file()]:
+        logging.getLogger().warning(f"{place} is left out: it has lost its per_user.csv.gz; run it again.")
+        found = [one for one in found if one[0] != place]
     best: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place, other in sorted(((p, o) for p, o in found if o), key=lambda one: _preferred(one[1], record)):
         best.setdefault(other["model"], (place, other))
-    ranks = []
-    for name in sorted(best, key=lambda name: (name != "SASRec", name)):
-        try:
-            ranks.append(_rank(*best[name], user, target))
-        except UserError as error:  # nobody asked for this one
-            logging.getLogger().warning(f"{best[name][0]} is left out: {error}")
-    return ranks
+    names = sorted(best, key=lambda name: (name != "SASRec", name))
+    return [_rank(*best[name], user, target) for name in names]
 
 
 def _preferred(other: dict[str, Any], record: dict[str, Any]) -> tuple[bool, float]:

@@ -68,7 +68,6 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
 
     input_type = InputType.POINTWISE
     trainer_class = LLMTrainer
-    ranks_candidates = True  # evaluation hands `predict` all candidates of a user together
     users_at_once = 16
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
