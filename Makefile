@@ -56,6 +56,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,full-ml-100k,full-ml-100k)
 	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)
 	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-ml-100k)
+	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-uni99) --modes=uni99 --models=Pop,ItemKNN,EASE,BPR,LLMRanker
 	$(call compare,transfer-to-games,transfer-to-games) --data_path=$(DATA)
 	$(call compare,transfer-to-films,transfer-to-films) --data_path=$(DATA)
 	$(call compare,model-size,model-size)
