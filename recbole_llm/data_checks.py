@@ -10,7 +10,7 @@ from typing import Any
 from recbole_llm import keys
 from recbole_llm.data.atomic import inter_columns, item_columns
 from recbole_llm.data.item_text import text_template
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts
 from recbole_llm.errors import problems_of
 

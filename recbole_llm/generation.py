@@ -10,7 +10,7 @@ import torch
 
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.item_text import clean
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.template import load_template
 from recbole_llm.llm.half_precision import autocast
 from recbole_llm.llm.sampling import cache_key, ends_of, plain_attention
 

@@ -16,8 +16,9 @@ from transformers import get_scheduler
 
 from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.candidates import EvalRows
-from recbole_llm.data.prompt import Window, load_template
+from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.data.template import load_template
 from recbole_llm.distributed import from_first, is_first, rank, same_everywhere, world_size
 from recbole_llm.environment import versions
 from recbole_llm.evaluator import accuracy_names

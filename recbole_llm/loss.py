@@ -25,39 +25,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class PreferenceLoss(NamedTuple):
-    """What a preference loss returns.
-
-    Attributes:
-        loss: [B], nats; differentiable.
-        chosen_rewards: [B], nats; beta * D(y_w), detached, for logging. Where each rejected completion has its beta,
-            their mean over those kept; where there are several chosen completions, the mean over them.
-        rejected_rewards: [B, N], nats; beta_i * D(y_i), detached, for logging; also of those not kept.
-    """
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-
-
-class _Pairs(NamedTuple):
-    """The chosen completion of each example against its rejected ones."""
-
-    margins: Tensor  # [B, N]; h_i, and 0 with gradient 0 where not kept
-    beta: Tensor  # [B, N]
-    kept: Tensor  # [B, N]
-    chosen_rewards: Tensor  # [B]
-    rejected_rewards: Tensor  # [B, N]
-
-    def result(self, loss: Tensor) -> PreferenceLoss:
-        return PreferenceLoss(loss, self.chosen_rewards, self.rejected_rewards)
+from recbole_llm.pairs import PreferenceLoss, checked_beta, checked_kept, log_ratios, mean_kept, pairs_of
 
 
 def sft_loss(*, chosen_logps: Tensor) -> Tensor:
@@ -87,7 +60,7 @@ def dpo_loss(
 
     Source: Rafailov et al., NeurIPS 2023, arXiv 2305.18290, Eq. 7.
     """
-    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    pairs = pairs_of(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
     if pairs.margins.shape[1] != 1:
         raise ValueError(
             f"DPO takes one rejected completion per chosen one, got N = {pairs.margins.shape[1]} "
@@ -121,15 +94,15 @@ def dmpo_loss(
         reference_free: compute the loss with log pi in place of D. The released code does: it subtracts the
             chosen completion's reference on both sides, where it cancels. Rewards stay beta * D.
     """
-    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    pairs = pairs_of(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
     margins = pairs.margins
     if reference_free:
         # Cast first: the difference of two long sums of log-probs needs the digits that half precision lacks.
         gaps = policy_chosen_logps.to(margins)[:, None] - policy_rejected_logps.to(margins)
         margins = (pairs.beta * gaps).masked_fill(~pairs.kept, 0)
     if pairwise_mean:
-        return pairs.result(_mean(-F.logsigmoid(margins), pairs.kept))
-    return pairs.result(-F.logsigmoid(_mean(margins, pairs.kept)))
+        return pairs.result(mean_kept(-F.logsigmoid(margins), pairs.kept))
+    return pairs.result(-F.logsigmoid(mean_kept(margins, pairs.kept)))
 
 
 def sdpo_loss(
@@ -149,7 +122,7 @@ def sdpo_loss(
     Source: Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024,
     arXiv 2406.09215, there written as -log s(-log sum_i exp(-h_i)).
     """
-    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    pairs = pairs_of(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
     # As published, the exp overflows float32 once a rejected completion leads by more than 88 nats of reward.
     # logsumexp over {0, ...} takes the largest term out before exp.
     logits = F.pad((-pairs.margins).masked_fill(~pairs.kept, -math.inf), (1, 0))  # [B, 1 + N], the zero in front
@@ -183,7 +156,7 @@ def rosepo_loss(
     Raises:
         ValueError: also if eps is out of range or of another shape.
     """
-    pairs = _pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
+    pairs = pairs_of(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, kept)
     h, (b, n) = pairs.margins, pairs.margins.shape
     eps = torch.as_tensor(smoothing, dtype=h.dtype, device=h.device).detach()
     if list(eps.shape) not in ([], [b], [b, 1], [b, n]):
@@ -193,7 +166,7 @@ def rosepo_loss(
     eps = eps[:, None] if eps.dim() == 1 else eps
     right, wrong = -F.logsigmoid(h), -F.logsigmoid(-h)
     loss = ((1 - eps) * right - eps * wrong) / (1 - 2 * eps) if robust else (1 - eps) * right + eps * wrong
-    return pairs.result(_mean(loss, pairs.kept))
+    return pairs.result(mean_kept(loss, pairs.kept))
 
 
 def multdpo_loss(
@@ -222,85 +195,15 @@ def multdpo_loss(
     """
     if isinstance(beta, Tensor):
         raise ValueError(f"Mult-DPO takes one beta for all completions, got a tensor of shape {list(beta.shape)}")
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, several_chosen=True
     )
-    strength, kept = _beta(beta, rejected)[:, :1], _kept(kept, rejected)
+    strength, kept = checked_beta(beta, rejected)[:, :1], checked_kept(kept, rejected)
     chosen_rewards, rejected_rewards = strength * chosen.reshape(len(chosen), -1), strength * rejected
     rivals = torch.cat([chosen_rewards, rejected_rewards.masked_fill(~kept, -math.inf)], dim=1)  # [B, P + N]
     # Subtract first: a chosen completion's own term is then an exact 0, however large the rewards are.
     loss = torch.logsumexp(rivals[:, None, :] - chosen_rewards[:, :, None], dim=2).sum(dim=1)
     return PreferenceLoss(loss, chosen_rewards.detach().mean(dim=1), rejected_rewards.detach())
-
-
-def _pairs(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float | Tensor,
-    kept: Tensor | None,
-) -> _Pairs:
-    """Margins, rewards and the checked arguments of a loss with one chosen completion."""
-    chosen, rejected = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    beta, kept = _beta(beta, rejected), _kept(kept, rejected)
-    # Masked before any loss: 0 times an infinite slope would be NaN in the gradient.
-    margins = (beta * (chosen[:, None] - rejected)).masked_fill(~kept, 0)
-    return _Pairs(margins, beta, kept, _mean(beta, kept) * chosen.detach(), beta * rejected.detach())
-
-
-def _log_ratios(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    several_chosen: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Check the shapes; return D of the chosen, in their shape, and of the rejected [B, N], at least float32."""
-    # Broadcasting would take a wrong tensor in silence: [B, N] - [B] is legal if N = B, [B] - [B, 1] always.
-    chosen, rejected = list(policy_chosen.shape), list(policy_rejected.shape)
-    dims = len(rejected) == 2 and (len(chosen) == 1 or several_chosen and len(chosen) == 2)
-    fits = dims and chosen[0] == rejected[0] and 0 not in chosen + rejected
-    if not fits or list(ref_chosen.shape) != chosen or list(ref_rejected.shape) != rejected:
-        raise ValueError(
-            f"chosen log-probs must have shape [B]{' or [B, P]' if several_chosen else ''}, rejected ones [B, N], "
-            "with B >= 1 and N >= 1; got "
-            f"policy_chosen_logps {chosen}, policy_rejected_logps {rejected}, "
-            f"ref_chosen_logps {list(ref_chosen.shape)}, ref_rejected_logps {list(ref_rejected.shape)}"
-        )
-    dtype = torch.float32
-    for logps in (policy_chosen, policy_rejected, ref_chosen, ref_rejected):
-        dtype = torch.promote_types(dtype, logps.dtype)
-    return policy_chosen.to(dtype) - ref_chosen.to(dtype), policy_rejected.to(dtype) - ref_rejected.to(dtype)
-
-
-def _beta(beta: float | Tensor, rejected: Tensor) -> Tensor:
-    """Check beta; return it for each rejected completion, [B, N], detached."""
-    if not isinstance(beta, Tensor):
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be a positive finite number, got {beta}")
-        return torch.full_like(rejected, beta, requires_grad=False)
-    if beta.shape != rejected.shape:
-        raise ValueError(f"beta must be a number or [B, N]; got {list(beta.shape)} for {list(rejected.shape)}")
-    if not ((beta > 0) & (beta < math.inf)).all():
-        raise ValueError(f"beta must be positive and finite, got {beta.min():g} to {beta.max():g}")
-    return beta.detach().to(rejected)
-
-
-def _kept(kept: Tensor | None, rejected: Tensor) -> Tensor:
-    """Check the mask; return it, or one that keeps all, [B, N]."""
-    if kept is None:
-        return torch.ones_like(rejected, dtype=torch.bool)
-    if kept.dtype != torch.bool or kept.shape != rejected.shape:
-        raise ValueError(f"kept must be bool [B, N]; got {kept.dtype} {list(kept.shape)} for {list(rejected.shape)}")
-    if not kept.any(dim=1).all():
-        raise ValueError(f"kept must be True for one rejected completion a row at least, got {kept.tolist()}")
-    return kept
-
-
-def _mean(values: Tensor, kept: Tensor) -> Tensor:
-    """Mean over the kept rejected completions, [B]."""
-    return values.masked_fill(~kept, 0).sum(dim=1) / kept.sum(dim=1)
 
 
 PREFERENCE_LOSSES: dict[str, Callable[..., PreferenceLoss]] = {

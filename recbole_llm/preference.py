@@ -10,7 +10,8 @@ from recbole.config import Config
 from torch import Tensor
 
 from recbole_llm.dynamic import boundary_negatives, dynamic_beta
-from recbole_llm.loss import PREFERENCE_LOSSES, PreferenceLoss
+from recbole_llm.loss import PREFERENCE_LOSSES
+from recbole_llm.pairs import PreferenceLoss
 
 
 def preference_loss(

@@ -11,7 +11,7 @@ import yaml
 from recbole.config import Config
 
 from recbole_llm.data.atomic import atomic_file, dataset_folder
-from recbole_llm.data.prompt import FAMILIES, load_template
+from recbole_llm.data.template import FAMILIES, load_template
 from recbole_llm.environment import versions
 from recbole_llm.errors import UserError
 from recbole_llm.files import content_hash, plain, write_text

@@ -11,9 +11,10 @@ from typing import Any
 from recbole.config import Config
 
 from recbole_llm.data.pair_prompt import PairPrompt
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.rejected import Policy, RejectedItems, Sources
+from recbole_llm.data.template import load_template
 from recbole_llm.data.windows import training_windows
 from recbole_llm.environment import versions
 from recbole_llm.files import content_hash

@@ -17,7 +17,7 @@ from recbole.utils import argument_list
 from recbole_llm import checks, config, keys
 from recbole_llm.cli import parse_flags
 from recbole_llm.config import LLMConfig
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.template import load_template
 from recbole_llm.errors import ConfigError
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells

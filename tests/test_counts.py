@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recbole_llm import topk_search
 from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.config import PROPERTIES
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.data.template import load_template
 from recbole_llm.llm.logps import batch_logps, completion_logps
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.title_trie import title_trie

@@ -20,7 +20,8 @@ from scipy import stats
 from recbole_llm import cli, files
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
-from recbole_llm.data.prompt import Prompt, load_template
+from recbole_llm.data.prompt import Prompt
+from recbole_llm.data.template import load_template
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.explain import command, faithful_users
 from recbole_llm.explain.explain import _rounding, explain_user

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from recbole_llm import guards
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.data.template import load_template
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.explain.finished_run import FinishedRun

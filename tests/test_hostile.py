@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from recbole_llm import cli
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.pair_prompt import make_prompt
-from recbole_llm.data.prompt import chat_parts, load_template, plain_tokens
+from recbole_llm.data.prompt import chat_parts, plain_tokens
+from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.question import Question
 from recbole_llm.dpo4rec.text_vectors import _hidden_means
 from recbole_llm.errors import UserError

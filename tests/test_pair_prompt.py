@@ -14,8 +14,9 @@ from scipy.stats import chisquare
 
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.data.protocol import prepare_data
+from recbole_llm.data.template import load_template
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.token_tree import TokenTree
 from recbole_llm.loss import dpo_loss

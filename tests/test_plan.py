@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 from recbole_llm import catalogue, cli, llm_trainer, memory, topk_search
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import PairPrompt
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.data.template import load_template
 from recbole_llm.errors import UserError
 from recbole_llm.keys import LOSSES
 from recbole_llm.llm import logps, prompt_cache

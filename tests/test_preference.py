@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from recbole_llm.config import PROPERTIES, LLMConfig
 from recbole_llm.data.pair_prompt import make_prompt
-from recbole_llm.data.prompt import Window, load_template
+from recbole_llm.data.prompt import Window
+from recbole_llm.data.template import load_template
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import ConfigError
 from recbole_llm.llm.logps import completion_logps

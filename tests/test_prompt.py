@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.config import PROPERTIES, LLMConfig
-from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
+from recbole_llm.data.prompt import Prompt, Window, plain_tokens
+from recbole_llm.data.template import load_template
 from recbole_llm.errors import UserError
 from recbole_llm.llm import tiny as tiny_module
 from recbole_llm.llm.tiny import tiny_llm

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_llm.config import PROPERTIES, LLMConfig
-from recbole_llm.data.prompt import Prompt, Window, load_template
+from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.data.protocol import prepare_data
+from recbole_llm.data.template import load_template
 from recbole_llm.data.windows import training_windows
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.model.llmranker import LLMRanker

@@ -1,4 +1,4 @@
-"""History -> prompt tokens, item -> answer tokens; templates from ``properties/prompt/*.yaml``.
+"""History -> prompt tokens, item -> answer tokens, by a template (``template.py``).
 
 *Stream*: a header, then one line a title; the answer is the next line. *Instruct*: a chat question that holds the
 history; the answer is the title and the tokenizer's end-of-text token. *Pair*: see ``pair_prompt.py``. Titles are
@@ -10,24 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import TemplateError
 from torch import Tensor
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
-from recbole_llm.settings import SettingsLoader
-
-REQUIRED: dict[str, dict[str, type]] = {
-    "stream": {"header": str, "line": str},
-    "instruct": {"question": str, "line": str},
-    "pair": {"question": str, "line": str, "answer": str},
-    "reasoning": {"question": str, "line": str},  # DPO4Rec's question about a user, which no title answers
-}
-FAMILIES = {"prompt": ("stream", "instruct", "pair"), "reasoning_prompt": ("reasoning",)}  # by configuration key
 
 
 @dataclass(frozen=True)
@@ -177,59 +166,6 @@ class Prompt:
     def combined(self, logps: Tensor) -> Tensor:
         """Log-probs of a window's completions as the losses take them: as they are ``[T, P + k]``."""
         return logps
-
-
-def load_template(name: str, folder: Path, key: str = "prompt") -> dict[str, Any]:
-    """A template by name (``stream``, ``instruct``, ``pair``; ``reasoning``) or by path of a YAML file.
-
-    Args:
-        key: the configuration key that names it; says which families it may be of.
-
-    Raises:
-        UserError: no such template, or one with missing, unknown or ill-typed entries.
-    """
-    file = folder / "prompt" / f"{name}.yaml"
-    file = file if file.is_file() else Path(name)
-    if not file.is_file():
-        known = ", ".join(FAMILIES[key])
-        raise UserError(
-            f"--{key}={name}: no such template; use {known}, or the path of a YAML file "
-            "like those in properties/prompt."
-        )
-    try:
-        template = yaml.load(file.read_text(encoding="utf-8"), Loader=SettingsLoader)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"--{key}={name}: {file} is not plain YAML: {' '.join(str(error).split())}.") from None
-    family = template.get("family") if isinstance(template, dict) else None
-    if not isinstance(family, str) or family not in FAMILIES[key]:
-        *others, last = (f"`family: {f}`" for f in FAMILIES[key])
-        needed = f"{', '.join(others)} or {last}" if others else last
-        raise UserError(f"--{key}={name}: {file} needs {needed}.")
-    wrong = [k for k, kind in REQUIRED[family].items() if not isinstance(template.get(k), kind)]
-    wrong += [str(k) for k in template if k not in REQUIRED[family] and k != "family"]
-    holes = {"line": ["title"], "question": ["history"]}
-    if family == "pair":
-        holes |= {"question": ["history", "first", "second"], "answer": ["chosen", "rejected"]}
-    holes = {k: names for k, names in holes.items() if k in REQUIRED[family]}
-    wrong += [k for k, names in holes.items() if not _has_holes(str(template.get(k)), names)]
-    if wrong:
-        told = "; ".join(f"`{k}` {', '.join(f'{{{n}}}' for n in names)}" for k, names in holes.items())
-        raise UserError(
-            f"--{key}={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
-            f"{', '.join(REQUIRED[family])}, and holds once, in this order: {told}."
-        )
-    if family == "stream" and template["line"].endswith("{title}"):
-        raise UserError(
-            f"--{key}={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "
-            "a line, and a title without an end is as likely as all that begin with it."
-        )
-    return template
-
-
-def _has_holes(text: str, names: Sequence[str]) -> bool:
-    """Whether each of ``{name}`` stands in the text once, in this order."""
-    places = [text.find(f"{{{name}}}") for name in names]
-    return -1 not in places and places == sorted(places) and all(text.count(f"{{{name}}}") == 1 for name in names)
 
 
 def newest(sizes: Sequence[int], history: Sequence[int], room: int) -> Sequence[int]:

@@ -12,7 +12,8 @@ from recbole.data.dataset import Dataset
 
 from recbole_llm.data.atomic import item_columns
 from recbole_llm.data.item_text import TITLE_COLUMNS, item_texts, text_template
-from recbole_llm.data.prompt import chat_parts, load_template, newest, plain_tokens
+from recbole_llm.data.prompt import chat_parts, newest, plain_tokens
+from recbole_llm.data.template import load_template
 from recbole_llm.errors import UserError
 
 GENRE_COLUMNS = ("genres", "genre", "class", "categories", "category", "tags")

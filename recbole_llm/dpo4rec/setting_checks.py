@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import keys
-from recbole_llm.data.prompt import load_template
+from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.question import item_template
 
 

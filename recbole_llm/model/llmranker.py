@@ -17,7 +17,8 @@ from recbole.utils import InputType
 
 from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
-from recbole_llm.data.prompt import Prompt, Window, load_template, plain_tokens
+from recbole_llm.data.prompt import Prompt, Window, plain_tokens
+from recbole_llm.data.template import load_template
 from recbole_llm.distributed import world_size
 from recbole_llm.errors import UserError
 from recbole_llm.full_ranking import ExactRanking, check_search

@@ -9,7 +9,7 @@ from typing import Any
 
 from recbole_llm import keys
 from recbole_llm.config import LLMConfig
-from recbole_llm.data.prompt import FAMILIES, load_template
+from recbole_llm.data.template import FAMILIES, load_template
 from recbole_llm.read_keys import reranks
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
