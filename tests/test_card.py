@@ -166,7 +166,7 @@ def test_numbers_are_those_of_the_record(tiny: dict[str, Any]) -> None:
         f"{record['peak_memory_bytes'] / 2**30:.1f} GiB",
         f"- **Seeds**: {record['seed']} (training), {record['candidate_seed']} (candidates)",
         f"recbole_llm {record['versions']['recbole_llm']} (code {record['versions']['recbole_llm_code']}, commit "
-        f"{machine['git_commit']})",
+        f"{machine['git_commit'] or 'unknown'})",
         "Each row ranks 10 candidates (uni9), not the whole catalogue",
         "tiny is a random LLM of two layers",
         'line: "{title}\\n"',
