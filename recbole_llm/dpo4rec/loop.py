@@ -27,7 +27,7 @@ from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
 from recbole_llm.environment import versions
-from recbole_llm.files import content_hash, found_or_made, only_here, write_json, write_text
+from recbole_llm.files import content_hash, found_or_made, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.run_folder import data_hash
@@ -266,15 +266,11 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         keys = ALIGN_KEYS + moves_draws
         trains = {key: reasoner.config[key] for key in OF_POLICY}
         folder = self._folder("align", keys, [reasoner.author, reasoner.texts, trains])
-        with only_here(folder):
-            if (folder / "stage.json").is_file():
-                self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
-                load_adapter(reasoner.llm, folder)
-                stage = json.loads((folder / "stage.json").read_text())
-                self.facts["found"].append(found_done("alignment", stage["seconds"], stage["cpu_seconds"]))
-            else:
-                init_seed(self.config["seed"], self.config["reproducibility"])
-                stage = align(self.config, reasoner, self.protocol, windows, folder)
+        stage, found = found_or_made(folder, lambda: align(self.config, reasoner, self.protocol, windows, folder))
+        if found:
+            self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
+            load_adapter(reasoner.llm, folder)
+            self.facts["found"].append(found_done("alignment", stage["seconds"], stage["cpu_seconds"]))
         return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
 
     def _policy_of(self, records: list[dict[str, Any]], iteration: int) -> None:
