@@ -28,7 +28,8 @@ TORCHRUN = "torchrun --nproc_per_node=<processes> -m recbole_llm run -m LLMRanke
 
 def world_size() -> int:
     """How many processes share this run."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    told = os.environ.get("WORLD_SIZE", "1")
+    return int(told) if "RANK" in os.environ and told.isdecimal() else 1  # a scheduler may mean another thing
 
 
 def rank() -> int:

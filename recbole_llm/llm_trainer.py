@@ -65,6 +65,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             "processes": world_size(),
             "stages": [],
             "found": [],
+            "recommenders": [],
         }
         self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that go on, before they were cut off
 
@@ -117,7 +118,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         return result is not None and not set(accuracy_names(self.config)) <= set(result)
 
     def _sft_windows(self) -> list[Window]:
-        """Something to score where the only stage was finished before, which has no windows."""
+        """Something to score where no stage was trained just now."""
         return sft_windows(self.config, self.protocol, self.model.prompt, self.model.llm.context)
 
     def _choose_weight(self, valid_data: EvalRows) -> tuple[float, dict[str, float]]:
@@ -149,6 +150,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         show_progress: bool,
         callback_fn: Any,
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
+        positions = sum(len(w.targets) for w in stage.windows)  # made here, before the draws: it may train models
         # Whether or not SFT was trained just now. Each process drops (lora_dropout) by draws of its own.
         init_seed(self.config["seed"] + rank(), self.config["reproducibility"])
         same_everywhere("training windows", lambda: content_hash([w.told() for w in stage.windows]))
@@ -158,16 +160,13 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         self.train_loss_dict: dict[int, float] = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
         steps = sum(1 for epoch in range(stage.epochs) for _ in self._steps(epoch))
-        warmup = int(steps * self.config["warmup_ratio"])
-        schedule = self.config["lr_scheduler"]
-        schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
-        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, steps)
-        positions = sum(len(w.targets) for w in stage.windows)
+        self.scheduler = self._schedule(steps)
         self.logger.info(
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps of {positions * stage.epochs / steps:.0f} positions on average."
         )
-        self.found = [*stage.facts.get("found", ())]
+        self.found: list[dict[str, Any]] = []
+        self.recommenders = stage.facts.get("recommenders", [])
         reference = {} if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         if reference.get("read"):
             self.found.append(found_done("reference", reference["seconds"], reference["cpu_seconds"]))
@@ -194,6 +193,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             "cpu_seconds": cpu_seconds,
             **stage.facts,
             "found": self.found,
+            "recommenders": self.recommenders,
         }
         if stage.loss != "SFT":
             still = from_first(partial(standstill, self.metrics_file, stage.loss))
@@ -202,6 +202,12 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record
+
+    def _schedule(self, steps: int) -> Any:
+        """The learning rate over so many steps."""
+        warmup, schedule = int(steps * self.config["warmup_ratio"]), self.config["lr_scheduler"]
+        schedule = "constant_with_warmup" if schedule == "constant" else schedule  # the other would not warm up
+        return get_scheduler(schedule, self.optimizer, warmup, steps)
 
     def _go_on(self, stage: Stage) -> None:
         """Where the stage was cut off, if it was and shall go on there."""

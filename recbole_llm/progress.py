@@ -185,7 +185,7 @@ def _sizes(config: Config) -> dict[str, float]:
     file, separator = atomic_file(config.final_config_dict, config["dataset"], "inter"), config["field_separator"]
     column = [*read_header(file, separator)].index(config["USER_ID_FIELD"])
     with open(file, encoding="utf-8") as lines:
-        users = [line.rstrip("\n").split(separator)[column] for line in lines][1:]
+        users = [line.rstrip("\n").split(separator)[column] for line in lines if line.strip()][1:]
     n_users = len(set(users))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
     return {
@@ -204,9 +204,11 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     rounds = rounds * (config["eval_step"] > 0) if _trains_llm(config) else 1
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        exact = len(items) if config["full_ranking"] == "exact" else min(len(items), TOPK_ANSWERS)
-        answers = exact if mode == "full" else int(mode[3:]) + config["next_items"]
-        answers = min(answers, config["rerank_topk"]) if reranks(config, mode) else answers
+        answers = len(items) if mode == "full" else int(mode[3:]) + config["next_items"]
+        if reranks(config, mode):
+            answers = min(answers, config["rerank_topk"])
+        elif mode == "full" and config["full_ranking"] == "exact_topk":
+            answers = min(answers, TOPK_ANSWERS)
         asked += sizes["tested"] * (config["MAX_ITEM_LIST_LENGTH"] + answers) * (rounds if split == "valid" else 1)
     trained = 0.0
     if with_sft:

@@ -25,7 +25,7 @@ from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
 from recbole_llm.read_keys import reranks, unread
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
-from recbole_llm.run_folder import make_run_folder, run_folder_of
+from recbole_llm.run_folder import make_run_folder, run_folder_of, trial_folder_of
 from recbole_llm.run_log import explained, start_log
 from recbole_llm.run_record import save_run
 from recbole_llm.trainer import trainer_class
@@ -49,8 +49,8 @@ def run_recbole_llm(
     Args:
         model, dataset, config_file_list, config_dict: as in RecBole.
         saved: keep the best epoch's checkpoint and evaluate that; otherwise the last epoch of RecBole's models is
-            evaluated, and no result is kept in the folder. LLMRanker and DPO4Rec, whose stages are kept for other
-            runs, take the best all the same.
+            evaluated, and no result is kept. LLMRanker and DPO4Rec, whose stages are kept for other runs, take the
+            best all the same.
 
     Returns:
         RecBole's ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result`` and ``test_result``, and
@@ -63,7 +63,7 @@ def run_recbole_llm(
     check_processes(config)
     for needed in (config, eval_config_of(config)):
         check_recommenders(needed)
-    folder = run_folder_of(config)
+    folder = run_folder_of(config) if saved else trial_folder_of(config)  # a finished run stays
     with process_group(config["device"]), writing(config, folder), wandb_run(config), only_here(folder):
         return _run(config, folder, saved)
 
@@ -194,7 +194,7 @@ def train_base(config: LLMConfig, trainer: Any, told: Path | None, *modes: str) 
         with explained(config, told, f"training --rerank_model={config['rerank_model']}"):
             base = train_recommender(config, config["rerank_model"])
         trainer.model.rerank_with(base.model)
-        trainer.facts["found"] += [base.found] if base.found else []
+        trainer.facts["recommenders"].append(base.told)
 
 
 def fit(config: LLMConfig, trainer: Any, protocol: Protocol, saved: bool) -> tuple[float, dict[str, float] | None]:

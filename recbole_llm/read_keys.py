@@ -9,7 +9,7 @@ from recbole_llm import keys
 
 LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions", "epochs", "train_batch_size"}
-# Read by preference losses alone. Not here: `rejected` and how it draws, for SFT on pairs of titles draws too, and
+# Read by preference losses alone. Not here: `rejected` and `rejected_num`, for SFT on pairs of titles draws too, and
 # switches that are refused where nothing reads them.
 PREFERENCE_KEYS = {
     "beta",

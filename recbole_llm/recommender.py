@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_llm import checks, keys
 from recbole_llm.config import PROPERTIES, LLMConfig
-from recbole_llm.costs import Clock, found_done
+from recbole_llm.costs import Clock
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import ConfigError, UserError
@@ -34,13 +34,14 @@ class Recommender:
     """A trained model with the configuration and the data it was trained under.
 
     Attributes:
-        found: what its training took, where another run had trained it (``costs.found_done``).
+        told: for the record of the run: ``what`` it is, ``where`` it lies, the ``seconds`` and ``cpu_seconds`` that its
+            training took, and whether it was ``made`` just now or found.
     """
 
     model: AbstractRecommender
     config: LLMConfig
     protocol: Protocol
-    found: dict[str, Any] | None = None
+    told: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def scores(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
@@ -164,8 +165,8 @@ def train_recommender(config: LLMConfig, name: str, users: np.ndarray | None = N
     trainer._load_checkpoint(None)
     logging.getLogger().info(f"{name} in {folder}: validation {record['best_valid_score']:.4f}")
     init_seed(config["seed"], config["reproducibility"])
-    spent = found_done(name, record["seconds"], record["cpu_seconds"]) if found else None
-    return Recommender(model.eval(), own, protocol, spent)
+    spent = {key: record[key] for key in ("seconds", "cpu_seconds")}
+    return Recommender(model.eval(), own, protocol, {"what": name, "where": folder.name, **spent, "made": not found})
 
 
 def _fit(trainer: Any, protocol: Protocol) -> dict[str, Any]:

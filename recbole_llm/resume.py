@@ -31,7 +31,16 @@ from recbole_llm.llm.identity import check_identity, identity
 
 FILES = ("progress-0.safetensors", "progress-1.safetensors")  # written in turn
 # What RecBole's loop and ours remember between steps.
-REMEMBERED = ("cur_step", "best_valid_score", "best_valid_result", "tokens", "steps", "global_step", "found")
+REMEMBERED = (
+    "cur_step",
+    "best_valid_score",
+    "best_valid_result",
+    "tokens",
+    "steps",
+    "global_step",
+    "found",
+    "recommenders",
+)
 
 logger = logging.getLogger()
 

@@ -162,7 +162,7 @@ def preference_windows(
         mean = [e for window in smoothing for target in window for e in target]
         facts["oracle"] = {**asdict(oracle.calibration), "mean_epsilon": sum(mean) / len(mean)}
         windows = [replace(w, smoothing=s) for w, s in zip(windows, smoothing, strict=True)]
-    return windows, {**facts, "found": [model.found for model in models if model.found]}
+    return windows, {**facts, "recommenders": [model.told for model in models]}
 
 
 def base_hash(llm: LLM, texts: list[str]) -> str:

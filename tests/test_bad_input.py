@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from recbole_llm import cli, run_log, run_record
 from recbole_llm.config import LLMConfig
-from recbole_llm.files import whole
+from recbole_llm.files import write_table, write_text
 from recbole_llm.llm import adapter
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
@@ -317,9 +318,13 @@ def test_folders_that_cannot_be_written(
 
 
 def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of two equal comparisons that end together: each is written beside by a name of its own."""
-    file = tmp_path / "table.md"
-    with whole(file, ".1") as mine, whole(file, ".2") as other:
-        mine.write_text("mine")
-        other.write_text("the other's")
-    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+    """Tables of two equal comparisons that end together: each process writes beside by a name of its own."""
+    beside, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda one, other: (beside.append(one), real(one, other)))
+    frame = pd.DataFrame({"a": [1]})
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        write_text(tmp_path / "table.md", "text")
+        write_table(tmp_path / "table.csv.gz", frame)
+    assert len(set(beside)) == 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table.csv.gz", "table.md"]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from recbole_llm import __version__, cli, environment, keys, machine, quick_start
 from recbole_llm.config import LLMConfig
+from recbole_llm.distributed import world_size
 from recbole_llm.errors import ConfigError
 from recbole_llm.report import compare as comparing
 from recbole_llm.report.entries import parse_models, split_options
@@ -438,3 +439,4 @@ def test_a_rank_of_a_scheduler_silences_nothing(
         monkeypatch.setenv(name, value)
     assert cli.main(["runn"]) == 2
     assert "`runn`: no such command" in capsys.readouterr().err
+    assert world_size() == 1

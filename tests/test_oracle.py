@@ -20,6 +20,7 @@ from recbole_llm.harm import title_vectors
 from recbole_llm.oracle import Calibration, Oracle, _negatives, calibrate, judged, train_oracle
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommender import check_recommenders, recommender_config, train_recommender
+from recbole_llm.report.plot_data import run_seconds
 from recbole_llm.run_folder import run_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,8 +172,9 @@ def test_a_recommender_is_trained_once(toy: dict[str, Any]) -> None:
     np.testing.assert_array_equal(one.scores([[1, 2]]), other.scores([[1, 2]]))
     users = np.array(sorted(one.protocol.training_sequences()))[:10]
     assert (train_recommender(config, "SASRec", users).scores([[1, 2]]) != one.scores([[1, 2]])).any()
-    assert one.found is None and other.found is not None and other.found["seconds"] > 0
-    assert other.found["what"] == "SASRec"
+    assert one.told["made"] and not other.told["made"]
+    assert other.told["what"] == "SASRec" and other.told["where"] == folder.name
+    assert other.told["seconds"] == one.told["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -195,9 +197,33 @@ def test_what_serves_a_run_is_counted_where_it_was_found(toy: dict[str, Any]) ->
         result = run_recbole_llm(config_dict=rosepo(toy, beta=beta))
         records.append(json.loads((Path(result["run_folder"]) / "result.json").read_text()))
     first, second = (record["stages"][-1] for record in records)
-    assert [part for part in first["found"] if part["what"] == "SASRec"] == []
-    judges = [part for part in second["found"] if part["what"] == "SASRec"]
-    assert len(judges) == 2 and first["seconds"] > sum(part["seconds"] for part in judges) > 0
+    assert [judge["made"] for judge in first["recommenders"]] == [True, True]
+    assert [judge["made"] for judge in second["recommenders"]] == [False, False]
+    judges = sum(judge["seconds"] for judge in second["recommenders"])
+    assert first["seconds"] > judges > 0
+    assert run_seconds(records[0], cpu=False) == records[0]["timings"]["total_s"]
+    sft, references = records[1]["stages"][0]["seconds"], sum(part["seconds"] for part in second["found"])
+    assert run_seconds(records[1], cpu=False) == pytest.approx(
+        records[1]["timings"]["total_s"] + sft + judges + references
+    )
+
+
+def test_a_model_that_serves_twice_is_counted_once(toy: dict[str, Any]) -> None:
+    """The base of a re-ranking that also chooses the rejected titles, in the run that trains it and in one that finds
+    the stage."""
+    settings = rosepo(toy, loss="DMPO", smoothing=0.1, rejected="from_model", rerank_candidates=True, eval_step=0)
+    settings |= {"rerank_model": "SASRec", "from_model": "SASRec", "rejected_num": 2}
+    records = []
+    for topk in ([10], [5, 10]):
+        result = run_recbole_llm(config_dict={**settings, "topk": topk})
+        records.append(json.loads((Path(result["run_folder"]) / "result.json").read_text()))
+    first, second = records
+    assert run_seconds(first, cpu=False) == first["timings"]["total_s"]
+    (trained,) = second["recommenders"]
+    shared = sum(stage["seconds"] for stage in second["stages"])
+    assert all(stage["reused"] for stage in second["stages"]) and not trained["made"]
+    expected = second["timings"]["total_s"] + shared + trained["seconds"]
+    assert run_seconds(second, cpu=False) == pytest.approx(expected)
 
 
 def test_rosepo_runs_with_its_oracle(toy: dict[str, Any]) -> None:

@@ -460,5 +460,8 @@ def test_published_tables_are_asked_as_before(name: str) -> None:
 
 def test_what_was_not_to_be_kept_is_no_finished_run(toy: dict[str, Any]) -> None:
     """The last epoch's result would pass for the best one's in a comparison."""
+    kept = run_recbole_llm("BPR", config_dict=toy)
+    record = (Path(kept["run_folder"]) / "result.json").read_bytes()
     result = run_recbole_llm("BPR", config_dict=toy, saved=False)
     assert not (Path(result["run_folder"]) / "result.json").exists()
+    assert (Path(kept["run_folder"]) / "result.json").read_bytes() == record

@@ -40,6 +40,7 @@ def policy_config(config: LLMConfig) -> LLMConfig:
     """The settings that the preference trainer reads, as an LLMRanker of the same data would have them."""
     shared = shared_settings(config)
     shared.pop("loss_type", None)  # of the recommender
+    shared["log_wandb"] = config["log_wandb"]  # which a trial has off
     stage = {
         **{key: config[key] for key in (*LLM_SETTINGS, *OF_STAGES)},
         "item_text": item_template(config.final_config_dict, config["dataset"]),  # checked, and read by nothing

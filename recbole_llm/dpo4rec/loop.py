@@ -271,6 +271,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
             load_adapter(reasoner.llm, folder)
             self.facts["found"].append(found_done("alignment", stage["seconds"], stage["cpu_seconds"]))
+        self.facts["found"] += stage["found"]
         return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
 
     def _policy_of(self, records: list[dict[str, Any]], iteration: int) -> None:

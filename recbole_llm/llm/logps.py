@@ -74,8 +74,10 @@ def batch_logps(model: CausalLM, trees: Sequence[TokenTree]) -> torch.Tensor:
 
 
 def logit_scale(config: Any) -> float:
-    """What an LLM multiplies its logits by (Cohere, Granite); 1 for others."""
-    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    """What an LLM's logits are multiplied by (Cohere, HyperCLOVA-X), or 1 over what divides them (Granite); else 1."""
+    scaling = getattr(config, "logits_scaling", None) or 1
+    divides = str(getattr(config, "model_type", "")).startswith("granite")
+    return getattr(config, "logit_scale", None) or (1 / scaling if divides else scaling)
 
 
 def token_logps(

@@ -40,7 +40,10 @@ def _changed(told: dict[str, Any], folder: Path) -> str | None:
         return None  # told by the run
     if run_folder_of(config).name == folder.name:
         return None
-    return "the code, the data or a package changed since the comparison began; give the same command again"
+    return (
+        "the code, the data or a package changed since the comparison began (give the same command again), or this "
+        "worker computes on another kind of device"
+    )
 
 
 def _end_with_parent() -> None:
