@@ -39,6 +39,8 @@ from recbole_llm.stages import Stage, base_hash, sft_windows, stages
 class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
     """RecBole's trainer (epochs, early stopping on validation, TensorBoard) over stages of token-tree windows."""
 
+    found: list[dict[str, Any]]  # of a stage: what another run had done for it
+
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         return super()._build_optimizer(params=trainable or [torch.nn.Parameter(torch.zeros(1))], **kwargs)
@@ -165,8 +167,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps of {positions * stage.epochs / steps:.0f} positions on average."
         )
-        self.found: list[dict[str, Any]] = []
-        self.recommenders = stage.facts.get("recommenders", [])
+        self.found, self.recommenders = [], stage.facts.get("recommenders", [])
         reference = {} if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         if reference.get("read"):
             self.found.append(found_done("reference", reference["seconds"], reference["cpu_seconds"]))

@@ -36,10 +36,38 @@ def save_run(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    record = _record(config, protocol, asked, trainer, result, costs)
+    try:
+        machine = environment()
+        write_json(folder / "env.json", machine)
+        write_table(folder / "per_user.csv.gz", trainer.per_user)
+        protocol.valid.save(folder / "candidates-valid.jsonl.gz")
+        asked.test.save(folder / "candidates-test.jsonl.gz")
+        if samples:
+            lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
+            write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / "README.md", model_card(config, record, machine, folder))
+        write_json(folder / "result.json", record)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). "
+            "Free some space and run again."
+        ) from error
+
+
+def _record(
+    config: LLMConfig,
+    protocol: Protocol,
+    asked: Protocol,
+    trainer: Any,
+    result: dict[str, Any],
+    costs: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``result.json`` holds; arguments as of ``save_run``."""
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainable += getattr(trainer, "aligned_parameters", 0)
     ranked = eval_config_of(config)
-    record = {
+    return {
         "model": config["model"],
         "dataset": config["eval_dataset"] or config["dataset"],
         "training_dataset": config["dataset"],
@@ -69,19 +97,3 @@ def save_run(
         "versions": versions(),
         **getattr(trainer, "facts", {}),
     }
-    try:
-        machine = environment()
-        write_json(folder / "env.json", machine)
-        write_table(folder / "per_user.csv.gz", trainer.per_user)
-        protocol.valid.save(folder / "candidates-valid.jsonl.gz")
-        asked.test.save(folder / "candidates-test.jsonl.gz")
-        if samples:
-            lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
-            write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
-        write_text(folder / "README.md", model_card(config, record, machine, folder))
-        write_json(folder / "result.json", record)
-    except OSError as error:
-        raise UserError(
-            f"--checkpoint_dir={config['checkpoint_dir']}: could not write {folder} ({error}). "
-            "Free some space and run again."
-        ) from error

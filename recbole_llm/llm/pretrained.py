@@ -73,21 +73,7 @@ def load_llm(
     Raises:
         UserError: the model cannot be found, read, or used as asked.
     """
-    for key, value in (
-        ("dtype", dtype),
-        ("quantization", quantization),
-        ("finetune", finetune),
-        ("attention", attention),
-    ):
-        if value not in CHOICES[key]:
-            raise UserError(f"--{key}={value}: expected one of {', '.join(map(str, CHOICES[key]))}.")
-    if quantization and finetune == "full":
-        raise UserError("--finetune=full cannot train --quantization=4bit weights: use --finetune=lora.")
-    if finetune == "full" and dtype in ("bfloat16", "float16"):
-        logger.warning(
-            f"--dtype={dtype} with --finetune=full: the weights themselves are trained in it, and small updates are "
-            "lost in rounding (of 1e-5 nine in ten). --dtype=float32 keeps them."
-        )
+    _check_choices(dtype=dtype, quantization=quantization, finetune=finetune, attention=attention)
     dtype = dtype_of(dtype, device, finetune)
     # Not torch.manual_seed: it would seed every GPU as well, and peft fills new adapters on the CPU.
     with torch.random.fork_rng(devices=[]), explained_load(llm):
@@ -97,9 +83,8 @@ def load_llm(
         model.config.use_cache = False
         model.requires_grad_(finetune == "full")
         no_dropout(model)
-        kernels = {"layers": DEFAULT, "head": DEFAULT}
-        if fast_linears and not quantization and device.type == "cpu":
-            kernels = speed_up_linears(model)
+        fast = fast_linears and not quantization and device.type == "cpu"
+        kernels = speed_up_linears(model) if fast else {"layers": DEFAULT, "head": DEFAULT}
         if fsdp:
             shard(model, device)
         choose_attention(model, attention, llm, trained=finetune != "none")
@@ -111,6 +96,20 @@ def load_llm(
             model = add_lora(model, {**lora, "target_modules": lora_target_modules})
             keep_half_inputs(model)
     return LLM(model.eval(), tokenizer, llm, revision, context, dtype, str(device), kernels)
+
+
+def _check_choices(**given: str | None) -> None:
+    """Raises ``UserError`` for choices that there are not, or that do not go together; warns of what loses digits."""
+    for key, value in given.items():
+        if value not in CHOICES[key]:
+            raise UserError(f"--{key}={value}: expected one of {', '.join(map(str, CHOICES[key]))}.")
+    if given["quantization"] and given["finetune"] == "full":
+        raise UserError("--finetune=full cannot train --quantization=4bit weights: use --finetune=lora.")
+    if given["finetune"] == "full" and given["dtype"] in ("bfloat16", "float16"):
+        logger.warning(
+            f"--dtype={given['dtype']} with --finetune=full: the weights themselves are trained in it, and small "
+            "updates are lost in rounding (of 1e-5 nine in ten). --dtype=float32 keeps them."
+        )
 
 
 def no_dropout(model: torch.nn.Module) -> None:

@@ -148,14 +148,8 @@ def write_comparison(
     tables = _tables(every, tests, against, options)
     costs = [costs_table(every)]
     if tuned:
-        found = tuned_frame(tuned)
-        order = ["model", "data set", "chosen", "trials", "failed", "valid metric", "as given", "best"]
-        told_of = [TUNED, *builds_on(options, [label for label, _, _ in tuned])]
-        tables.append(frame_table("tuned", "Chosen values", " ".join(told_of), found[order], left=3))
-        minutes = found[["model", "data set", "trials", "min"]]
-        costs.append(
-            frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2)
-        )
+        chosen, minutes = _searches(tuned, options)
+        tables, costs = [*tables, chosen], [*costs, minutes]
     told = "\n".join(markdown(table) for table in tables)
     folder = _out(grid, options)
     tested = frames.tests_frame(every, tests)
@@ -192,6 +186,18 @@ def write_comparison(
         "results": every,
         "failed": [record["label"] for record in records if "error" in record],
     }
+
+
+def _searches(tuned: Sequence[tuple[str, str, Tuned]], options: Options) -> tuple[Table, Table]:
+    """The appendix of a comparison with searches: what was chosen, and what that cost."""
+    found = tuned_frame(tuned)
+    order = ["model", "data set", "chosen", "trials", "failed", "valid metric", "as given", "best"]
+    told = " ".join([TUNED, *builds_on(options, [label for label, _, _ in tuned])])
+    minutes = found[["model", "data set", "trials", "min"]]
+    return (
+        frame_table("tuned", "Chosen values", told, found[order], left=3),
+        frame_table("tuning-costs", "Minutes of all trials", "The same number of trials.", minutes, left=2),
+    )
 
 
 def _plots(every: Sequence[Results], options: Options, folder: Path) -> list[Any]:
