@@ -184,7 +184,7 @@ def guessed_seconds(config: Config, with_sft: bool = True) -> float:
 def _sizes(config: Config) -> dict[str, float]:
     file, separator = atomic_file(config.final_config_dict, config["dataset"], "inter"), config["field_separator"]
     column = [*read_header(file, separator)].index(config["USER_ID_FIELD"])
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8", errors="replace") as lines:  # users are counted, not named
         users = [line.rstrip("\n").split(separator)[column] for line in lines if line.strip()][1:]
     n_users = len(set(users))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
