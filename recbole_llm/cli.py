@@ -12,6 +12,7 @@ from typing import Any
 from recbole_llm import __version__
 from recbole_llm.errors import ConfigError, UserError, plain
 from recbole_llm.keys import LOSSES
+from recbole_llm.processes import rank, world_size
 from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, laid_over, parse_value, read_yamls
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
@@ -69,15 +70,9 @@ def _command(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError([f"`{argv[0]}`: no such command; use {', '.join(COMMANDS)}."])
-    if argv[0] != "run" and _processes() > 1:
+    if argv[0] != "run" and world_size() > 1:
         raise ConfigError([f"`{argv[0]}`: it works in one process; torchrun shares a `run` alone."])
     return COMMANDS[argv[0]](parse_flags(argv[1:], TAKES.get(argv[0])))
-
-
-def _processes() -> int:
-    """As distributed.world_size, without waiting for torch; a scheduler may set other things by these names."""
-    told = os.environ.get("WORLD_SIZE", "1")
-    return int(told) if "RANK" in os.environ and told.isdecimal() else 1
 
 
 def _is_read() -> bool:
@@ -92,9 +87,9 @@ def _is_read() -> bool:
 
 def _tell(text: str, alike: bool) -> None:
     """What ends a command; of several processes that end alike the first tells it."""
-    process = os.environ.get("RANK", "0") if _processes() > 1 else "0"
-    if process == "0" or not alike:
-        print(f"\nrecbole-llm{f' (process {process})' if process != '0' else ''}: {text}", file=sys.stderr)
+    process = rank()
+    if process == 0 or not alike:
+        print(f"\nrecbole-llm{f' (process {process})' if process else ''}: {text}", file=sys.stderr)
 
 
 def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from recbole_llm.data_checks import READ_WITH, wrong_data
 from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
+from recbole_llm.processes import world_size
 from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yaml, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
@@ -121,10 +122,10 @@ class LLMConfig(Config):
         """RecBole's, on the GPU of this process where there are several; then what ``auto`` means on the device."""
         settings = self.final_config_dict
         named = settings["gpu_id"]
-        if distributed.world_size() > 1 and "gpu_id" not in self.external_config_dict:
+        if world_size() > 1 and "gpu_id" not in self.external_config_dict:
             settings["gpu_id"] = distributed.visible_gpus()
         super()._init_device()
-        if distributed.world_size() > 1:
+        if world_size() > 1:
             # What names the run is as in a single process.
             settings |= {"gpu_id": str(named), "device": distributed.own_device(settings["device"])}
         if not distributed.is_first():

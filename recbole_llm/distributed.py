@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from recbole_llm.errors import UserError
+from recbole_llm.processes import rank, world_size
 
 Result = TypeVar("Result")
 Thing = TypeVar("Thing")
@@ -24,17 +25,6 @@ Thing = TypeVar("Thing")
 # at once, by its connection and by torchrun.
 PATIENCE = timedelta(days=1)
 TORCHRUN = "torchrun --nproc_per_node=<processes> -m recbole_llm run -m LLMRanker ..."
-
-
-def world_size() -> int:
-    """How many processes share this run."""
-    told = os.environ.get("WORLD_SIZE", "1")
-    return int(told) if "RANK" in os.environ and told.isdecimal() else 1  # a scheduler may mean another thing
-
-
-def rank() -> int:
-    """Which of them this one is, from 0."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def is_first() -> bool:

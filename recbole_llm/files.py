@@ -83,13 +83,14 @@ def held(file: Path, what: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(file: Path, own: str = "") -> Iterator[Path]:
+def whole(file: Path, *, shared: bool = False) -> Iterator[Path]:
     """A path beside ``file`` to write to; it takes the file's place when all went well, and is removed else.
 
     Args:
-        own: put into its name, where several processes may write the file at a time.
+        shared: several processes may write the file at a time, each beside by a name of its own. Else what a killed
+            process left there is written over.
     """
-    beside = file.with_name(f"{file.name}{own}.tmp")
+    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp" if shared else f"{file.name}.tmp")
     try:
         yield beside
         os.replace(beside, file)
@@ -99,7 +100,7 @@ def whole(file: Path, own: str = "") -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     """Write a whole file or none: beside, to disk, then renamed."""
-    with whole(file, f".{os.getpid()}") as beside, open(beside, "w", encoding="utf-8") as out:
+    with whole(file, shared=True) as beside, open(beside, "w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
@@ -134,7 +135,7 @@ def write_table(file: Path, table: pd.DataFrame) -> None:
 @contextmanager
 def whole_gzip(file: Path) -> Iterator[gzip.GzipFile]:
     """A gzipped file to write to, whole or not at all; without its name and time: the same text is the same bytes."""
-    with whole(file, f".{os.getpid()}") as beside, open(beside, "wb") as raw:
+    with whole(file, shared=True) as beside, open(beside, "wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
             yield out
 

@@ -12,10 +12,11 @@ from recbole.data.interaction import Interaction
 
 from recbole_llm.costs import TokenCount
 from recbole_llm.data.candidates import EvalRows
-from recbole_llm.distributed import gathered, own_share, world_size
+from recbole_llm.distributed import gathered, own_share
 from recbole_llm.evaluator import Ranking
 from recbole_llm.llm.logps import decoder_and_head
 from recbole_llm.llm.sharded import even_passes
+from recbole_llm.processes import world_size
 from recbole_llm.trainer import ProtocolEvaluation
 
 ANSWERS = 10  # titles of a history that a row's candidates are taken to cost, to divide rows among processes

@@ -19,7 +19,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.data.template import load_template
-from recbole_llm.distributed import from_first, is_first, rank, same_everywhere, world_size
+from recbole_llm.distributed import from_first, is_first, same_everywhere
 from recbole_llm.environment import versions
 from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, only_here, write_json, write_text
@@ -29,6 +29,7 @@ from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.llm_evaluation import LLMEvaluation
 from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
+from recbole_llm.processes import rank, world_size
 from recbole_llm.progress import bar
 from recbole_llm.reference import fill_reference
 from recbole_llm.rerank import choose_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,12 @@ def _cut_titles(config: LLMConfig, protocol: Protocol, model: LLMRanker) -> dict
     return {i + 1: texts[i] for i, size in enumerate(sizes) if size > config["item_text_max_tokens"]}
 
 
-def _told(model: LLMRanker, window: Window, user: str, trained: list[int], whole: dict[int, str]) -> list[str]:
+def _told(model: LLMRanker, window: Window, user: str, trained: Sequence[int], whole: dict[int, str]) -> list[str]:
     """How much of a user's history the prompt holds, and which of its titles are not whole."""
     config, target = model.config, window.targets[-1]
     prompt = model.prompt.trunk(window.items[:target])
     most = config["MAX_ITEM_LIST_LENGTH"]
-    # Of low_rating it is the last that is not rated low; an item met again counts where it was met last.
-    later = window.also[-1] if window.also else ()
-    known = trained[: len(trained) - len(later)]
-    before = len(known) - 1 - known[::-1].index(window.items[target])
-    by_length, by_context = left_out(window, before, most)
+    by_length, by_context = left_out(window, trained, most)
     lines = [
         f"user {user}: {len(trained)} training items, {target} of them in this prompt, {len(prompt)} tokens",
         f"left out: {by_length} older items by --MAX_ITEM_LIST_LENGTH={most}, {by_context} by the LLM's context of "
@@ -97,14 +94,17 @@ def _told(model: LLMRanker, window: Window, user: str, trained: list[int], whole
     return lines + [f"cut by --item_text_max_tokens={most}: {model.texts[i]!r} of {whole[i]!r}" for i in shown]
 
 
-def left_out(window: Window, before: int, most: int) -> tuple[int, int]:
+def left_out(window: Window, trained: Sequence[int], most: int) -> tuple[int, int]:
     """Items before the last target that its prompt lacks: over ``most``, and for lack of room in the LLM's context.
 
     Args:
         window: the user's last.
-        before: the user's training items before that target.
+        trained: the user's training items in order.
         most: items of history at most.
     """
+    # Of low_rating the target is the last that is not rated low; an item met again counts where it was met last.
+    known = trained[: len(trained) - (len(window.also[-1]) if window.also else 0)]
+    before = len(known) - 1 - known[::-1].index(window.items[window.targets[-1]])
     return max(0, before - most), min(before, most) - window.targets[-1]
 
 
@@ -130,8 +130,7 @@ def _all_users(config: LLMConfig, protocol: Protocol, model: LLMRanker, whole: d
         chosen=config["chosen_num"] if config["loss"] == "MultDPO" else 1,
     )
     sizes = [len(model.prompt.trunk(w.items[: w.targets[-1]])) for w in windows]
-    before = [len(sequences[w.user]) - 1 - (len(w.also[-1]) if w.also else 0) for w in windows]
-    lacks = np.array([left_out(w, known, most) for w, known in zip(windows, before, strict=True)]) > 0
+    lacks = np.array([left_out(w, sequences[w.user].tolist(), most) for w in windows]) > 0
     by_length, by_context = 100 * lacks.mean(0)
     half, nearly_all = np.percentile(sizes, [50, 95])
     longest = int(np.argmax([len(a) for a in model.prompt.answers]))

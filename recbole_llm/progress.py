@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,7 +19,6 @@ from tqdm import tqdm as plain_tqdm
 from recbole_llm.data.atomic import atomic_file, read_header, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.read_keys import SFT_KEYS, reranks
-from recbole_llm.run_folder import run_folder_of
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
 TOPK_ANSWERS = 100  # titles that a search for the best ten costs about as much as
@@ -30,21 +30,23 @@ class WholeRun:
     """The runs of a comparison and the time they are expected to take; says both, and what was finished before.
 
     Args:
-        runs: label and configuration of each, in order.
+        runs: label, configuration and folder of each, in order.
         jobs: how many run at a time. With one, each is done inside ``running``; else ``side_by_side`` tells that they
             have begun, and ``ended`` that one has ended, upon which the next begins.
     """
 
-    def __init__(self, runs: Sequence[tuple[str, Config]], jobs: int = 1) -> None:
-        self.labels = [label for label, _ in runs]
-        self.kinds = [_kind(config) for _, config in runs]
+    def __init__(self, runs: Sequence[tuple[str, Config, Path]], jobs: int = 1) -> None:
+        self.labels = [label for label, _, _ in runs]
+        self.kinds = [_kind(config) for _, config, _ in runs]
         # LLM runs of the same users and seed may share the first one's SFT stage.
-        first = {_sft(config): config for _, config in reversed(runs) if _trains_llm(config)}
-        folders = [run_folder_of(config) for _, config in runs]
+        first = {_sft(config): config for _, config, _ in reversed(runs) if _trains_llm(config)}
+        folders = [folder for _, _, folder in runs]
         self.runs = len(set(folders))  # two labels may be one run
         self.seconds = [
-            _guess(config, config is first.get(_sft(config))) if folders[i] not in folders[:i] else 0.0
-            for i, (_, config) in enumerate(runs)
+            0.0
+            if folder in folders[:i] or (folder / "result.json").is_file()
+            else guessed_seconds(config, config is first.get(_sft(config)))
+            for i, (_, config, folder) in enumerate(runs)
         ]
         self.scale = dict.fromkeys(self.kinds, 1.0)
         self.took, self.guessed = dict.fromkeys(self.kinds, 0.0), dict.fromkeys(self.kinds, 0.0)
@@ -156,11 +158,6 @@ def _sft(config: Config) -> str:
     return str([config[key] for key in ("dataset", "few_shot", "sft_positions", *SFT_KEYS)]) if "llm" in config else ""
 
 
-def _guess(config: Config, with_sft: bool) -> float:
-    """Seconds that a run may still take."""
-    return 0.0 if (run_folder_of(config) / "result.json").is_file() else guessed_seconds(config, with_sft)
-
-
 def guessed_seconds(config: Config, with_sft: bool = True) -> float:
     """Seconds that a configuration may take to train and to be asked. Rough on purpose: shapes times this machine's
     speed.
@@ -199,9 +196,10 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     """Tokens of all passes; a training step costs as much as 2.3 passes (the base's weights get no gradient)."""
     _, items = read_items(config.final_config_dict, config["dataset"])
     title = 2 + sum(len(next(iter(row.values()))) for row in items.values()) / max(1, len(items)) / 3
-    with_sft, prefers = with_sft and _trains_llm(config), config["loss"] != "SFT" and _trains_llm(config)
+    trains = _trains_llm(config)
+    with_sft, prefers = with_sft and trains, config["loss"] != "SFT" and trains
     rounds = (config["epochs"] if with_sft else 0) + (config["preference_epochs"] if prefers else 0)
-    rounds = rounds * (config["eval_step"] > 0) if _trains_llm(config) else 1
+    rounds = rounds * (config["eval_step"] > 0) if trains else 1
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
         answers = len(items) if mode == "full" else int(mode[3:]) + config["next_items"]

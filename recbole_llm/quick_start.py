@@ -23,6 +23,7 @@ from recbole_llm.files import only_here
 from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
+from recbole_llm.processes import world_size
 from recbole_llm.read_keys import reranks, unread
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.run_folder import make_run_folder, run_folder_of, trial_folder_of
@@ -74,7 +75,7 @@ def check_processes(config: LLMConfig) -> None:
     Raises:
         ConfigError: a model that trains in one process, or ``fsdp`` in a single one.
     """
-    alone = distributed.world_size() == 1
+    alone = world_size() == 1
     if not alone and not keys.ranks_titles(config):
         name = config["model"]
         raise ConfigError([f"--model={name}: it trains in one process; leave torchrun out: recbole-llm run -m {name}"])

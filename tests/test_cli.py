@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from recbole_llm import __version__, cli, environment, keys, machine, quick_start
 from recbole_llm.config import LLMConfig
-from recbole_llm.distributed import world_size
 from recbole_llm.errors import ConfigError
+from recbole_llm.processes import world_size
 from recbole_llm.report import compare as comparing
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells

@@ -95,10 +95,15 @@ def test_what_is_shown_is_what_is_trained(tiny: dict[str, Any], changes: dict[st
 
 
 def test_left_out_by_hand() -> None:
-    # Nine training items before the target.
-    assert left_out(Window(1, tuple(range(10)), (9,)), 9, 20) == (0, 0)
-    assert left_out(Window(1, tuple(range(5)), (1, 4)), 9, 4) == (5, 0)
-    assert left_out(Window(1, tuple(range(3)), (2,)), 9, 4) == (5, 2)
+    # Ten training items, the last is the target: nine before it.
+    def ten(last: int) -> list[int]:
+        return [*range(20, 29), last]
+
+    assert left_out(Window(1, tuple(range(10)), (9,)), ten(9), 20) == (0, 0)
+    assert left_out(Window(1, tuple(range(5)), (1, 4)), ten(4), 4) == (5, 0)
+    assert left_out(Window(1, tuple(range(3)), (2,)), ten(2), 4) == (5, 2)
+    # Two chosen a pair: the target is the last but one, eight before it.
+    assert left_out(Window(1, tuple(range(9)), (8,), also=((1,),)), [*range(9), 1], 20) == (0, 0)
 
 
 def test_a_target_that_is_not_the_last_lacks_nothing(tiny: dict[str, Any]) -> None:

@@ -32,11 +32,15 @@ def made(settings: dict[str, Any], **other: Any) -> LLMConfig:
     return LLMConfig(model=settings["model"], dataset=settings["dataset"], config_dict=settings)
 
 
+def run(label: str, config: LLMConfig) -> tuple[str, LLMConfig, Path]:
+    return label, config, run_folder_of(config)
+
+
 def whole_of(settings: dict[str, Any], jobs: int, *guesses: float, monkeypatch: pytest.MonkeyPatch) -> WholeRun:
     """Runs whose guesses are known."""
     by_seed = dict(enumerate(guesses, 1))
     monkeypatch.setattr(progress, "guessed_seconds", lambda config, with_sft: by_seed[config["seed"]])
-    return WholeRun([(f"run {seed}", made(settings, seed=seed)) for seed in by_seed], jobs)
+    return WholeRun([run(f"run {seed}", made(settings, seed=seed)) for seed in by_seed], jobs)
 
 
 def test_what_costs_more_is_guessed_longer(toy: dict[str, Any], tiny: dict[str, Any]) -> None:
@@ -55,24 +59,24 @@ def test_a_shared_stage_and_a_finished_run_are_not_guessed_again(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft, dmpo, none = made(tiny), made(tiny, loss="DMPO"), made(tiny, finetune="none")
-    first, second = WholeRun([("zero-shot", none), ("SFT", sft)]).seconds
+    first, second = WholeRun([run("zero-shot", none), run("SFT", sft)]).seconds
     assert first == guessed_seconds(none) and second == guessed_seconds(sft)  # which no zero-shot run shares
     capsys.readouterr()
-    alone = WholeRun([("DMPO", dmpo)])
-    both = WholeRun([("SFT", sft), ("DMPO", dmpo), ("the same SFT", sft)])
+    alone = WholeRun([run("DMPO", dmpo)])
+    both = WholeRun([run("SFT", sft), run("DMPO", dmpo), run("the same SFT", sft)])
     assert both.seconds[0] == guessed_seconds(sft) and both.seconds[2] == 0.0
     assert both.seconds[1] < alone.seconds[0]
     assert "2 runs, 0 finished before" in capsys.readouterr().out
     folder = Path(run_folder_of(sft))
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")
-    rest = WholeRun([("SFT", sft), ("DMPO", dmpo)])
+    rest = WholeRun([run("SFT", sft), run("DMPO", dmpo)])
     assert rest.seconds[0] == 0.0 and rest.left() == rest.seconds[1]
     assert "2 runs, 1 finished before" in capsys.readouterr().out
 
 
 def test_another_sft_is_not_shared(tiny: dict[str, Any]) -> None:
-    whole = WholeRun([("one", made(tiny)), ("other", made(tiny, learning_rate=0.02))])
+    whole = WholeRun([run("one", made(tiny)), run("other", made(tiny, learning_rate=0.02))])
     assert whole.seconds[0] == whole.seconds[1] == guessed_seconds(made(tiny))
 
 
@@ -118,8 +122,8 @@ def test_all_that_has_ended_decides_in_the_end(
 ) -> None:
     whole = whole_of(toy, 2, *[100.0] * 20, monkeypatch=monkeypatch)
     whole.side_by_side()
-    for run in range(0, 18, 2):
+    for number in range(0, 18, 2):
         clock[0] += 300
-        whole.ended(run, None)
-        whole.ended(run + 1, None)
+        whole.ended(number, None)
+        whole.ended(number + 1, None)
     assert whole.left() == pytest.approx(300, rel=0.1)

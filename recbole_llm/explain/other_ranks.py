@@ -58,9 +58,6 @@ def other_ranks(
             )
         return [_rank(baseline, other, user, target)]
     found = [(file.parent, _asked_the_same(file, record)) for file in sorted(folder.parent.glob("*/result.json"))]
-    for place in [p for p, other in found if other and not (p / "per_user.csv.gz").is_file()]:
-        logging.getLogger().warning(f"{place} is left out: it has lost its per_user.csv.gz; run it again.")
-        found = [one for one in found if one[0] != place]
     best: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place, other in sorted(((p, o) for p, o in found if o), key=lambda one: _preferred(one[1], record)):
         best.setdefault(other["model"], (place, other))
@@ -82,6 +79,9 @@ def _asked_the_same(file: Path, record: dict[str, Any]) -> dict[str, Any] | None
         other = json.loads(file.read_text(encoding="utf-8"))
         same = other["model"] != record["model"] and other["candidate_hash"] == record["candidate_hash"]
     except (OSError, ValueError, TypeError, KeyError):  # a run that was killed, or no run
+        return None
+    if same and not (file.parent / "per_user.csv.gz").is_file():
+        logging.getLogger().warning(f"{file.parent} is left out: it has lost its per_user.csv.gz; run it again.")
         return None
     return other if same else None
 

@@ -16,10 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from recbole_llm.distributed import anywhere, world_size
+from recbole_llm.distributed import anywhere
 from recbole_llm.errors import UserError
 from recbole_llm.llm.logps import batch_logps, decoder_and_head
 from recbole_llm.llm.token_tree import TreeBuilder
+from recbole_llm.processes import world_size
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:

@@ -19,7 +19,6 @@ from recbole_llm.data.item_text import item_texts
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.template import load_template
-from recbole_llm.distributed import world_size
 from recbole_llm.errors import UserError
 from recbole_llm.full_ranking import ExactRanking, check_search
 from recbole_llm.llm.budget import TokenBudget
@@ -27,6 +26,7 @@ from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
+from recbole_llm.processes import world_size
 from recbole_llm.read_keys import asked_modes
 from recbole_llm.rerank import rerank
 from recbole_llm.scoring import candidate_logps, normalise

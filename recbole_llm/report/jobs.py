@@ -38,7 +38,7 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) 
     Raises:
         UserError: no such cluster.
     """
-    runs = [(cell.label, cell.config) for cell in cells]
+    runs = [(cell.label, cell.config, cell.folder) for cell in cells]
     last_first = reversed(list(enumerate(cells)))
     todo = list({cell.folder: i for i, cell in last_first if not _finished(cell.folder)}.values())[::-1]
     errors: dict[int, str | None] = {}

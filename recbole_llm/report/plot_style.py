@@ -182,7 +182,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     without = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
     for kind, metadata in without.items():
         file = folder / f"{name}.{kind}"
-        with whole(file) as beside:
+        with whole(file, shared=True) as beside:
             figure.savefig(beside, format=kind, dpi=DPI, metadata=metadata)
         figure.set_layout_engine("none")  # what was laid out once stays there
         files.append(file)
