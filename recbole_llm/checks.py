@@ -28,6 +28,13 @@ SWITCHES = {
     "boundary_negatives": ("DMPO", "SDPO", "RosePO"),
     "dynamic_beta": ("DMPO", "SDPO", "RosePO"),
 }
+# Models of RecBole that import what RecBole does not require: the module, and the package that has it.
+PACKAGES = {
+    "NCL": ("faiss", "faiss-cpu"),
+    "KGAT": ("dgl", "dgl"),
+    "KGIN": ("torch_scatter", "torch-scatter"),
+    "MCCLK": ("torch_scatter", "torch-scatter"),
+}
 
 
 def model_keys(properties: Path) -> dict[str, list[str]]:
@@ -61,8 +68,9 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
         ]
     if model in UNFIT:
         return [f"--model={model}: {UNFIT[model]}; `recbole-llm ls` lists the models that can be ranked here."]
-    if model == "NCL" and find_spec("faiss") is None:
-        return ["--model=NCL: it needs the package faiss; `pip install faiss-cpu`, or name another model."]
+    module, package = PACKAGES.get(model, ("recbole", ""))
+    if find_spec(module) is None:
+        return [f"--model={model}: it needs the package {module}; `pip install {package}`, or name another model."]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
     return []

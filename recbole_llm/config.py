@@ -16,8 +16,10 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
 from recbole_llm.processes import world_size
-from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yaml, read_yamls
+from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
+
+COMMON_FILES = ("inter", "user", "item")  # of which every model reads the same columns
 
 
 class LLMConfig(Config):
@@ -114,8 +116,10 @@ class LLMConfig(Config):
             and final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         ):
             final["train_neg_sample_args"] = None
-        if "load_col" not in self.external_config_dict and "load_col" not in self._properties_of_dataset():
-            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset)}
+        if "load_col" not in self.external_config_dict:
+            # Some models read files of their own, which RecBole names for them: a graph, vectors of entities.
+            own = {file: columns for file, columns in (final["load_col"] or {}).items() if file not in COMMON_FILES}
+            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset), **own}
         return final
 
     def _init_device(self) -> None:
@@ -132,10 +136,6 @@ class LLMConfig(Config):
             settings |= {"show_progress": False, "log_wandb": False}
         if self.final_config_dict.get("token_budget") == "auto":
             self.final_config_dict["token_budget"] = keys.TOKEN_BUDGET[self.final_config_dict["device"].type]
-
-    def _properties_of_dataset(self) -> dict[str, Any]:
-        file = PROPERTIES / f"dataset/{self.dataset}.yaml"
-        return read_yaml(str(file)) if file.is_file() else {}
 
     def _in_its_folder(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings with ``data_path`` as RecBole will change it: the data set's own folder."""

@@ -121,6 +121,21 @@ def toy_settings(data_path: Path, saved: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def graph(toy: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``toy``, whose items but every third are linked to a knowledge graph."""
+    home = Path(toy["data_path"], "toy")
+    lines = (home / "toy.inter").read_text(encoding="utf-8").splitlines()[1:]
+    items = sorted({line.split("\t")[1] for line in lines})
+    linked = [item for number, item in enumerate(items) if number % 3]
+    links = ["item_id:token\tentity_id:token", *(f"{item}\tm.{item}" for item in [*linked, "nobody met it"])]
+    told = [f"m.{item}\tkind\tgenre{number % 4}" for number, item in enumerate(linked)]
+    (home / "toy.link").write_text("\n".join(links) + "\n", encoding="utf-8")
+    header = "head_id:token\trelation_id:token\ttail_id:token"
+    (home / "toy.kg").write_text("\n".join([header, *told]) + "\n", encoding="utf-8")
+    return toy
+
+
+@pytest.fixture
 def tiny(toy: dict[str, Any]) -> dict[str, Any]:
     """The same for LLMRanker with the random LLM."""
     return {**toy, "model": "LLMRanker", "llm": "tiny", "train_batch_size": 32}

@@ -11,18 +11,25 @@ import pytest
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import OWN_MODELS, UNFIT, model_names
 from recbole_llm.quick_start import run_recbole_llm
+from tests.conftest import prepared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of items they read a column, by default one that the made-up data lack.
 COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id", "release_year"]}
 READ_COLUMNS = ("FDSA", "GRU4RecF", "SASRecF")
+OF_GRAPHS = ("CFKG", "CKE", "KGAT", "KGCN", "KGIN", "KGNNLS", "KTUP", "MCCLK", "MKR", "RippleNet")
 LACKS = {
     "S3Rec": "class",
-    "NCL": "faiss",
-    **dict.fromkeys(("CFKG", "CKE", "KGAT", "KGCN", "KGIN", "KGNNLS", "KTUP", "MCCLK", "MKR", "RippleNet"), r"\.kg"),
+    **dict.fromkeys(OF_GRAPHS, r"\.kg"),
     **dict.fromkeys(("GRU4RecKG", "KSR"), r"\.ent"),
 }
+
+
+def needs_a_package(model: str) -> bool:
+    """Whether a model imports a package that is not here."""
+    modules = {"NCL": "faiss", "KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter"}
+    return model in modules and find_spec(modules[model]) is None
 
 
 @pytest.mark.parametrize("model", [name for name in model_names() if name not in OWN_MODELS])
@@ -30,13 +37,25 @@ def test_one_epoch(toy: dict[str, Any], model: str) -> None:
     settings = {**toy, "encoder": "none", "train_batch_size": 256}
     if model in READ_COLUMNS:
         settings |= {"load_col": COLUMNS, "selected_features": ["release_year"]}
-    if model == "NCL" and find_spec("faiss"):
-        pytest.skip("its package is there")
+    if needs_a_package(model):
+        with pytest.raises(ConfigError, match=rf"--model={model}: it needs the package (\w+); `pip install"):
+            run_recbole_llm(model, config_dict=settings)
+        return
     if model in LACKS:
         with pytest.raises(UserError, match=LACKS[model]):
             run_recbole_llm(model, config_dict=settings)
         return
     assert np.isfinite(run_recbole_llm(model, config_dict=settings)["test_result"]["ndcg@10"])
+
+
+@pytest.mark.parametrize("model", OF_GRAPHS)
+def test_one_epoch_with_a_knowledge_graph(graph: dict[str, Any], model: str) -> None:
+    """Asked as every other model, of items without an entity too."""
+    if needs_a_package(model):
+        pytest.skip("its package is not there")
+    result = run_recbole_llm(model, config_dict={**graph, "encoder": "none"})
+    assert np.isfinite(result["test_result"]["ndcg@10"])
+    assert result["candidate_hash"] == prepared(graph, "BPR")[1].candidate_hash
 
 
 def test_a_failure_in_training_is_told(toy: dict[str, Any]) -> None:

@@ -112,6 +112,20 @@ def test_equal_times_keep_file_order(toy: dict[str, Any], tmp_path: Path) -> Non
     assert targets(protocol.test) == {user: items[-1] for user, items in by_user(events).items()}
 
 
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_equal_times_keep_file_order_where_doubles_go(toy: dict[str, Any], tmp_path: Path, keep: str) -> None:
+    """``rm_dup_inter`` takes later (earlier) meetings of an item out and moves nothing else."""
+    events = [(user, item, 3.0, float(n % 3)) for n, (user, item, _, _) in enumerate(random_events([30] * 60))]
+    events += [(user, item, 3.0, 3 - time) for user, item, _, time in events[::7]]
+    write_events(tmp_path / "data", events)
+    _, protocol = prepared(toy, "SASRec", rm_dup_inter=keep)
+    found = {}
+    for user, items in by_user(events).items():
+        once = list(dict.fromkeys(items if keep == "first" else items[::-1]))
+        found[user] = once[-1] if keep == "first" else once[0]
+    assert targets(protocol.test) == found
+
+
 # RecBole's own run
 
 
@@ -203,6 +217,33 @@ def test_one_split_for_all(toy: dict[str, Any], tmp_path: Path, split: str, few_
         assert Counter(tokens(protocol, *np.array(pairs).T)) == general
         if few_shot:
             assert len({user for user, _ in general}) == len(protocol.train_users) == few_shot
+
+
+def test_a_knowledge_graph_changes_no_question(graph: dict[str, Any]) -> None:
+    """RecBole leaves out who is not linked and numbers items anew; a linked item's entity has the item's number."""
+    _, without = prepared(graph, "BPR")
+    _, protocol = prepared(graph, "CKE")
+    assert rows_of(protocol) == rows_of(without) and trained_on(protocol) == trained_on(without)
+    data = protocol.dataset
+    links = Path(graph["data_path"], "toy", "toy.link").read_text(encoding="utf-8").splitlines()[1:-1]
+    entities = data.field2token_id["head_id"]
+    assert all(data.field2token_id["item_id"][i] == entities[e] for i, e in (line.split("\t") for line in links))
+    heads = data.field2id_token["entity_id"][data.kg_feat["head_id"].numpy()]
+    assert set(heads[: len(links)]) == {line.split("\t")[1] for line in links}
+    assert data.entity_num == data.item_num + 4  # genres
+
+
+@pytest.mark.parametrize(("model", "settings"), [("BPR", {}), ("GRU4Rec", {"loss_type": "BPR"})])
+def test_popular_negatives_are_of_training(toy: dict[str, Any], model: str, settings: dict[str, Any]) -> None:
+    """What is drawn as popular is what training users met before the split."""
+    drawn = {"train_neg_sample_args": {"distribution": "popularity", "sample_num": 1, "alpha": 1.0}, "few_shot": 5}
+    _, protocol = prepared(toy, model, **drawn, **settings)
+    sampler = protocol.train_data._sampler
+    trained = protocol.train_data._dataset.inter_feat["item_id"].numpy()
+    share = Counter(sampler._get_candidates_list())
+    assert {item: n / share.total() for item, n in share.items()} == {
+        item: n / len(trained) for item, n in Counter(trained).items()
+    }
 
 
 def test_leave_one_out_by_hand(toy: dict[str, Any], tmp_path: Path) -> None:

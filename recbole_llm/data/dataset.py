@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from recbole.config import Config
-from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 from recbole.utils import ModelType
 
 from recbole_llm.data.events import Events, LowRatings, events_of
@@ -58,6 +58,13 @@ class ProtocolDataset(_Dataset):
             never_liked[:] = False
         fine = low[self.iid_field].isin(stay) | never_liked
         self._low = low[fine & low[self.uid_field].isin(self.inter_feat[self.uid_field])]
+
+    def _remove_duplication(self) -> None:
+        """RecBole's, whose sort throws equal times into disorder; here the rows that stay keep the file's order."""
+        keep = self.config["rm_dup_inter"]
+        if keep is not None:
+            by_time = self.inter_feat.sort_values(self.time_field, kind="stable")
+            self.inter_feat = by_time.drop_duplicates([self.uid_field, self.iid_field], keep=keep).sort_index()
 
     def _take_low_out(self) -> pd.DataFrame:
         """Remove interactions rated at or below the threshold and return them."""
@@ -147,6 +154,32 @@ class ProtocolDataset(_Dataset):
         return list(self._parts)
 
 
+class ProtocolGraph(ProtocolDataset):
+    """``ProtocolDataset`` for data sets with a knowledge graph: the same interactions and item ids as without it.
+
+    RecBole drops interactions of items that are not linked to an entity, and numbers the linked items last, so that
+    such a model would be asked about other items than all others.
+    """
+
+    def _filter_link(self) -> None:
+        everything = self.inter_feat.copy()
+        super()._filter_link()
+        self.inter_feat = everything
+
+    def _merge_item_and_entity(self) -> None:
+        """RecBole's, with an entity of its own, which no triple names, for each item that has none."""
+        tokens = [str(token) for token in self.field2id_token[self.iid_field][1:]]
+        alone = {token: f"[item] {token}" for token in tokens if token not in self.item2entity}
+        self.item2entity |= alone
+        self.entity2item |= {entity: token for token, entity in alone.items()}
+        known = self.field2id_token[self.head_entity_field]
+        entities = np.append(known, np.array(list(alone.values()), dtype=known.dtype if not alone else object))
+        for field in self.alias["entity_id"]:
+            self.field2id_token[field] = entities
+            self.field2token_id[field] = {token: number for number, token in enumerate(entities)}
+        super()._merge_item_and_entity()
+
+
 @dataclass(frozen=True)
 class SplitTable:
     """How many leading events of each user are for training, validation and test, and which users are asked.
@@ -193,6 +226,7 @@ def create_dataset(
     if sequential or not hasattr(module, name):
         name = by_type.get(ModelType.SEQUENTIAL if sequential else config["MODEL_TYPE"], "Dataset")
     base = getattr(module, name)
-    dataset = type(base.__name__, (ProtocolDataset, base), {})(config)
+    ours = ProtocolGraph if issubclass(base, KnowledgeBasedDataset) else ProtocolDataset
+    dataset = type(base.__name__, (ours, base), {})(config)
     dataset.follow, dataset.only_users = follow, only_users
     return dataset

@@ -15,6 +15,7 @@ from recbole.utils import ModelType
 
 from recbole_llm.data.candidates import EvalRows, freeze_rows, popularity
 from recbole_llm.data.dataset import Events, create_dataset
+from recbole_llm.errors import UserError
 
 
 @dataclass
@@ -70,6 +71,7 @@ def prepare_data(config: Config, users: np.ndarray | None = None) -> Protocol:
     dataset = sequences
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
         dataset = create_dataset(config, follow=sequences.split_table, only_users=users)
+        _check_ids(sequences, dataset)
     train_data = _train_loader(config, dataset)
     events, split_table = sequences.events, sequences.split_table
     ends = split_table.ends[:, 0]
@@ -86,17 +88,28 @@ def prepare_data(config: Config, users: np.ndarray | None = None) -> Protocol:
     return Protocol(dataset, train_data, valid, test, events, ends, sequences.train_users, counter, everyone)
 
 
+def _check_ids(sequences: Dataset, dataset: Dataset) -> None:
+    """Raises ``UserError`` where a model's own data set numbers users or items otherwise than the rows that ask it."""
+    for field in (sequences.uid_field, sequences.iid_field):
+        if not np.array_equal(sequences.field2id_token[field], dataset.field2id_token[field]):
+            raise UserError(
+                f"--model={dataset.config['model']}: its data set ({type(dataset).__name__}) numbers {field} "
+                "otherwise than the rows that ask it. Leave out what filters or adds some for this model alone (--load_col)."
+            )
+
+
 def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:
     """RecBole's training loader, as its ``data_preparation`` makes it.
 
     That function would also take loaders that an earlier RecBole run left in ``checkpoint_dir``, with another split.
     """
     parts = dataset.build()
-    sampler, _, _ = create_samplers(config, dataset, parts)
+    train = parts[0]  # alone, for what is popular is read off the parts
+    sampler, _, _ = create_samplers(config, train, [train] * len(parts))
     loader = get_dataloader(config, "train")
     if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
-        return loader(config, parts[0], sampler, shuffle=config["shuffle"])
+        return loader(config, train, sampler, shuffle=config["shuffle"])
     negatives = config["train_neg_sample_args"]
     return loader(
-        config, parts[0], sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"]), shuffle=True
+        config, train, sampler, KGSampler(dataset, negatives["distribution"], negatives["alpha"]), shuffle=True
     )
