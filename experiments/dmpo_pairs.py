@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from kept import RESULTS, keep
 
-from recbole_llm.config import LLMConfig, read_yaml
+from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.files import write_json
 from recbole_llm.harm import title_texts
 from recbole_llm.pair_metrics import pair_metrics
 from recbole_llm.report.compare import compare
+from recbole_llm.settings import read_yaml
 
 PROTOCOL = Path(__file__).resolve().parents[1] / "properties" / "compare" / "dmpo.yaml"
 SMALL: dict[str, Any] = {"eval_users": 100, "valid_users": 100, "MAX_ITEM_LIST_LENGTH": 5, "state": "WARNING"}

@@ -15,8 +15,8 @@ from typing import Any
 from kept import RESULTS, keep
 from tabulate import tabulate
 
-from recbole_llm.config import read_yaml
 from recbole_llm.report.compare import compare
+from recbole_llm.settings import read_yaml
 
 LADDER = Path(__file__).resolve().parents[1] / "properties" / "compare" / "dpo4rec.yaml"
 SMALL: dict[str, Any] = {"few_shot": 40, "eval_users": 20}

@@ -71,6 +71,11 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
     module, package = PACKAGES.get(model, ("recbole", ""))
     if find_spec(module) is None:
         return [f"--model={model}: it needs the package {module}; `pip install {package}`, or name another model."]
+    if settings.get("repeatable") is True and kind != ModelType.SEQUENTIAL:
+        return [
+            "--repeatable=True: negatives would be items that the user met, and nothing else; to ask for known items "
+            "again set --mask_history=False."
+        ]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
     return []
@@ -113,16 +118,18 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _wrong_normalisation(settings: Mapping[str, Any]) -> list[str]:
-    """RecBole would scale ratings to 0..1 before they are compared with ``rating_threshold``, and times."""
-    fields = settings.get("normalize_field")
-    named = fields if isinstance(fields, (list, tuple)) else [fields]
+    """RecBole would scale or cut ratings and times before they are compared."""
     read = [settings[key] for key in ("RATING_FIELD", "TIME_FIELD")]
-    if not settings.get("normalize_all") and not any(field in named for field in read):
-        return []
-    key = "normalize_all" if settings.get("normalize_all") else "normalize_field"
+    found = []
+    for key in ("normalize_field", "numerical_features", "discretization"):
+        named = settings.get(key)
+        named = named if isinstance(named, (list, tuple, dict)) else [named]
+        found += [key] if any(field in named for field in read) else []
+    found += ["normalize_all"] if settings.get("normalize_all") else []
     return [
-        f"--{key}={settings[key]!r}: ratings and times are compared as they stand in the file; name other columns with "
-        "--normalize_field, or leave it out."
+        f"--{key}={settings[key]!r}: ratings and times are compared as they stand in the file; "
+        + ("name other columns with --normalize_field." if key == "normalize_all" else "name other columns.")
+        for key in found
     ]
 
 

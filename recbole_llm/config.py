@@ -128,6 +128,8 @@ class LLMConfig(Config):
         named = settings["gpu_id"]
         if world_size() > 1 and "gpu_id" not in self.external_config_dict:
             settings["gpu_id"] = distributed.visible_gpus()
+        if settings["use_gpu"] is False:  # which RecBole does not read
+            settings["gpu_id"] = ""
         super()._init_device()
         if world_size() > 1:
             # What names the run is as in a single process.

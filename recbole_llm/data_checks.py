@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import keys
-from recbole_llm.data.atomic import inter_columns, item_columns
+from recbole_llm.data.atomic import atomic_file, inter_columns, item_columns, read_header
 from recbole_llm.data.item_text import text_template
 from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts
-from recbole_llm.errors import problems_of
+from recbole_llm.errors import UserError, problems_of
+from recbole_llm.key_checks import interval
 
 # What the data are read with.
 READ_WITH = (
@@ -28,6 +29,9 @@ READ_WITH = (
     "reasoning_prompt",
     "liked_only",
     "min_disliked",
+    "load_col",
+    "unload_col",
+    "val_interval",
 )
 
 
@@ -38,13 +42,9 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         settings: with ``data_path`` as the data set's own folder, and ``load_col`` as the user gave it.
     """
     problems = problems_of(lambda: inter_columns(settings, dataset))
-    load = settings["load_col"]
-    if isinstance(load, dict) and isinstance(load.get("inter"), (list, tuple)):
-        needed = [settings[k] for k in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-        lacks = [c for c in needed if c not in load["inter"]]
-        if lacks:
-            problems.append(f"--load_col: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
-    problems += _needs_ratings(settings, dataset, properties)
+    if not problems:  # a missing or unreadable file is told once
+        problems += _wrong_columns(settings, dataset) + _wrong_intervals(settings, dataset)
+        problems += _needs_ratings(settings, dataset, properties)
     if settings.get("knowledge", "none") != "none":
         return problems + problems_of(lambda: check_texts(settings, dataset, properties))
     if not keys.ranks_titles(settings):
@@ -66,10 +66,66 @@ def _needs_ratings(settings: Mapping[str, Any], dataset: str, properties: Path) 
         f"--rejected={settings.get('rejected')}": "low_rating" in str(settings.get("rejected")) and draws,
     }
     name = settings["RATING_FIELD"]
-    if problems_of(lambda: inter_columns(settings, dataset)) or name in inter_columns(settings, dataset):
+    if name in _columns_read(settings, dataset):
         return []
-    return [f"{key}: {dataset}.inter has no rating column {name!r}; name it with --RATING_FIELD, or leave this out."
-            for key, is_wanted in wanted.items() if is_wanted]  # fmt: skip
+    lacks = f"{dataset}.inter has no rating column {name!r}; name it with --RATING_FIELD"
+    if name in inter_columns(settings, dataset):
+        lacks = f"the rating column {name!r} is not read; see --load_col and --unload_col"
+    return [f"{key}: {lacks}, or leave this out." for key, is_wanted in wanted.items() if is_wanted]
+
+
+def _columns_read(settings: Mapping[str, Any], dataset: str) -> set[str]:
+    """Columns of the ``.inter`` file that are read."""
+    header = set(_header(atomic_file(settings, dataset, "inter"), settings))
+    load = settings["load_col"]
+    wanted = "*" if load is None else load.get("inter", ())
+    left_out = (settings["unload_col"] or {}).get("inter", ())
+    return (header if wanted == "*" else header & set(wanted)) - (header if left_out == "*" else set(left_out))
+
+
+def _header(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Columns and types of a file; none where it is not there or cannot be read, which is told where it is needed."""
+    try:
+        return read_header(file, settings["field_separator"])
+    except UserError:
+        return {}
+
+
+def _wrong_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
+    """What ``load_col`` and ``unload_col`` name and no file has, and what they leave out."""
+    problems = []
+    for key in ("load_col", "unload_col"):
+        for suffix, names in (settings[key] or {}).items():
+            file = atomic_file(settings, dataset, str(suffix))
+            if not file.is_file():
+                problems.append(f"--{key}: there is no file {file.name} in {file.parent}.")
+                continue
+            header = _header(file, settings)
+            unknown = [] if names == "*" else [str(name) for name in names if name not in header]
+            told = ", ".join(header)
+            problems += [f"--{key}: {file.name} has no column {', '.join(unknown)}; it has {told}."] if unknown else []
+    needed = [settings[k] for k in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+    lacks = [c for c in needed if c not in _columns_read(settings, dataset)]
+    if lacks:
+        key = "load_col" if settings["load_col"] is not None else "unload_col"
+        problems.append(f"--{key}: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
+    return problems
+
+
+def _wrong_intervals(settings: Mapping[str, Any], dataset: str) -> list[str]:
+    """Columns of ``val_interval`` that no file has, or whose values it names in the way of another type."""
+    types: dict[str, str] = {}
+    for suffix in ("item", "user", "inter"):
+        types |= _header(atomic_file(settings, dataset, suffix), settings)
+    problems = []
+    for name, wanted in (settings["val_interval"] or {}).items():
+        number = types.get(name, "token").startswith("float")
+        if name not in types:
+            problems.append(f"--val_interval: no file has a column {name!r}.")
+        elif (interval(wanted) is not None) if number else isinstance(wanted, str):
+            example = "an interval such as '[3,inf)'" if number else "a list of the tokens that stay"
+            problems.append(f"--val_interval: {name} is of type {types[name]}; give {example}, not {wanted!r}.")
+    return problems
 
 
 def _lists_a_pair(settings: Mapping[str, Any], properties: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType
 
+from recbole_llm.errors import UserError
 from recbole_llm.key_checks import integer, number
 from recbole_llm.wrong_keys import closest
 
@@ -17,7 +18,7 @@ OF_ITEMS = {"itemcoverage", "averagepopularity", "shannonentropy", "giniindex", 
 EVAL_ARGS = ("split", "group_by", "order", "mode")
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
 MODE = re.compile(r"full|(uni|pop|low)[1-9]\d{0,8}")
-VALID_METRIC = re.compile(r"(?P<name>\w+)@(?P<k>\d{1,9})|gauc", re.IGNORECASE)
+VALID_METRIC = re.compile(r"(?P<name>\w+)@(?P<k>[1-9]\d{0,8})|gauc", re.IGNORECASE)
 
 
 def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
@@ -31,6 +32,8 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     problems += [f"--metrics: {told}" for metric in metrics if (told := _no_ranking(metric))]
     if not metrics:
         problems.append(f"--metrics={metrics}: name at least one of {', '.join(RANKING)}.")
+    if settings.get("valid_metric_bigger") is False:
+        problems.append("--valid_metric_bigger=False: of every ranking metric more is better; leave it out.")
     topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
     if not topk or any(integer(1)(k) for k in topk):
         return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
@@ -121,6 +124,21 @@ def _wrong_item_metrics(mode: Any, size: Any, metrics: Sequence[Any], topk: Sequ
         f"and --topk={list(topk)} for more; leave that K out, or take coverage, gini and popularity_lift, which every "
         "run has."
     ]
+
+
+def check_list_lengths(settings: Any, parts: Sequence[Any]) -> None:
+    """Raises ``UserError`` where in full ranking a list of answers is shorter than K, as for candidates above.
+
+    Args:
+        parts: ``EvalRows`` of validation and test.
+    """
+    asked = [str(m) for m in settings["metrics"] if str(m).lower() in OF_ITEMS]
+    answers = [len(rows.item_tokens) - 1 - len(h) for rows in parts if rows.mode == "full" for h in rows.hidden]
+    if asked and answers and max(settings["topk"]) > min(answers):
+        raise UserError(
+            f"--metrics: {', '.join(asked)} would count empty places, for a user has {min(answers)} items to be ranked "
+            f"and --topk={list(settings['topk'])} asks for more; leave that K out."
+        )
 
 
 def _no_ranking(metric: Any) -> str | None:

@@ -137,6 +137,48 @@ def table(value: Any) -> str | None:
     return None if value is None or isinstance(value, dict) else "must be a table, for example {'key': 'value'}"
 
 
+def value_intervals(value: Any) -> str | None:
+    """RecBole's table of columns and what their values may be: an interval of numbers, or a list of tokens."""
+    told = "must be a table such as {'rating': '[3,inf)'}, of a token column {'kind': ['film', 'series']}"
+    if value is None:
+        return None
+    fine = isinstance(value, dict) and all(
+        isinstance(wanted, (list, tuple)) or (isinstance(wanted, str) and interval(wanted) is None)
+        for wanted in value.values()
+    )
+    return None if fine else told
+
+
+def columns(value: Any) -> str | None:
+    """RecBole's table of files and their columns, or nothing."""
+    fine = value is None or (
+        isinstance(value, dict)
+        and all(names == "*" or (isinstance(names, (list, tuple)) and names) for names in value.values())
+    )
+    return None if fine else "must be a table such as {'inter': ['user_id', 'item_id', 'timestamp']}, or empty"
+
+
+def negatives(value: Any) -> str | None:
+    """RecBole's table of how negatives are drawn, or nothing."""
+    entries: dict[str, Check] = {
+        "distribution": one_of("uniform", "popularity", None, "None"),
+        "sample_num": integer(1),
+        "alpha": number(),
+        "dynamic": flag,
+        "candidate_num": integer(),
+    }
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return "must be a table such as {'distribution': 'uniform', 'sample_num': 1}"
+    for entry, given in value.items():
+        if entry not in entries:
+            return f"must have no entry {entry!r}; there are {', '.join(entries)}"
+        if value.get("distribution", "uniform") not in (None, "None") and (told := entries[entry](given)):
+            return f"its {entry} {told}"
+    return None
+
+
 def clipping(value: Any) -> str | None:
     """RecBole's table for torch's ``clip_grad_norm_``, or empty."""
     fine = value is None or (

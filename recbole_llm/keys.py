@@ -12,12 +12,14 @@ from collections.abc import Collection
 from recbole_llm.key_checks import (
     Check,
     clipping,
+    columns,
     flag,
     gpu,
     integer,
     interval,
     learner,
     mixed,
+    negatives,
     number,
     one_of,
     optional_file_name,
@@ -27,6 +29,7 @@ from recbole_llm.key_checks import (
     table,
     text,
     text_or_list,
+    value_intervals,
 )
 
 LOSSES = ("SFT", "DPO", "DMPO", "SDPO", "RosePO", "MultDPO")
@@ -166,6 +169,18 @@ RECBOLE_KEYS: dict[str, Check] = {
     "ITEM_ID_FIELD": text,
     "TIME_FIELD": text,
     "RATING_FIELD": text,
+    "load_col": columns,
+    "unload_col": columns,
+    "encoding": one_of("utf-8", "UTF-8", "utf8"),
+    "rm_dup_inter": one_of(None, "first", "last"),
+    "val_interval": value_intervals,
+    "train_neg_sample_args": negatives,
+    "LIST_SUFFIX": text,
+    "ITEM_LIST_LENGTH_FIELD": text,
+    "NEG_PREFIX": text,
+    "LABEL_FIELD": text,
+    "entity_kg_num_interval": interval,
+    "relation_kg_num_interval": interval,
     "user_inter_num_interval": interval,
     "item_inter_num_interval": interval,
 }
@@ -225,6 +240,7 @@ UNLISTED_MODEL_KEYS = {
 }
 # Keys of RecBole's that cannot mean anything here, and why.
 REFUSED = {
+    "threshold": "it labels clicks, and here items are ranked; liked_only with rating_threshold leaves low ratings out",
     "benchmark_filename": "pre-split files are not supported; give one .inter file",
     **dict.fromkeys(
         ("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),

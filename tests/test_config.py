@@ -121,7 +121,7 @@ def test_every_key_of_dpo4rec_is_known() -> None:
 
 
 def test_every_check_is_of_a_key_that_something_reads() -> None:
-    assert set(keys.RECBOLE_KEYS) <= recbole_keys()
+    assert set(keys.RECBOLE_KEYS) <= recbole_keys() | keys.UNLISTED_KEYS
     assert not recbole_keys() & (set(keys.PROTOCOL_KEYS) | set(keys.LLM_KEYS) | set(keys.DPO4REC_KEYS))
 
 
@@ -296,6 +296,9 @@ def test_values_as_typed(text: str, value: Any) -> None:
         ("SASRec", {"local_rank": 0}, "--local_rank=0: torchrun sets it"),
         ("SASRec", {"MODEL_TYPE": None}, "--MODEL_TYPE: no such key"),
         ("SASRec", {"benchmark_filename": ["a", "b"]}, "pre-split files are not supported"),
+        ("BPR", {"threshold": {"rating": 4}}, "liked_only with rating_threshold leaves low ratings out"),
+        ("BPR", {"repeatable": True}, "--repeatable=True: negatives would be items that the user met"),
+        ("BPR", {"valid_metric_bigger": False}, "of every ranking metric more is better"),
     ],
 )
 def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str, Any], told: str) -> None:
@@ -356,6 +359,30 @@ def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str,
         ({"learner": "sparse_adam"}, "--learner=sparse_adam: gradients of an LLM are not sparse"),
         ({"loss": "RosePO", "robust": True, "smoothing": 0.49999999999}, "--robust=True divides by 1 - 2 epsilon"),
         ({"load_col": {"inter": ["user_id"]}}, "--load_col: inter lacks item_id, timestamp"),
+        ({"load_col": {"item": ["item_id"]}}, "--load_col: inter lacks user_id, item_id, timestamp"),
+        ({"load_col": {"inter": "user_id"}}, "--load_col={'inter': 'user_id'}: must be a table such as"),
+        (
+            {"load_col": {"inter": ["user_id", "item_id", "timestamp"], "itm": "*"}},
+            "--load_col: there is no file toy.itm",
+        ),
+        ({"load_col": {"inter": "*", "item": ["titel"]}}, "--load_col: toy.item has no column titel; it has item_id, "),
+        ({"load_col": None, "unload_col": {"inter": ["timestamp"]}}, "--unload_col: inter lacks timestamp"),
+        ({"load_col": None, "unload_col": {"inter": ["rating"]}, "liked_only": True}, "column 'rating' is not read"),
+        ({"val_interval": {"rating": "3,5"}}, "--val_interval={'rating': '3,5'}: must be a table such as"),
+        ({"val_interval": 3}, "--val_interval=3: must be a table such as"),
+        ({"val_interval": {"rating": [3]}}, "--val_interval: rating is of type float; give an interval"),
+        ({"val_interval": {"item_id": "[3,5]"}}, "--val_interval: item_id is of type token; give a list of"),
+        ({"val_interval": {"ratng": "[3,5]"}}, "--val_interval: no file has a column 'ratng'."),
+        ({"numerical_features": ["rating"]}, "--numerical_features=['rating']: ratings and times are compared"),
+        (
+            {"discretization": {"timestamp": {"method": "LD"}}},
+            "ratings and times are compared as they stand in the file",
+        ),
+        ({"encoding": "latin-1"}, "--encoding='latin-1': must be one of utf-8"),
+        ({"rm_dup_inter": True}, "--rm_dup_inter=True: must be one of (empty), first, last."),
+        ({"train_neg_sample_args": {"sample_nums": 5}}, "must have no entry 'sample_nums'; there are distribution, "),
+        ({"train_neg_sample_args": {"alpha": "x"}}, "its alpha must be a number >= 0."),
+        ({"LIST_SUFFIX": ""}, "--LIST_SUFFIX='': must be text."),
     ],
 )
 def test_wrong_values(tiny: dict[str, Any], settings: dict[str, Any], told: str) -> None:
@@ -394,6 +421,7 @@ def test_epochs_zero_is_for_the_llm_alone(tiny: dict[str, Any], toy: dict[str, A
         ({"valid_metric": "Recall@10"}, "--valid_metric='Recall@10': not among --metrics=['Hit', 'NDCG', 'MRR']"),
         ({"valid_metric": "NDCG"}, "--valid_metric='NDCG': must look like NDCG@10, or be GAUC."),
         ({"valid_metric": "GAUC@10"}, "must look like NDCG@10, or be GAUC."),
+        ({"valid_metric": "NDCG@010"}, "must look like NDCG@10, or be GAUC."),
         ({"valid_metric": None}, "must look like NDCG@10, or be GAUC."),
         ({"valid_metric": "LogLoss"}, "--valid_metric='LogLoss': LogLoss is no ranking metric"),
         ({"metrics": ["NDCG", "Ndgc"]}, "--metrics: Ndgc is no ranking metric of RecBole; did you mean `ndcg`?"),
@@ -416,6 +444,13 @@ def test_wrong_evaluation(toy: dict[str, Any], settings: dict[str, Any], told: s
         {"metrics": ["GAUC"], "valid_metric": "gauc"},
         {"valid_metric": "ndcg@5"},
         {"load_col": None},
+        {"load_col": {"inter": "*", "item": ["item_id"]}},
+        {"val_interval": {"rating": "[3,inf)", "user_id": ["u1", "u2"]}},
+        {"val_interval": {"rating": [3, 5]}},
+        {"train_neg_sample_args": {"sample_num": 2}, "loss_type": "BPR"},
+        {"rm_dup_inter": "first"},
+        {"valid_metric_bigger": True},
+        {"repeatable": True},
         {"gpu_id": 0},
         {"gpu_id": "0,1"},
         {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}},
@@ -490,6 +525,14 @@ def test_unknown_model_hides_nothing_else(toy: dict[str, Any]) -> None:
 def test_what_recbole_refuses_is_told(toy: dict[str, Any]) -> None:
     (told,) = problems("SASRec", **toy, train_neg_sample_args={"distribution": "uniform"})
     assert "RecBole refuses these settings" in told and "train_neg_sample_args" in told
+
+
+def test_use_gpu_is_obeyed(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RecBole lists the key and does not read it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for use, device in ((True, "cuda"), (False, "cpu")):
+        assert LLMConfig("Pop", config_dict={**toy, "gpu_id": "0", "use_gpu": use})["device"].type == device
 
 
 def test_none_is_a_choice_on_the_command_line(tiny: dict[str, Any]) -> None:

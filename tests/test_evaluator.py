@@ -287,6 +287,8 @@ def test_beyond_accuracy_runs(toy: dict[str, Any]) -> None:
     assert all(np.isfinite(v) for v in result.values())
     assert 0 < result["itemcoverage@1"] <= result["itemcoverage@10"] <= 1
     assert result["averagepopularity@10"] > 1
+    with pytest.raises(UserError, match=r"--metrics: ItemCoverage.* for a user has \d+ items to be ranked and --topk="):
+        run_recbole_llm("BPR", config_dict={**settings, "topk": [10, 60]})
 
 
 # Rows

@@ -231,8 +231,12 @@ def test_a_line_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"toy.item, line 3: 3 fields where the header has 2: 'i2\\tB\\tC'"):
         texts_of(tmp_path, {"i1": "A", "i2": "B\tC"})
     (tmp_path / "toy.item").write_bytes(f"{HEADER}\ni1\tok\ni2\tCaf\xe9\n".encode("latin-1"))
+    settings = {"data_path": str(tmp_path), "field_separator": "\t", "ITEM_ID_FIELD": "item_id"}
     with pytest.raises(UserError, match="toy.item, line 3: not UTF-8 text; save the file as UTF-8"):
-        read_items({"data_path": str(tmp_path), "field_separator": "\t", "ITEM_ID_FIELD": "item_id"}, "toy")
+        read_items(settings, "toy")
+    (tmp_path / "toy.item").write_text(f"{HEADER}\ni1\tA\ni2\tB\ni1\tA \ni2\tC\n", encoding="utf-8")
+    with pytest.raises(UserError, match="toy.item, line 5: item 'i2' stands in line 3 with other text. Leave one out"):
+        read_items(settings, "toy")
 
 
 @pytest.mark.parametrize(

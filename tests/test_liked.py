@@ -227,7 +227,7 @@ def test_disliked_items_are_candidates_of_others(toy: dict[str, Any], tmp_path: 
 
 def test_liked_only_needs_ratings(toy: dict[str, Any], by_hand: dict[str, Any]) -> None:
     columns = {"inter": ["user_id", "item_id", "timestamp"]}
-    with pytest.raises(UserError, match="--liked_only=True: no rating column 'rating' among user_id, item_id"):
+    with pytest.raises(UserError, match="--liked_only=True: the rating column 'rating' is not read; see --load_col"):
         prepared({**by_hand, "load_col": columns}, "Pop")
     with pytest.raises(UserError, match="--rating_threshold=5: none of 21 interactions is rated above it, .* is 5"):
         prepared(by_hand, "Pop", rating_threshold=5)

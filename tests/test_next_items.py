@@ -17,7 +17,7 @@ from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-from recbole_llm.config import LLMConfig, read_yaml
+from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.errors import ConfigError, UserError
@@ -29,6 +29,7 @@ from recbole_llm.report.caption import protocol_sentences
 from recbole_llm.report.entries import parse_models
 from recbole_llm.report.grid import Setting
 from recbole_llm.report.results import Line, Results
+from recbole_llm.settings import read_yaml
 from tests.conftest import Event, accuracy, prepared, random_events, started, write_events
 
 pytestmark = pytest.mark.usefixtures("one_thread")

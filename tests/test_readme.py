@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from recbole_llm.cli import COMMANDS, TAKES, parse_flags
-from recbole_llm.config import LLMConfig, read_yaml, read_yamls
+from recbole_llm.config import LLMConfig
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.settings import read_yaml, read_yamls
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

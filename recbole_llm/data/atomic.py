@@ -184,7 +184,8 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         The column names besides the item id, and item token -> column -> text (stripped).
 
     Raises:
-        UserError: no such file, no item id column, a line with another number of fields, or not UTF-8.
+        UserError: no such file, no item id column, a line with another number of fields, or not UTF-8,
+            an item in two lines that differ.
     """
     others, file = item_columns(settings, dataset), atomic_file(settings, dataset, "item")
     separator, item_field = settings["field_separator"], settings["ITEM_ID_FIELD"]
@@ -195,6 +196,7 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {number}: not UTF-8 text; save the file as UTF-8.") from None
     rows: dict[str, dict[str, str]] = {}
+    lines: dict[str, int] = {}
     # Only a newline ends a line: titles may hold U+0085 or U+2028, which str.splitlines would break at.
     for number, line in enumerate(text.split("\n")[1:], start=2):
         line = line.rstrip("\r")
@@ -206,7 +208,12 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
             raise UserError(f"{file}, line {number}: {told}: {line[:80]!r}. Mend the line or leave it out.")
         row = dict(zip(columns, fields, strict=True))
         token = row.pop(item_field)  # as it stands, for RecBole strips no ids of interactions
-        rows[token] = {name: told.strip() for name, told in row.items()}
+        row = {name: told.strip() for name, told in row.items()}
+        if rows.setdefault(token, row) != row:
+            raise UserError(
+                f"{file}, line {number}: item {token!r} stands in line {lines[token]} with other text. Leave one out."
+            )
+        lines.setdefault(token, number)
     for token in list(rows):
         rows.setdefault(token.strip(), rows[token])  # of ids with blanks in this file alone
     return others, rows

@@ -69,11 +69,6 @@ class ProtocolDataset(_Dataset):
     def _take_low_out(self) -> pd.DataFrame:
         """Remove interactions rated at or below the threshold and return them."""
         field, threshold = self.config["RATING_FIELD"], self.config["rating_threshold"]
-        if field not in self.inter_feat:
-            raise UserError(
-                f"--liked_only=True: no rating column {field!r} among {', '.join(self.inter_feat)}. Name it with "
-                "--RATING_FIELD and load it (--load_col), or set --liked_only=False."
-            )
         low = self.inter_feat[field] <= threshold
         if low.all():
             raise UserError(

@@ -16,6 +16,7 @@ from recbole.utils import ModelType
 from recbole_llm.data.candidates import EvalRows, freeze_rows, popularity
 from recbole_llm.data.dataset import Events, create_dataset
 from recbole_llm.errors import UserError
+from recbole_llm.eval_checks import check_list_lengths
 
 
 @dataclass
@@ -82,6 +83,7 @@ def prepare_data(config: Config, users: np.ndarray | None = None) -> Protocol:
         freeze_rows(config, part, split, events, ends, split_table.users[split])
         for part, split in zip(parts[1:], ("valid", "test"), strict=True)
     )
+    check_list_lengths(config, (valid, test))
     counts = popularity(events, kept, dataset.item_num)
     counter = Counter({int(i): int(n) for i, n in enumerate(counts) if n})
     everyone = popularity(events, ends, dataset.item_num)
@@ -94,7 +96,7 @@ def _check_ids(sequences: Dataset, dataset: Dataset) -> None:
         if not np.array_equal(sequences.field2id_token[field], dataset.field2id_token[field]):
             raise UserError(
                 f"--model={dataset.config['model']}: its data set ({type(dataset).__name__}) numbers {field} "
-                "otherwise than the rows that ask it. Leave out what filters or adds some for this model alone (--load_col)."
+                "otherwise than the rows that ask it. Leave out what filters or adds some for it alone (--load_col)."
             )
 
 

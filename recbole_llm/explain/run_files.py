@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_llm.config import read_yaml
 from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.keys import NOT_OF_LLMS
+from recbole_llm.settings import read_yaml
 
 # What RecBole derives from the other settings, and refuses to be told.
 DERIVED = (
