@@ -19,8 +19,6 @@ from recbole_llm.processes import world_size
 from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
-COMMON_FILES = ("inter", "user", "item")  # of which every model reads the same columns
-
 
 class LLMConfig(Config):
     """RecBole's Config; ours differs in four ways.
@@ -117,9 +115,12 @@ class LLMConfig(Config):
         ):
             final["train_neg_sample_args"] = None
         if "load_col" not in self.external_config_dict:
-            # Some models read files of their own, which RecBole names for them: a graph, vectors of entities.
-            own = {file: columns for file, columns in (final["load_col"] or {}).items() if file not in COMMON_FILES}
-            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset), **own}
+            # Some models read more, which RecBole names for them: a graph, vectors of entities, features.
+            more = (
+                {"item": [final["ITEM_ID_FIELD"], *final["selected_features"]]} if "selected_features" in final else {}
+            )
+            more |= {file: columns for file, columns in final["load_col"].items() if file != "inter"}
+            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset), **more}
         return final
 
     def _init_device(self) -> None:

@@ -45,6 +45,7 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
     if not problems:  # a missing or unreadable file is told once
         problems += _wrong_columns(settings, dataset) + _wrong_intervals(settings, dataset)
         problems += _needs_ratings(settings, dataset, properties)
+        problems += _wrong_features(settings, dataset)
     if settings.get("knowledge", "none") != "none":
         return problems + problems_of(lambda: check_texts(settings, dataset, properties))
     if not keys.ranks_titles(settings):
@@ -110,6 +111,20 @@ def _wrong_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
         key = "load_col" if settings["load_col"] is not None else "unload_col"
         problems.append(f"--{key}: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
     return problems
+
+
+def _wrong_features(settings: Mapping[str, Any], dataset: str) -> list[str]:
+    """Columns of items that FDSA and its like read, and that are not there or not read."""
+    file, load = atomic_file(settings, dataset, "item"), settings["load_col"]
+    header = _header(file, settings)
+    read = header if load is None or load.get("item") == "*" else load.get("item", ())
+    return [
+        f"--selected_features: {file.name} has no column {name!r}; it has {', '.join(header) or 'none'}."
+        if name not in header
+        else f"--selected_features: the column {name!r} of {file.name} is not read; add it to --load_col."
+        for name in settings.get("selected_features", ())
+        if name not in header or name not in read
+    ]
 
 
 def _wrong_intervals(settings: Mapping[str, Any], dataset: str) -> list[str]:

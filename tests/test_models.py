@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import OWN_MODELS, UNFIT, model_names
 from recbole_llm.quick_start import run_recbole_llm
@@ -16,7 +17,7 @@ from tests.conftest import prepared
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of items they read a column, by default one that the made-up data lack.
-COLUMNS = {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id", "release_year"]}
+COLUMNS = {"inter": ["user_id", "item_id", "timestamp", "rating"], "item": ["item_id", "release_year"]}
 READ_COLUMNS = ("FDSA", "GRU4RecF", "SASRecF")
 OF_GRAPHS = ("CFKG", "CKE", "KGAT", "KGCN", "KGIN", "KGNNLS", "KTUP", "MCCLK", "MKR", "RippleNet")
 LACKS = {
@@ -36,7 +37,12 @@ def needs_a_package(model: str) -> bool:
 def test_one_epoch(toy: dict[str, Any], model: str) -> None:
     settings = {**toy, "encoder": "none", "train_batch_size": 256}
     if model in READ_COLUMNS:
-        settings |= {"load_col": COLUMNS, "selected_features": ["release_year"]}
+        with pytest.raises(ConfigError, match="--selected_features: toy.item has no column 'class'; it has item_id, "):
+            run_recbole_llm(model, config_dict=settings)
+        settings |= {"selected_features": ["release_year"]}
+        with pytest.raises(ConfigError, match="'release_year' of toy.item is not read; add it to --load_col"):
+            run_recbole_llm(model, config_dict={**settings, "load_col": {"inter": "*"}})
+        assert LLMConfig(model, config_dict=settings)["load_col"] == COLUMNS
     if needs_a_package(model):
         with pytest.raises(ConfigError, match=rf"--model={model}: it needs the package (\w+); `pip install"):
             run_recbole_llm(model, config_dict=settings)
