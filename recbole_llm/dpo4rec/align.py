@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,8 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         known = [identity(self.llm)[part] for part in PARTS]
         return content_hash([known, self.llm.dtype, self.config["quantization"], adapter, versions()])
 
-    def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
-        """Texts after each prompt of tokens; where memory does not suffice for all at once, in halves of them.
+    def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> Iterable[tuple[int, list[Written]]]:
+        """Number and texts of each prompt of tokens; where memory does not suffice for all at once, in halves of them.
 
         Sampled texts are then other draws, as good as those would have been.
         """
@@ -112,7 +112,7 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         def sample(part: Sequence[Asked]) -> list[list[Written]]:
             return sample_texts(self.llm, [list(one.prompt) for one in part], sampling, seed)
 
-        return [texts for _, found in in_halves(asked, sample) for texts in found]
+        return enumerate([texts for _, found in in_halves(asked, sample) for texts in found])
 
     def answer(self, text: Written) -> list[int]:
         """A text as tokens, with the end-of-text token where the LLM ended it."""
