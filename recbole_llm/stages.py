@@ -97,7 +97,7 @@ def stages(
         windows = sft_windows(config, protocol, prompt, context)
         folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], folder, lambda: (windows, {}))
-    if config["loss"] != "SFT" and config["preference_epochs"] > 0:
+    if _prefers(config):
         folder, rate = preference_folder(config, protocol, base), config["preference_learning_rate"]
         make = partial(preference_windows, config, protocol, prompt, context, policy)
         yield Stage(config["loss"], config["preference_epochs"], rate, folder, make)
@@ -134,6 +134,34 @@ def _windows(
     return training_windows(kept, prompt, history=history, last=last, most_tokens=context, chosen=chosen)
 
 
+def _pair_windows(
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    context: int,
+    users: Collection[int] | None = None,
+) -> list[Window]:
+    """What the preference stage chooses, with nothing rejected yet."""
+    chosen = config["chosen_num"] if config["loss"] == "MultDPO" else 1
+    last = config["preference_positions"]
+    return _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
+
+
+def check_pairs(config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int) -> None:
+    """What the preference stage would tell only after SFT: nothing to choose, or too few items to reject.
+
+    Raises:
+        UserError: names the key.
+    """
+    if _prefers(config):
+        RejectedItems(config, protocol, Sources()).usable(_pair_windows(config, protocol, prompt, context))
+
+
+def _prefers(config: Config) -> bool:
+    """Whether there is a preference stage."""
+    return config["finetune"] != "none" and config["loss"] != "SFT" and config["preference_epochs"] > 0
+
+
 def preference_windows(
     config: Config,
     protocol: Protocol,
@@ -143,9 +171,7 @@ def preference_windows(
     users: Collection[int] | None = None,
 ) -> tuple[list[Window], dict[str, Any]]:
     """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them."""
-    chosen = config["chosen_num"] if config["loss"] == "MultDPO" else 1
-    last = config["preference_positions"]
-    windows = _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
+    windows = _pair_windows(config, protocol, prompt, context, users)
     strategies = config["rejected"].split("+")
     models = [train_recommender(config, config["from_model"])] if "from_model" in strategies else []
     sources = Sources(
