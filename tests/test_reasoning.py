@@ -28,7 +28,10 @@ class Author:
             raise KeyboardInterrupt
         self.calls.append([one.user for one in asked])
         return enumerate(
-            [Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0) for n in range(sampling.number)]
+            [
+                Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0, 7 if n == 0 else None)
+                for n in range(sampling.number)
+            ]
             for one in asked
         )
 

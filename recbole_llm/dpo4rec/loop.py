@@ -200,7 +200,9 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self._read(texts)
         read = digest(dict(self.model.named_buffers()))  # vectors of texts and items, and who reads them
         rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
-        others = [read, rows, split_of(self.config), self.protocol.valid.digest]
+        dataset = self.protocol.dataset
+        sizes = [dataset.item_num, dataset.user_num]  # `load_col` moves them, whatever the rows
+        others = [read, rows, sizes, split_of(self.config), self.protocol.valid.digest]
         folder = self._folder("recommender", RECOMMENDER_KEYS, others)
         train = super().fit
 

@@ -149,7 +149,7 @@ def _read(file: Path, told: Sequence[str], number: int) -> tuple[list[list[Writt
                 record = json.loads(line)
                 if record["asked"] not in kept:  # a server's file holds prompts of other runs too
                     continue
-                text = Written(record["text"], record["tokens"], record["ended"])
+                text = Written(record["text"], record["tokens"], record["ended"], record["end"])
                 kept[record["asked"]][record["number"]] = text
                 wall, cpu = wall + record.get("seconds", 0.0), cpu + record.get("cpu_seconds", 0.0)
         except (ValueError, KeyError, TypeError) as error:
