@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,6 +43,8 @@ ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", 
 ASKS_TEST |= {"eval_args", "test_neg_sample_args", "mask_history"}  # which say how validation asks too: its digest
 LAST_BITS = {"gradient_checkpointing", "fast_linears"}  # what they move no two machines share
 
+LentPolicy = Callable[[], AbstractContextManager[Policy]]  # log-probs by the policy as it is then
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -80,7 +83,7 @@ def stages(
     *,
     context: int,
     base: str,
-    policy: Policy,
+    policy: LentPolicy,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
 
@@ -89,7 +92,7 @@ def stages(
     Args:
         context: tokens of a prompt with its answer at most.
         base: fingerprint of the base LLM and the item texts, which name a stage together with the settings.
-        policy: log-probs of windows by the policy.
+        policy: lends the log-probs of windows by the policy as it is then.
     """
     if config["finetune"] == "none":
         return
@@ -99,7 +102,7 @@ def stages(
         yield Stage("SFT", config["epochs"], config["learning_rate"], folder, lambda: (windows, {}))
     if _prefers(config):
         folder, rate = preference_folder(config, protocol, base), config["preference_learning_rate"]
-        make = partial(preference_windows, config, protocol, prompt, context, policy)
+        make = partial(_pairs, config, protocol, prompt, context, policy)
         yield Stage(config["loss"], config["preference_epochs"], rate, folder, make)
 
 
@@ -162,15 +165,28 @@ def _prefers(config: Config) -> bool:
     return config["finetune"] != "none" and config["loss"] != "SFT" and config["preference_epochs"] > 0
 
 
+def _pairs(
+    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int, policy: LentPolicy
+) -> tuple[list[Window], dict[str, Any]]:
+    """``preference_windows``, for which the policy is borrowed where a strategy asks it."""
+    asks = "self_hard" in config["rejected"].split("+")
+    with policy() if asks else nullcontext() as borrowed:
+        return preference_windows(config, protocol, prompt, context, borrowed)
+
+
 def preference_windows(
     config: Config,
     protocol: Protocol,
     prompt: Prompt | PairPrompt,
     context: int,
-    policy: Policy,
+    policy: Policy | None,
     users: Collection[int] | None = None,
 ) -> tuple[list[Window], dict[str, Any]]:
-    """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them."""
+    """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them.
+
+    Args:
+        policy: log-probs of windows by the SFT policy; None where no strategy asks it.
+    """
     windows = _pair_windows(config, protocol, prompt, context, users)
     strategies = config["rejected"].split("+")
     models = [train_recommender(config, config["from_model"])] if "from_model" in strategies else []

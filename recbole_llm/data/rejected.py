@@ -46,7 +46,7 @@ class Place:
 
     Attributes:
         user: internal id.
-        history: items before the target, oldest first.
+        history: items before the target in its window, oldest first: of a stretch (stream prompt) those of the stretch.
         rng: seeded with (seed, user token, number of the position).
         free: the catalogue without the user's training items.
         scores: of all items after this history, for ``from_model``.
