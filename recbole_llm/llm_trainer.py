@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.processes import rank, world_size
 from recbole_llm.progress import bar
-from recbole_llm.reference import fill_reference
+from recbole_llm.reference import KeptLogps, fill_reference
 from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress
 from recbole_llm.stages import Stage, base_hash, sft_windows, stages
@@ -70,6 +71,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             "found": [],
             "recommenders": [],
         }
+        self.found = []
         self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that go on, before they were cut off
 
     # ---- stages
@@ -141,8 +143,19 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             model.prompt,
             context=model.llm.context,
             base=base_hash(model.llm, model.texts),
-            policy=model.reference_logps,
+            policy=self._kept_policy,
         )
+
+    @contextmanager
+    def _kept_policy(self) -> Iterator[KeptLogps]:
+        """Log-probs by the policy as it is now, which are kept; one process at a time asks for them."""
+        policy = self._policy_hash()
+        folder = Path(self.config["checkpoint_dir"]) / "stages" / f"pools-{policy[:12]}"
+        kept = KeptLogps(self.model.reference_logps, folder, policy)
+        with only_here(folder):
+            yield kept
+        if kept.counts["read"]:
+            self.found.append(found_done("pools", kept.counts["seconds"], kept.counts["cpu_seconds"]))
 
     def _run_stage(
         self,
@@ -153,6 +166,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         show_progress: bool,
         callback_fn: Any,
     ) -> tuple[tuple[float, dict[str, float] | None], dict[str, Any]]:
+        self.found = []
         positions = sum(len(w.targets) for w in stage.windows)  # made here, before the draws: it may train models
         # Whether or not SFT was trained just now. Each process drops (lora_dropout) by draws of its own.
         init_seed(self.config["seed"] + rank(), self.config["reproducibility"])
@@ -168,7 +182,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             f"Stage {stage.loss}: {positions} positions in {len(stage.windows)} windows, {stage.epochs} epochs, "
             f"{steps} steps of {positions * stage.epochs / steps:.0f} positions on average."
         )
-        self.found, self.recommenders = [], stage.facts.get("recommenders", [])
+        self.recommenders = stage.facts.get("recommenders", [])
         reference = {} if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
         if reference.get("read"):
             self.found.append(found_done("reference", reference["seconds"], reference["cpu_seconds"]))
@@ -247,21 +261,24 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
 
     def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, Any]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
-        model = self.model
-        template = load_template(self.config["prompt"], self.config.properties)
-        weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
-        settings = [self.config["quantization"], self.config["lora_alpha"]]
-        policy = content_hash([weights, settings, template, model.llm.device.partition(":")[0], versions()])
         counts = fill_reference(
             stage.windows,
-            model.reference_logps,
+            self.model.reference_logps,
             stages=stage.folder.parent,
-            policy=policy,
+            policy=self._policy_hash(),
             show_progress=show_progress,
         )
         if counts["read"]:
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
         return counts
+
+    def _policy_hash(self) -> str:
+        """What identifies all that log-probs by the policy as it is now depend on, but the windows."""
+        model = self.model
+        template = load_template(self.config["prompt"], self.config.properties)
+        weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
+        settings = [self.config["quantization"], self.config["lora_alpha"]]
+        return content_hash([weights, settings, template, model.llm.device.partition(":")[0], versions()])
 
     # ---- checkpoints: adapters alone
 

@@ -59,7 +59,10 @@ class Oracle:
         self.judges, self.fold_of, self.calibration, self.most = judges, fold_of, calibration, most
 
     def smoothing(self, windows: Sequence[Window]) -> list[list[list[float]]]:
-        """For each window, target and rejected item: p(rejected is preferred), at most ``most``."""
+        """For each window, target and rejected item: p(rejected is preferred), at most ``most``.
+
+        It is judged by the window's items before the target: of a stretch (stream prompt) those of the stretch.
+        """
         places = [
             (w.user, w.items[:t], (w.items[t], *r)) for w in windows for t, r in zip(w.targets, w.rejected, strict=True)
         ]

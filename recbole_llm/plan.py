@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -100,7 +101,7 @@ def _all_work(
         catalogue.prompt,
         context=llm.context,
         base=base,
-        policy=policy,
+        policy=lambda: nullcontext(policy),
     )
     for stage in found:
         if stage.loss != "SFT":  # named by what the run will choose, not by the draws that stand for it

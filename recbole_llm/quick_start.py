@@ -29,6 +29,7 @@ from recbole_llm.recommender import check_recommenders, train_recommender, try_r
 from recbole_llm.run_folder import make_run_folder, run_folder_of, trial_folder_of
 from recbole_llm.run_log import explained, start_log
 from recbole_llm.run_record import save_run
+from recbole_llm.stages import check_pairs
 from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of
 from recbole_llm.wandb_log import wandb_run
@@ -118,7 +119,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     trainer = build_trainer(config, protocol, folder, told)
     recommender = trainer.model
     title_embeddings(asked.dataset)  # kept for the evaluation
-    try_ahead(config, protocol)
+    try_ahead(config, protocol, recommender)
     catalogue = None if asked is protocol else recommender.read_items(test_config, asked.dataset)
     train_base(config, trainer, told, protocol.valid.mode, *([protocol.test.mode] if asked is protocol else []))
     clock.lap("data_and_model")
@@ -204,12 +205,15 @@ def fit(config: LLMConfig, trainer: Any, protocol: Protocol, saved: bool) -> tup
         return trainer.fit(protocol.train_data, protocol.valid, saved=saved, show_progress=config["show_progress"])
 
 
-def try_ahead(config: LLMConfig, protocol: Protocol) -> None:
-    """What would fail only after SFT: models that cannot judge, titles and encoders that cannot be had.
+def try_ahead(config: LLMConfig, protocol: Protocol, model: Any) -> None:
+    """What would fail only after SFT: models that cannot judge, titles and encoders that cannot be had, pairs that
+    cannot be made.
 
     Raises:
         UserError: names it.
     """
+    if keys.ranks_titles(config):
+        check_pairs(config, protocol, model.prompt, model.llm.context)
     try_recommenders(config, protocol)
     if keys.ranks_titles(config) and config["loss"] != "SFT" and "semantic" in config["rejected"].split("+"):
         title_vectors(config, protocol.dataset)

@@ -131,13 +131,21 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
     """
     shared = {k: v for k, v in shared_settings(config).items() if k not in ("log_wandb", "look_alikes", "encoder")}
     # It is never tested, so how the test asks must not name it: runs that differ in that share it.
-    asked = config["eval_args"]["mode"]["valid"]
-    shared["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
+    if not _test_draws_users(config):
+        asked = config["eval_args"]["mode"]["valid"]
+        shared["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
     metric, _, top = config["valid_metric"].partition("@")
     shared |= {"metrics": [metric], "topk": [int(top)] if top else config["topk"]}
     if config["valid_users"] and not config["disjoint_users"]:  # where who is tested says who is not validated
         shared["eval_users"] = config["valid_users"]
     return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
+
+
+def _test_draws_users(config: LLMConfig) -> bool:
+    """Whether how the test asks says who trains: who has rows of N disliked items is tested, and so trains nothing."""
+    modes = [config["eval_args"]["mode"][split] for split in ("valid", "test")]
+    low = {max(config["min_disliked"], int(m[3:]) if m.startswith("low") else 0) for m in modes}
+    return config["disjoint_users"] and len(low) > 1
 
 
 def shared_settings(config: LLMConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Reference log-probs of a preference stage's pairs, each computed once and kept on disk as they come.
+"""Log-probs by a frozen policy, each computed once and kept on disk as they come: a preference stage's references, and
+the pools of ``self_hard``.
 
 A part of the windows has a file of its own, named by the SHA-256 of all that its numbers depend on. So a run that was
 killed goes on where it was, losses over the same policy and pairs (DMPO and S-DPO, trials of a search) share them, and
@@ -30,6 +31,43 @@ WINDOWS_AT_ONCE = 64  # of a file, so at most lost by a kill
 Logps = Callable[[Sequence[Window]], list[list[list[float]]]]  # windows -> log-probs of each target, chosen first
 
 
+class KeptLogps:
+    """Log-probs of windows by a policy, each part of them in a file of its own, computed where it is not there.
+
+    Args:
+        logps: log-probs by the policy, nats.
+        folder: of the files.
+        policy: hash of all that they depend on but the windows: weights, prompts, item texts, code.
+
+    Attributes:
+        counts: positions that were ``read`` and ``computed``, and what those read had taken (``seconds``,
+            ``cpu_seconds``, of all processes).
+    """
+
+    def __init__(self, logps: Logps, folder: Path, policy: str) -> None:
+        self.logps, self.folder, self.policy = logps, folder, policy
+        self.counts = {"read": 0, "computed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+
+    def __call__(self, windows: Sequence[Window]) -> list[list[list[float]]]:
+        """Log-probs of each target, chosen first.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        file = self.folder / f"{_name(self.policy, windows)}.safetensors"
+        known = from_first(partial(_read, file, windows))
+        self.counts["computed" if known is None else "read"] += sum(len(w.targets) for w in windows)
+        if known is None:
+            clock = Clock()
+            found = self.logps(windows)
+            from_first(partial(_write, file, found, clock.spent_by_all()))
+            return found
+        found, seconds, cpu_seconds = known
+        self.counts["seconds"] += seconds
+        self.counts["cpu_seconds"] += cpu_seconds
+        return found
+
+
 def fill_reference(
     windows: list[Window], logps: Logps, *, stages: Path, policy: str, show_progress: bool
 ) -> dict[str, Any]:
@@ -37,39 +75,28 @@ def fill_reference(
 
     Args:
         windows: what the stage trains on.
-        logps: log-probs by the policy, nats.
+        logps, policy: as for ``KeptLogps``.
         stages: folder of all stages. They are kept in ``reference-<hash of policy and pairs>`` there, on which one
             process works at a time.
-        policy: hash of all that they depend on but the windows: weights, prompts, item texts, code.
 
     Returns:
-        Positions that were ``read`` and ``computed``, and what those read had taken (``seconds``, ``cpu_seconds``, of
-        all processes).
+        Its ``counts``.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    counts = {"read": 0, "computed": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     parts = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    names = [content_hash([policy, [w.told() for w in part]])[:32] for part in parts]
-    folder = stages / f"reference-{content_hash(names)[:12]}"
-    named = [*zip(names, parts, strict=True)]
+    folder = stages / f"reference-{content_hash([_name(policy, part) for part in parts])[:12]}"
+    kept = KeptLogps(logps, folder, policy)
     windows.clear()
     with only_here(folder):
-        for name, part in bar(iterable=named, desc="Reference log-probs", disable=not show_progress):
-            file = folder / f"{name}.safetensors"
-            known = from_first(partial(_read, file, part))
-            counts["computed" if known is None else "read"] += sum(len(w.targets) for w in part)
-            if known is None:
-                clock = Clock()
-                reference = logps(part)
-                from_first(partial(_write, file, reference, clock.spent_by_all()))
-            else:
-                reference, seconds, cpu_seconds = known
-                counts["seconds"] += seconds
-                counts["cpu_seconds"] += cpu_seconds
-            windows += [replace(w, reference=r) for w, r in zip(part, reference, strict=True)]
-    return counts
+        for part in bar(iterable=parts, desc="Reference log-probs", disable=not show_progress):
+            windows += [replace(w, reference=r) for w, r in zip(part, kept(part), strict=True)]
+    return kept.counts
+
+
+def _name(policy: str, windows: Sequence[Window]) -> str:
+    return content_hash([policy, [w.told() for w in windows]])[:32]
 
 
 def _write(file: Path, reference: list[list[list[float]]], spent: tuple[float, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,6 +43,8 @@ ASKS_TEST = {"eval_users", "metrics", "topk", "generate_users", "eval_dataset", 
 ASKS_TEST |= {"eval_args", "test_neg_sample_args", "mask_history"}  # which say how validation asks too: its digest
 LAST_BITS = {"gradient_checkpointing", "fast_linears"}  # what they move no two machines share
 
+LentPolicy = Callable[[], AbstractContextManager[Policy]]  # log-probs by the policy as it is then
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -80,7 +83,7 @@ def stages(
     *,
     context: int,
     base: str,
-    policy: Policy,
+    policy: LentPolicy,
 ) -> Iterator[Stage]:
     """SFT (``epochs`` > 0), then the preference loss (``preference_epochs`` > 0); none where nothing is trained.
 
@@ -89,7 +92,7 @@ def stages(
     Args:
         context: tokens of a prompt with its answer at most.
         base: fingerprint of the base LLM and the item texts, which name a stage together with the settings.
-        policy: log-probs of windows by the policy.
+        policy: lends the log-probs of windows by the policy as it is then.
     """
     if config["finetune"] == "none":
         return
@@ -97,9 +100,9 @@ def stages(
         windows = sft_windows(config, protocol, prompt, context)
         folder = sft_folder(config, protocol, base, windows)
         yield Stage("SFT", config["epochs"], config["learning_rate"], folder, lambda: (windows, {}))
-    if config["loss"] != "SFT" and config["preference_epochs"] > 0:
+    if _prefers(config):
         folder, rate = preference_folder(config, protocol, base), config["preference_learning_rate"]
-        make = partial(preference_windows, config, protocol, prompt, context, policy)
+        make = partial(_pairs, config, protocol, prompt, context, policy)
         yield Stage(config["loss"], config["preference_epochs"], rate, folder, make)
 
 
@@ -134,18 +137,57 @@ def _windows(
     return training_windows(kept, prompt, history=history, last=last, most_tokens=context, chosen=chosen)
 
 
+def _pair_windows(
+    config: Config,
+    protocol: Protocol,
+    prompt: Prompt | PairPrompt,
+    context: int,
+    users: Collection[int] | None = None,
+) -> list[Window]:
+    """What the preference stage chooses, with nothing rejected yet."""
+    chosen = config["chosen_num"] if config["loss"] == "MultDPO" else 1
+    last = config["preference_positions"]
+    return _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
+
+
+def check_pairs(config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int) -> None:
+    """What the preference stage would tell only after SFT: nothing to choose, or too few items to reject.
+
+    Raises:
+        UserError: names the key.
+    """
+    if _prefers(config):
+        RejectedItems(config, protocol, Sources()).usable(_pair_windows(config, protocol, prompt, context))
+
+
+def _prefers(config: Config) -> bool:
+    """Whether there is a preference stage."""
+    return config["finetune"] != "none" and config["loss"] != "SFT" and config["preference_epochs"] > 0
+
+
+def _pairs(
+    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int, policy: LentPolicy
+) -> tuple[list[Window], dict[str, Any]]:
+    """``preference_windows``, for which the policy is borrowed where a strategy asks it."""
+    asks = "self_hard" in config["rejected"].split("+")
+    with policy() if asks else nullcontext() as borrowed:
+        return preference_windows(config, protocol, prompt, context, borrowed)
+
+
 def preference_windows(
     config: Config,
     protocol: Protocol,
     prompt: Prompt | PairPrompt,
     context: int,
-    policy: Policy,
+    policy: Policy | None,
     users: Collection[int] | None = None,
 ) -> tuple[list[Window], dict[str, Any]]:
-    """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them."""
-    chosen = config["chosen_num"] if config["loss"] == "MultDPO" else 1
-    last = config["preference_positions"]
-    windows = _windows(config, protocol, prompt, context, users, last=last, chosen=chosen)
+    """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them.
+
+    Args:
+        policy: log-probs of windows by the SFT policy; None where no strategy asks it.
+    """
+    windows = _pair_windows(config, protocol, prompt, context, users)
     strategies = config["rejected"].split("+")
     models = [train_recommender(config, config["from_model"])] if "from_model" in strategies else []
     sources = Sources(

@@ -195,7 +195,10 @@ class ProtocolEvaluation(_Trainer):
             with torch.serialization.safe_globals(MATRICES):
                 state = torch.load(file, map_location=self.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged or foreign file
-            raise UserError(f"{file} is no checkpoint of plain tensors, or it is damaged: {error}") from error
+            raise UserError(
+                f"{file} is no checkpoint of plain tensors, or it is damaged: {error}. Remove {Path(file).parent}, and "
+                "what lies there is trained anew."
+            ) from error
         self.model.load_state_dict(state["state_dict"])
         self.model.load_other_parameter(state["other_parameter"])
 

@@ -58,7 +58,7 @@ def _validate(config: LLMConfig, folder: Path) -> tuple[float, dict[str, float]]
     start_log(config, None)
     protocol = read_data(config, None)
     trainer = build_trainer(config, protocol, folder, None)
-    try_ahead(config, protocol)
+    try_ahead(config, protocol, trainer.model)
     train_base(config, trainer, None, protocol.valid.mode)
     score, result = fit(config, trainer, protocol, saved=False)
     if result is None:

@@ -1,4 +1,7 @@
-"""A small server with OpenAI's chat interface, run as a process of its own: ``python openai_server.py <key> [<pad>]``.
+"""A small server with OpenAI's chat interface, run as a process of its own.
+
+``python openai_server.py <key> [<pad> [<refusals>]]``: the first requests are refused with the statuses that
+``refusals`` lists ("429,503"; 0 = no answer at all); 429 says to come again after no seconds.
 
 Prints its port, then one line a request: the answer depends on the question and the seed alone.
 """
@@ -13,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WRITES = threading.Lock()  # requests are answered side by side
 PAD = int(sys.argv[2]) if len(sys.argv) > 2 else 0  # characters before the key in what a refusal tells
+REFUSALS = [int(status) for status in sys.argv[3].split(",")] if len(sys.argv) > 3 else []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -22,6 +26,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         known = self.headers.get("Authorization") == f"Bearer {sys.argv[1]}"
         status = 404 if self.path != "/v1/chat/completions" else 200 if known else 401
+        with WRITES:
+            status = REFUSALS.pop(0) if REFUSALS else status
         question = body["messages"][0]["content"]
         told = json.dumps([question, body.get("seed"), body["temperature"], body["max_tokens"]])
         words = f"likes {hashlib.sha256(told.encode()).hexdigest()[:12]}"
@@ -37,7 +43,11 @@ class Handler(BaseHTTPRequestHandler):
         }
         refusal = {"error": {"message": f"{'.' * PAD} {self.headers['Authorization']}"}}
         data = json.dumps(answer if status == 200 else refusal).encode()
+        if not status:
+            return
         self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "0")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -323,6 +323,13 @@ def test_no_room_for_a_text(small: dict[str, Any]) -> None:
         run_recbole_llm("DPO4Rec", None, None, {**small, "reasoning_tokens": 8190})
 
 
+def test_lists_that_cannot_be_drawn_are_told_before_any_text(small: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--reward_others=80: there are only 5. items"):
+        run_recbole_llm("DPO4Rec", None, None, {**small, "reward_others": 80})
+    assert not list(Path(small["checkpoint_dir"]).glob("stages/DPO4Rec-*"))
+    run_recbole_llm("DPO4Rec", None, None, {**small, "reward_others": 80, "iterations": 0})  # where nothing judges
+
+
 def test_no_title_column(small: dict[str, Any], tmp_path: Path) -> None:
     """``reasoning_item`` names the column, and nothing asks for another key."""
     file = tmp_path / "data" / "toy" / "toy.item"

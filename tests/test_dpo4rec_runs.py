@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,18 @@ import numpy as np
 import pytest
 from filelock import FileLock, Timeout
 from safetensors.numpy import load_file
+from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
 from recbole_llm.dpo4rec import loop
+from recbole_llm.dpo4rec import text_vectors as text_vectors_module
 from recbole_llm.dpo4rec.align import Reasoner, policy_config
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
+from recbole_llm.dpo4rec.text_vectors import text_vectors
+from recbole_llm.errors import UserError
+from recbole_llm.llm.logps import base_model
+from recbole_llm.llm.sampling import Written
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.plot_data import run_seconds
@@ -361,6 +368,55 @@ def test_plan(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None
     assert recommender["rounds"] == len(records) * small["epochs"]
     assert main(["plan", "--model=DPO4Rec", "--probe=False", *[f"--{k}={v}" for k, v in settings.items()]]) == 0
     assert "texts to judge" in capsys.readouterr().out
+
+
+def test_another_catalogue_is_another_recommender(small: dict[str, Any]) -> None:
+    """Titles of items that nobody met are items where their column is loaded, and the rows are the same."""
+    file = Path(small["data_path"]) / "toy" / "toy.item"
+    with file.open("a", encoding="utf-8") as items:
+        items.write("".join(f"x{i}\tnew film {i}\t1990\n" for i in range(5)))
+    columns = {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id"]}
+    for changes in ({}, {"load_col": columns}):
+        run_recbole_llm("DPO4Rec", None, None, {**small, "knowledge": "none", "iterations": 0, **changes})
+    assert len(list(Path(small["checkpoint_dir"]).glob("stages/DPO4Rec-recommender-*"))) == 2
+
+
+def test_a_stage_that_lost_its_checkpoint_is_told(small: dict[str, Any]) -> None:
+    settings = {**small, "knowledge": "none", "iterations": 0}
+    run_recbole_llm("DPO4Rec", None, None, settings)
+    (file,) = Path(small["checkpoint_dir"]).glob("stages/DPO4Rec-recommender-*/recommender.pth")
+    file.unlink()
+    with pytest.raises(UserError, match=rf"recommender.pth is no checkpoint .* Remove {file.parent}, and what lies"):
+        run_recbole_llm("DPO4Rec", None, None, settings)
+    shutil.rmtree(file.parent)
+    run_recbole_llm("DPO4Rec", None, None, settings)
+
+
+def test_vectors_by_the_llm_are_those_of_its_tokenizer(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tokenizer over the same weights finds no vectors of the first."""
+    config = LLMConfig("DPO4Rec", config_dict=small)
+    before = text_vectors(config, ["red cat", "blue dog"])
+    text_vectors_module._encoding_llm.cache_clear()
+    tokenizer = PreTrainedTokenizerFast
+    plain = tokenizer.__call__
+    monkeypatch.setattr(tokenizer, "__call__", lambda self, text, **more: plain(self, upper(text), **more))
+    assert np.abs(text_vectors(config, ["red cat", "blue dog"]) - before).max() > 1e-3
+
+
+def upper(text: str | list[str]) -> str | list[str]:
+    return text.upper() if isinstance(text, str) else [one.upper() for one in text]
+
+
+def test_a_text_is_trained_with_the_token_that_ended_it(small: dict[str, Any]) -> None:
+    """Where the LLM ends a turn by another token than its tokenizer's end of text, which is that of a server's."""
+    reasoner = Reasoner(LLMConfig("DPO4Rec", config_dict=small))
+    assert reasoner.answer(Written("good", 1, True, 300))[-1] == 300
+    assert reasoner.answer(Written("good", 1, True))[-1] == reasoner.llm.tokenizer.eos_token_id
+    assert reasoner.answer(Written("good", 1, False))[-1] not in (300, reasoner.llm.tokenizer.eos_token_id)
+    assert reasoner.answer(Written("", 0, True, 300)) == [300]
+    author = reasoner.author
+    base_model(reasoner.llm.model).generation_config.eos_token_id = [300]
+    assert reasoner.author != author
 
 
 def test_alignment_reads_how_often_to_save(small: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.dataset import create_dataset
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import UserError
+from recbole_llm.recommender import recommender_config
+from recbole_llm.run_folder import run_hash
 from tests.conftest import Event, prepared, random_events, write_events
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -389,6 +391,32 @@ def test_disjoint_users(many: dict[str, Any]) -> None:
     _, as_many = prepared(many, "BPR", **{**DISJOINT, "valid_users": None})
     assert len(asked(as_many, "valid")) == 25 and not asked(as_many, "valid") & asked(as_many, "test")
     assert asked(as_many, "test") == asked(small, "test")
+
+
+@pytest.mark.parametrize(
+    "modes", [("uni4", "low8"), ("low8", "uni4"), ("low1", "low9"), ("low2", "low2"), ("uni4", "pop4")]
+)
+def test_a_model_that_serves_a_run_has_its_users(many: dict[str, Any], modes: tuple[str, str]) -> None:
+    """Who is tested where the test asks for N low ratings trains no judge of the pairs and no base of a re-ranking."""
+    settings = {**DISJOINT, "few_shot": 18, "eval_args": {"mode": dict(zip(("valid", "test"), modes, strict=True))}}
+    config, run = prepared(many, "LLMRanker", llm="tiny", loss="DMPO", rejected="from_model", **settings)
+    serving = prepare_data(recommender_config(config, "SASRec"))
+    assert learners(serving) == learners(run) and len(learners(run)) == 18
+    assert serving.valid.digest == run.valid.digest
+    assert asked(serving, "test") == asked(run, "test")
+    assert not learners(serving) & (asked(run, "test") | asked(run, "valid"))
+
+
+def test_a_test_that_draws_no_users_names_no_serving_model(many: dict[str, Any]) -> None:
+    """With disjoint users too it is shared by runs whose tests ask alike many low ratings, or none."""
+    names = []
+    for changes in (("uni4", "pop4", 0), ("uni4", "full", 0), ("uni4", "low1", 1), ("uni4", "low2", 2)):
+        settings = {"eval_args": {"mode": dict(zip(("valid", "test"), changes, strict=False))}}
+        config, _ = prepared(many, "LLMRanker", llm="tiny", **DISJOINT, **settings, min_disliked=changes[2])
+        own = recommender_config(config, "SASRec")
+        assert own["eval_args"]["mode"] == {"valid": "uni4", "test": "uni4"}
+        names.append(run_hash(own))
+    assert names[0] == names[1]
 
 
 def test_disjoint_users_follow_tokens(many: dict[str, Any], tmp_path: Path) -> None:

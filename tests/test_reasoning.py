@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,17 @@ class Author:
         self.calls: list[list[str]] = []
         self.most = most
 
-    def __call__(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
+    def __call__(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> Iterable[tuple[int, list[Written]]]:
         if len(self.calls) == self.most:
             raise KeyboardInterrupt
         self.calls.append([one.user for one in asked])
-        return [
-            [Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0) for n in range(sampling.number)]
+        return enumerate(
+            [
+                Written(f"{one.user} {n} {seed} é\n\u2028", n + 1, n == 0, 7 if n == 0 else None)
+                for n in range(sampling.number)
+            ]
             for one in asked
-        ]
+        )
 
 
 def texts_of(writes: Author, folder: Path, **changes: object) -> tuple[list[list[Written]], Path]:
@@ -77,6 +80,27 @@ def test_other_texts_lie_elsewhere(tmp_path: Path, key: str, value: object) -> N
     _, other = texts_of(author, tmp_path, **{key: value})
     assert other != file
     assert author.calls
+
+
+def test_texts_that_stand_alone(tmp_path: Path) -> None:
+    """Where a prompt's texts do not depend on others, another batch and other prompts find them by their own hash;
+    another author and seed do not. A killed batch keeps what came."""
+    first, file = texts_of(Author(), tmp_path, apart=True)
+    again = Author(most=0)
+    assert texts_of(again, tmp_path, apart=True, together=3) == (first, file)
+    more = Author()
+    options = {"folder": tmp_path, "author": "a", "seed": 1, "together": 6, "what": "x", "apart": True}
+    found = write_texts([ASKED[3], Asked("u9", 1, [1])], more, SAMPLING, **options)  # type: ignore[arg-type]
+    assert found.texts[0] == first[3]
+    assert more.calls == [["u9"]]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len(lines) == 33
+    mine = [line["seconds"] for line in lines if line["user"] == "u3"]
+    assert found.found[0] == pytest.approx(sum(mine), rel=1e-9)  # not what the others had taken
+    for change in ({"author": "b"}, {"seed": 2}):
+        other = Author()
+        assert texts_of(other, tmp_path, apart=True, **change)[1] != file
+        assert len(other.calls) == 5
 
 
 def test_damaged_file(tmp_path: Path) -> None:

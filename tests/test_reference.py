@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from recbole_llm import reference
+from recbole_llm.data import rejected
 from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.errors import UserError
 from recbole_llm.llm.adapter import adapter_state, set_adapter_state
@@ -165,6 +166,37 @@ def test_losses_over_one_policy_share_them(settings: dict[str, Any]) -> None:
         found[loss] = [part["what"] for part in stage["found"] if part["seconds"] > 0]
     assert counts == {"DMPO": {"computed"}, "SDPO": {"read"}, "DPO": {"computed"}}
     assert found == {"DMPO": [], "SDPO": ["reference"], "DPO": []}
+
+
+def test_pools_of_self_hard_are_asked_for_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed among them, the run goes on there with the pairs of one go; another loss over the policy reads all."""
+    monkeypatch.setattr(rejected, "WINDOWS_AT_ONCE", 8)
+    settings |= {"rejected": "self_hard", "rejected_pool": 7}
+    apart = settings | {"checkpoint_dir": settings["checkpoint_dir"] + "-whole"}
+    whole = run_recbole_llm(config_dict=apart)
+    real, asked, most = LLMRanker.reference_logps, [], [2]
+
+    def watched(self: LLMRanker, windows: Sequence[Window]) -> list[list[list[float]]]:
+        if all(len(r) == 7 for w in windows for r in w.rejected):
+            if len(asked) == most[0]:
+                raise KeyboardInterrupt
+            asked.append([w.told() for w in windows])
+        return real(self, windows)
+
+    monkeypatch.setattr(LLMRanker, "reference_logps", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm(config_dict=settings)
+    most[0] = 10**6
+    resumed = run_recbole_llm(config_dict=settings)
+    assert resumed["test_result"] == whole["test_result"]
+    first = [told for part in asked for told in part]
+    assert len(first) == len({str(told) for told in first}) == 40  # each user's window once
+    other = run_recbole_llm(config_dict=settings | {"loss": "SDPO"})
+    assert len(asked) == 5
+    found = [json.loads((Path(r["run_folder"]) / "result.json").read_text())["stages"][0]["found"]
+             for r in (whole, resumed, other)]  # fmt: skip
+    assert [[part["what"] for part in stage] for stage in found] == [[], ["pools"], ["pools", "reference"]]
+    assert 0 < found[1][0]["seconds"] < found[2][0]["seconds"]
 
 
 @pytest.mark.parametrize("shared", [False, True])

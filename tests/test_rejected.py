@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from recbole_llm.data.events import Events
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.rejected import RejectedItems, Sources
 from recbole_llm.errors import UserError
+from recbole_llm.quick_start import run_recbole_llm
 
 # Ann (user 1) met items 1 to 6: four for training, then 5 and 6 held out. Bob (user 2) met 7, 8, 9, all for training.
 ITEMS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9])
@@ -234,3 +237,25 @@ def test_self_hard_scores_its_pool_alone() -> None:
 def test_no_position_with_so_many_chosen_is_told() -> None:
     with pytest.raises(UserError, match="--chosen_num=4"):
         RejectedItems(settings(chosen_num=4), world(), Sources()).fill([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"loss": "DMPO", "rejected_num": 60}, r"--rejected_num=60: user \w+ has only 50 items"),
+        ({"loss": "MultDPO", "chosen_num": 30}, "--chosen_num=30: no user has a training position"),
+        ({"loss": "DMPO", "rejected": "low_rating", "rating_threshold": 4.5}, "--rating_threshold=4.5: no training"),
+    ],
+)
+def test_pairs_that_cannot_be_made_are_told_before_sft(
+    tiny: dict[str, Any], tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    """Events are rated 4, but for the test's, which are rated 5."""
+    file = tmp_path / "data" / "toy" / "toy.inter"
+    events = pd.read_csv(file, sep="\t")
+    last = events.groupby("user_id:token").cumcount(ascending=False) == 0
+    events["rating:float"] = np.where(last, 5.0, 4.0)
+    events.to_csv(file, sep="\t", index=False)
+    with pytest.raises(UserError, match=told):
+        run_recbole_llm(config_dict={**tiny, **changes})
+    assert not list(Path(tiny["checkpoint_dir"]).glob("stages/SFT-*"))

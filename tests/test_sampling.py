@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_llm.generation import greedy_text
+from recbole_llm.llm.logps import base_model
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, sample_texts
 from recbole_llm.llm.types import LLM
@@ -115,6 +116,24 @@ def test_the_end_of_a_turn_ends_a_text(llm: LLM, prompts: list[list[int]], monke
     monkeypatch.setattr(llm.model.generation_config, "eos_token_id", [llm.tokenizer.eos_token_id, fourth])
     ((text,),) = sample_texts(llm, prompts[:1], Sampling(1, 12), 0)
     assert text.ended and text.tokens <= 3 and plain.text.startswith(text.text) and plain.tokens > 3
+    assert text.end == fourth != llm.tokenizer.eos_token_id and plain.end is None
+
+
+OWN = {"min_p": 0.5, "typical_p": 0.2, "no_repeat_ngram_size": 1, "min_new_tokens": 12}
+OWN |= {"suppress_tokens": list(range(300, 900)), "temperature": 0.1, "top_k": 2, "repetition_penalty": 3.0}
+
+
+@pytest.mark.parametrize("finetune", ["none", "lora"])
+def test_a_models_own_generation_settings_move_no_text(prompts: list[list[int]], finetune: str) -> None:
+    """They are left aside while it writes, and put back."""
+    llm = load_llm(llm="tiny", device=torch.device("cpu"), finetune=finetune, fast_linears=False, seed=0)
+    choices = Sampling(1, 12), Sampling(3, 12, 1.0, 0.95)
+    plain = [sample_texts(llm, prompts, choice, 1) for choice in choices]
+    own = base_model(llm.model).generation_config
+    for key, value in OWN.items():
+        setattr(own, key, value)
+    assert [sample_texts(llm, prompts, choice, 1) for choice in choices] == plain
+    assert base_model(llm.model).generation_config is own and own.min_p == 0.5
 
 
 def test_many_greedy_texts_make_no_sense() -> None:

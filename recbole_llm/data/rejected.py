@@ -46,7 +46,7 @@ class Place:
 
     Attributes:
         user: internal id.
-        history: items before the target, oldest first.
+        history: items before the target in its window, oldest first: of a stretch (stream prompt) those of the stretch.
         rng: seeded with (seed, user token, number of the position).
         free: the catalogue without the user's training items.
         scores: of all items after this history, for ``from_model``.
@@ -102,6 +102,22 @@ class RejectedItems:
         Raises:
             UserError: no target is left, or a user has fewer than k items to reject.
         """
+        windows = self.usable(windows)
+        filled: list[Window] = []
+        numbers: dict[int, int] = {}
+        firsts = range(0, len(windows), WINDOWS_AT_ONCE)
+        for first in bar(iterable=firsts, desc="Rejected items", disable=not show_progress):
+            some = windows[first : first + WINDOWS_AT_ONCE]
+            drawn = iter([self.draw(place) for place in self._places(some, numbers)])
+            filled += [replace(w, rejected=tuple(next(drawn) for _ in w.targets)) for w in some]
+        return filled
+
+    def usable(self, windows: Sequence[Window]) -> list[Window]:
+        """The windows that can be filled, with the targets that may be chosen; it draws nothing and asks no source.
+
+        Raises:
+            UserError: as ``fill``.
+        """
         if not windows:
             raise UserError(
                 f"--chosen_num={self.config['chosen_num']}: no user has a training position with so many items to "
@@ -112,20 +128,29 @@ class RejectedItems:
             raise UserError(
                 f"--rating_threshold={self.config['rating_threshold']}: no training interaction is rated above it."
             )
-        filled: list[Window] = []
-        numbers: dict[int, int] = {}
-        firsts = range(0, len(windows), WINDOWS_AT_ONCE)
-        for first in bar(iterable=firsts, desc="Rejected items", disable=not show_progress):
-            some = windows[first : first + WINDOWS_AT_ONCE]
-            drawn = iter([self.draw(place) for place in self._places(some, numbers)])
-            filled += [replace(w, rejected=tuple(next(drawn) for _ in w.targets)) for w in some]
-        return filled
+        for user in dict.fromkeys(w.user for w in windows):
+            could = self._free(user)
+            if "low_rating" in self.strategies:
+                could = np.union1d(could, self._disliked(user))
+            if len(could) < self.number:
+                raise self._too_few(user, len(could))
+        return windows
+
+    def _too_few(self, user: int, number: int) -> UserError:
+        return UserError(
+            f"--rejected_num={self.number}: user {self.user_tokens[user]} has only {number} items that could be "
+            "rejected; set a smaller number."
+        )
+
+    def _disliked(self, user: int) -> np.ndarray:
+        """What the user rated low in training."""
+        return self.events.disliked(user, int(self.train_ends[user]))
 
     def liked(self, window: Window) -> Window:
         """The window with the targets that may be chosen: all, or with low_rating those not rated low."""
         if "low_rating" not in self.strategies:
             return window
-        disliked = set(self.events.disliked(window.user, int(self.train_ends[window.user])).tolist())
+        disliked = set(self._disliked(window.user).tolist())
         also = window.also or ((),) * len(window.targets)
         chosen = [{window.items[t], *more} for t, more in zip(window.targets, also, strict=True)]
         kept = [i for i, items in enumerate(chosen) if not items & disliked]
@@ -144,10 +169,7 @@ class RejectedItems:
             rest = place.rng.permutation(place.free)
             chosen += [int(i) for i in rest[~np.isin(rest, chosen)][: self.number - len(chosen)]]
         if len(chosen) < self.number:
-            raise UserError(
-                f"--rejected_num={self.number}: user {self.user_tokens[place.user]} has only {len(chosen)} items that "
-                "could be rejected; set a smaller number."
-            )
+            raise self._too_few(place.user, len(chosen))
         return tuple(chosen)
 
     def _order(self, strategy: str, place: Place) -> np.ndarray:
@@ -158,7 +180,7 @@ class RejectedItems:
             wait = place.rng.exponential(size=len(place.free))[odds > 0] / odds[odds > 0]
             return place.free[odds > 0][np.argsort(wait)]
         if strategy == "low_rating":
-            return place.rng.permutation(self.events.disliked(place.user, int(self.train_ends[place.user])))
+            return place.rng.permutation(self._disliked(place.user))
         if strategy == "semantic":
             vectors = self.sources.vectors
             assert vectors is not None  # whoever asks for a strategy gives its source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.budget import TokenBudget, in_halves
 from recbole_llm.llm.identity import PARTS, identity
 from recbole_llm.llm.pretrained import load_llm
-from recbole_llm.llm.sampling import Sampling, Written, sample_texts
+from recbole_llm.llm.sampling import Sampling, Written, ends_of, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.policy import WindowPolicy
 from recbole_llm.recommender import shared_settings
@@ -101,10 +101,12 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         untuned = all(not weight.any() for name, weight in state.items() if "lora_B" in name)
         adapter = "untuned" if untuned else digest(state)
         known = [identity(self.llm)[part] for part in PARTS]
-        return content_hash([known, self.llm.dtype, self.config["quantization"], adapter, versions()])
+        return content_hash(
+            [known, self.llm.dtype, self.config["quantization"], ends_of(self.llm), adapter, versions()]
+        )
 
-    def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> list[list[Written]]:
-        """Texts after each prompt of tokens; where memory does not suffice for all at once, in halves of them.
+    def write(self, asked: Sequence[Asked], sampling: Sampling, seed: int) -> Iterable[tuple[int, list[Written]]]:
+        """Number and texts of each prompt of tokens; where memory does not suffice for all at once, in halves of them.
 
         Sampled texts are then other draws, as good as those would have been.
         """
@@ -112,12 +114,13 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         def sample(part: Sequence[Asked]) -> list[list[Written]]:
             return sample_texts(self.llm, [list(one.prompt) for one in part], sampling, seed)
 
-        return [texts for _, found in in_halves(asked, sample) for texts in found]
+        return enumerate([texts for _, found in in_halves(asked, sample) for texts in found])
 
     def answer(self, text: Written) -> list[int]:
-        """A text as tokens, with the end-of-text token where the LLM ended it."""
+        """A text as tokens, with the token by which the LLM ended it; one without tokens has an end in any case."""
         (ids,) = plain_tokens(self.llm.tokenizer, [text.text])
-        return [*ids, self.llm.tokenizer.eos_token_id] if text.ended or not ids else ids
+        end = self.llm.tokenizer.eos_token_id if text.end is None else text.end
+        return [*ids, end] if text.ended or not ids else ids
 
     def windows(self, pairs: Sequence[TextPair], alignment: str) -> list[Window]:
         """Windows of the pairs, which ``prompt`` then knows; for SFT the rejected texts are left out."""

@@ -23,6 +23,7 @@ from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.align import Reasoner, align
 from recbole_llm.dpo4rec.places import draw_places, training_loader
+from recbole_llm.dpo4rec.reward import reward_lists
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
@@ -60,6 +61,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         super().start(protocol, run_folder)
         self.run_folder = run_folder
         self.places = draw_places(self.config, protocol)
+        if alignment_rounds(self.config):  # that they cannot be drawn is told before any text is written
+            reward_lists(self.config, protocol, self.places.pairs)
         # None where the model reads no texts; only where it does is it asked for anything.
         self.work: Any = Work(self.config, protocol, self.places) if self.model.reads else None
         keys = ("recommender_model", "knowledge", "llm", "endpoint", "text_encoder", "alignment")
@@ -197,7 +200,9 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self._read(texts)
         read = digest(dict(self.model.named_buffers()))  # vectors of texts and items, and who reads them
         rows = content_hash([loader._dataset.inter_feat[field].tolist() for field in self._row_fields()])
-        others = [read, rows, split_of(self.config), self.protocol.valid.digest]
+        dataset = self.protocol.dataset
+        sizes = [dataset.item_num, dataset.user_num]  # `load_col` moves them, whatever the rows
+        others = [read, rows, sizes, split_of(self.config), self.protocol.valid.digest]
         folder = self._folder("recommender", RECOMMENDER_KEYS, others)
         train = super().fit
 

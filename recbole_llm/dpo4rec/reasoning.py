@@ -1,14 +1,15 @@
 """Stage 1: texts about users, written once, to a file that a killed run goes on with.
 
-A file holds one JSON line a text. Its folder is named by the hash of everything that determines the texts, and they
-are written in fixed batches with a seed of each batch's own: a run that was killed and one that was not have the same
-texts. Of several runs that need the same texts one writes, and the others wait for them.
+A file holds one JSON line a text. Its folder is named by the hash of everything that determines the texts. Ours are
+written in fixed batches with a seed of each batch's own, since a text's sums depend on those beside it: a run that was
+killed and one that was not have the same texts. A server's texts depend on their prompts alone, and so a prompt is
+looked up by itself. Of several runs that need the same texts one writes, and the others wait for them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from recbole_llm.files import content_hash, only_here
 from recbole_llm.llm.sampling import Sampling, Written
 from recbole_llm.progress import bar
 
-# Prompts, sampling, seed -> the texts of each prompt: our LLM or a server.
-Writer = Callable[[Sequence["Asked"], Sampling, int], list[list[Written]]]
+# Prompts, sampling, seed -> number of each prompt and its texts, as they come: our LLM or a server.
+Writer = Callable[[Sequence["Asked"], Sampling, int], Iterable[tuple[int, list[Written]]]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def write_texts(
     seed: int,
     together: int,
     what: str,
+    apart: bool = False,
     show_progress: bool = False,
 ) -> Texts:
     """The texts of each prompt, ``sampling.number`` of each; those that the file holds are read, not written again.
@@ -77,30 +79,36 @@ def write_texts(
         seed: of the draws.
         together: texts written at a time; a prompt's texts stay together.
         what: told in the progress bar.
+        apart: a prompt's texts do not depend on those written beside it. Then neither ``together`` nor the other
+            prompts name the file, and every batch has the same seed.
     """
     told = [content_hash(asdict(one)) for one in asked]
-    name = content_hash([author, asdict(sampling), seed if sampling.temperature else None, together, told])
+    named_by = [author, asdict(sampling), seed if sampling.temperature else None]
+    name = content_hash(named_by if apart else [*named_by, together, told])
     place = folder / f"DPO4Rec-texts-{name[:12]}"
     with only_here(place):
         file = place / "texts.jsonl"
         found, cost = _read(file, told, sampling.number)
-        missing = [batch for batch in _batches(asked, prompts_together(together, sampling))
-                   if any(found[i] is None for i in batch)]  # fmt: skip
+        missing = _missing(_batches(asked, prompts_together(together, sampling)), found, apart)
         done = sum(texts is not None for texts in found)
         shown = bar(total=len(asked), initial=done, desc=what, unit="user", disable=not show_progress or not missing)
         with shown, file.open("a", encoding="utf-8") as out:
             for batch in missing:
-                own, clock = int(seeded(seed, *(told[i] for i in batch)).integers(2**31)), Clock()
-                texts = write([asked[i] for i in batch], sampling, own)
-                each = [value / len(batch) / sampling.number for value in clock.spent()]
-                lines = [_line(asked[i], told[i], number, text, each) for i, mine in zip(batch, texts, strict=True)
-                         for number, text in enumerate(mine)]  # fmt: skip
-                out.write("".join(lines))  # at once, and read by whole batches: a kill leaves no half of one
-                out.flush()
-                for i, mine in zip(batch, texts, strict=True):
-                    found[i] = mine
-                shown.update(len(batch))
+                own = int(seeded(seed, *(() if apart else (told[i] for i in batch))).integers(2**31))
+                clock = Clock()
+                for number, texts in write([asked[i] for i in batch], sampling, own):
+                    i = batch[number]
+                    out.write(_lines(asked[i], told[i], texts, clock.spent()))
+                    out.flush()
+                    found[i], clock = texts, Clock()
+                    shown.update()
     return Texts([texts for texts in found if texts is not None], file, cost)
+
+
+def _missing(batches: Sequence[list[int]], found: Sequence[object], apart: bool) -> list[list[int]]:
+    """Batches that have to be written: whole, unless a prompt's texts do not depend on those beside it."""
+    lacking = [[i for i in batch if found[i] is None] for batch in batches]
+    return [left if apart else batch for batch, left in zip(batches, lacking, strict=True) if left]
 
 
 def prompts_together(texts: int, sampling: Sampling) -> int:
@@ -114,18 +122,22 @@ def _batches(asked: Sequence[Asked], size: int) -> list[list[int]]:
     return [[int(i) for i in order[first : first + size]] for first in range(0, len(order), size)]
 
 
-def _line(one: Asked, told: str, number: int, text: Written, seconds: Sequence[float]) -> str:
+def _lines(one: Asked, told: str, texts: Sequence[Written], seconds: Sequence[float]) -> str:
+    """A line for each text of a prompt, which share the wall and processor seconds."""
     prompt = {"prompt": one.prompt} if isinstance(one.prompt, str) else {}
-    record = {"user": one.user, "known": one.known, "number": number, "asked": told, **asdict(text), **prompt}
-    record["seconds"], record["cpu_seconds"] = seconds
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    each = dict(zip(("seconds", "cpu_seconds"), (value / len(texts) for value in seconds), strict=True))
+    lines = []
+    for number, text in enumerate(texts):
+        record = {"user": one.user, "known": one.known, "number": number, "asked": told, **asdict(text)}
+        lines.append(json.dumps(record | prompt | each, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def _read(file: Path, told: Sequence[str], number: int) -> tuple[list[list[Written] | None], tuple[float, float]]:
-    """Texts that the file holds of each prompt, None where it lacks any, and the seconds that all of them took; a line
-    that a kill cut off is dropped.
+    """Texts that the file holds of each prompt, None where it lacks any, and the seconds that these took; a line that a
+    kill cut off is dropped.
     """
-    kept: dict[str, dict[int, Written]] = {}
+    kept: dict[str, dict[int, Written]] = {one: {} for one in told}
     wall = cpu = 0.0
     if file.is_file():
         whole = file.read_bytes()
@@ -135,13 +147,15 @@ def _read(file: Path, told: Sequence[str], number: int) -> tuple[list[list[Writt
         try:
             for line in sound.decode("utf-8").split("\n")[:-1]:
                 record = json.loads(line)
-                text = Written(record["text"], record["tokens"], record["ended"])
-                kept.setdefault(record["asked"], {})[record["number"]] = text
+                if record["asked"] not in kept:  # a server's file holds prompts of other runs too
+                    continue
+                text = Written(record["text"], record["tokens"], record["ended"], record["end"])
+                kept[record["asked"]][record["number"]] = text
                 wall, cpu = wall + record.get("seconds", 0.0), cpu + record.get("cpu_seconds", 0.0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error!r}): remove it, and its texts are written anew.") from error
     found: list[list[Written] | None] = []
     for asked in told:
-        texts = kept.get(asked, {})
+        texts = kept[asked]
         found.append([texts[n] for n in range(number)] if len(texts) >= number else None)
     return found, (wall, cpu)

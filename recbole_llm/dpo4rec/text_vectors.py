@@ -13,6 +13,7 @@ from recbole.config import Config
 from recbole_llm.environment import versions
 from recbole_llm.errors import UserError
 from recbole_llm.llm.encoder import kept_vectors, text_embeddings, unit
+from recbole_llm.llm.identity import identity
 from recbole_llm.llm.logps import decoder_and_head
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import plain_attention
@@ -40,7 +41,7 @@ def text_vectors(config: Config, texts: Sequence[str]) -> np.ndarray:
             ) from error
     settings = tuple(config[key] for key in ("llm", "dtype", "quantization", "attention"))
     llm = _encoding_llm(config["device"], config["seed"], *settings)
-    revision = [llm.revision, llm.dtype, config["quantization"], versions()]
+    revision = [llm.revision, identity(llm)["tokenizer"], llm.dtype, config["quantization"], versions()]
     return kept_vectors(revision, texts, lambda: _hidden_means(llm, texts, config["token_budget"]))
 
 

@@ -95,6 +95,7 @@ class Work:
             seed=config["seed"],
             together=config["generation_batch"],
             what=what,
+            apart=self.reasoner is None,
             show_progress=config["show_progress"],
         )
         if any(written.found):

@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.half_precision import autocast
@@ -44,11 +44,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Written:
-    """A text, its length in tokens (the end not counted), and whether the LLM ended it by itself."""
+    """A text, its length in tokens (the end not counted), whether the LLM ended it by itself, and the token by which:
+    None where a server wrote, which does not tell.
+    """
 
     text: str
     tokens: int
     ended: bool
+    end: int | None = None
 
 
 @torch.no_grad()
@@ -71,7 +74,8 @@ def sample_texts(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), plain_attention(model):
+    draws = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with draws, plain_attention(model), plain_generation(model):
         torch.manual_seed(seed)
         cache = _prompt_cache(model, ids, mask)
         if sampling.number > 1 and cache is not None:
@@ -115,7 +119,7 @@ def cache_key(model: CausalLM) -> str:
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:
-    """What ``generate`` takes; everything that a model's own generation settings might say otherwise is said."""
+    """What ``generate`` takes."""
     plain = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
     if sampling.temperature == 0:
         return {**plain, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -131,9 +135,21 @@ def ends_of(llm: LLM) -> list[int]:
 
 def _read(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> Written:
     end = next((place for place, token in enumerate(ids) if token in ends), None)
-    ids, ended = ids[:end], end is not None
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Written(text, len(ids), ended)
+    before = ids[:end]
+    text = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Written(text, len(before), end is not None, None if end is None else ids[end])
+
+
+@contextmanager
+def plain_generation(model: CausalLM) -> Iterator[None]:
+    """A model's own generation settings aside: ``generate`` takes from them whatever it is not told, as ``min_p``."""
+    base = base_model(model)
+    before = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 @contextmanager
