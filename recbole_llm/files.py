@@ -24,6 +24,12 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def stamp(file: Path) -> tuple[int, int]:
+    """Time of the last change (ns) and size (bytes): while both stay, what was read of the file holds."""
+    told = file.stat()
+    return told.st_mtime_ns, told.st_size
+
+
 def make_stage_folder(folder: Path) -> Path:
     """The folder, made where it is not there.
 

@@ -81,6 +81,16 @@ def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:
     assert run_hash(LLMConfig(config_dict=both)) != before
 
 
+def test_what_the_other_data_set_loads_names_the_run(both: dict[str, Any]) -> None:
+    given = {**both, "eval_config": {"load_col": {"inter": ["user_id", "item_id", "timestamp"], "ent": ["ent_id"]}}}
+    found = []
+    for item in ("i1", "i2"):
+        (Path(both["data_path"]) / "other" / "other.ent").write_text(f"ent_id:token\n{item}\n")
+        found.append(run_hash(LLMConfig(config_dict=given)))
+    assert found[0] != found[1]
+    run_hash(LLMConfig(config_dict={**both, "eval_config": {"load_col": 3}}))  # named first, told as wrong after
+
+
 def test_the_other_data_set_needs_nothing_that_only_training_needs(both: dict[str, Any]) -> None:
     """More few-shot users than it has, and rejected items by ratings that it lacks."""
     file = Path(both["data_path"]) / "other" / "other.inter"
