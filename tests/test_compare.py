@@ -153,6 +153,7 @@ def test_wrong_settings_of_all_models_are_told_together(toy: dict[str, Any]) -> 
         ("eval_args={'mode': 'uni5'}", "eval_args"),
         ("candidate_seed=1", "candidate_seed"),
         ("mask_history=False", "mask_history"),
+        ("few_shot=5,few_shot_seed=1", "few_shot_seed"),
         ("dataset=ml-100k", "dataset"),
     ],
 )

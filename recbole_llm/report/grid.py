@@ -124,8 +124,10 @@ def cells(
                 try:
                     config = LLMConfig(entry.model, mine.get("dataset", setting.dataset), None, mine)
                     check_recommenders(config)
-                    asked[entry.label] = eval_config_of(config)
-                    _check_mode(setting, asked[entry.label])
+                    of_test = eval_config_of(config)
+                    asked[entry.label] = {key: of_test[key] for key in SHARED}
+                    asked[entry.label]["few_shot_seed"] = config["few_shot_seed"]  # which says who is trained on
+                    _check_mode(setting, of_test)
                 except ConfigError as error:
                     for problem in error.problems:
                         problems.setdefault(problem, []).append(entry.label)
@@ -160,10 +162,10 @@ def _check_mode(setting: Setting, asked: LLMConfig) -> None:
         raise ConfigError([f"{told}; leave out its mode."])
 
 
-def _unlike(asked: dict[str, LLMConfig]) -> Iterator[str]:
-    """What the models of one table are asked differently."""
-    for key in SHARED:
-        values = {label: config[key] for label, config in asked.items()}
+def _unlike(asked: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the models of one table are asked differently, or are trained on other users."""
+    for key in (*SHARED, "few_shot_seed"):
+        values = {label: settings[key] for label, settings in asked.items()}
         if len(set(map(content_hash, values.values()))) > 1:
             each = "; ".join(f"{label} {value!r}" for label, value in values.items())
             yield f"--{key}: must be the same for every model of a comparison: {each}."
