@@ -163,6 +163,11 @@ def test_what_all_must_share(toy: dict[str, Any], changes: str, key: str) -> Non
     assert told[0].startswith(f"--{key}: must be the same for every model of a comparison: Pop ")
 
 
+def test_no_data_set_is_told(toy: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--dataset=\[\]: must be one or several different values"):
+        compare("Pop,BPR", [], {key: value for key, value in toy.items() if key != "dataset"})
+
+
 @pytest.mark.parametrize(
     ("per_model", "told"),
     [

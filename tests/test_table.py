@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from recbole.utils import ModelType
 
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.report import frames
+from recbole_llm.report import formats, frames
 from recbole_llm.report.entries import Options, parse_models
 from recbole_llm.report.formats import html_table, latex, latex_file, latex_text, markdown
 from recbole_llm.report.grid import Setting
@@ -443,10 +444,30 @@ def test_any_text_stays_text_in_html(text: str) -> None:
 @given(st.text(max_size=40))
 def test_any_text_stays_text_in_latex(text: str) -> None:
     """No character of LaTeX's own survives, braces are paired, and all of it is ASCII or Latin letters."""
-    escaped = r"\\text(backslash|asciicircum|asciitilde)\{\}|\\ensuremath\{[^}]*\}|\\[&%$#_{}]|\{-\}"
+    named = "text(backslash|asciicircum|asciitilde|endash|emdash|quote(left|right|dblleft|dblright))"
+    escaped = rf"\\({named}|ldots|ss|o|O|ae|AE|l|L)\{{\}}|" r"\\ensuremath\{[^}]*\}|\\[&%$#_{}]|\{-\}"
     bare = re.sub(escaped, "", latex_text(text))
     assert not set(bare) & set('\\{}&%$#_^~<>|"')
     assert all(ord(c) < 0x1E00 + 0x100 and c.isprintable() for c in bare)
+
+
+def test_letters_that_latex_has_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Greek by Unicode's own names; what is no letter there is told, once."""
+    for letter in "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ":
+        _, size, _, name = unicodedata.name(letter).replace("LAMDA", "LAMBDA").split()
+        told = name.capitalize() if size == "CAPITAL" else name.lower()
+        assert latex_text(letter) == rf"\ensuremath{{\{told}}}"
+    capitals = "\N{GREEK CAPITAL LETTER ALPHA}\N{GREEK CAPITAL LETTER CHI}\N{GREEK SMALL LETTER OMICRON}"
+    assert latex_text(capitals + "\N{MICRO SIGN}") == r"AXo\ensuremath{\mu}"
+    assert latex_text("Łukasz’s “ø–æ” ≤ 2×β…") == (
+        r"\L{}ukasz\textquoteright{}s \textquotedblleft{}\o{}\textendash{}\ae{}\textquotedblright{} "
+        r"\ensuremath{\leq} 2\ensuremath{\times}\ensuremath{\beta}\ldots{}"
+    )
+    assert not caplog.records
+    formats._unknown.cache_clear()
+    assert latex_text("a漢b漢") == latex_text("a漢b漢") == "a?b?"
+    (told,) = [r.getMessage() for r in caplog.records if "6F22" in r.getMessage()]
+    assert told.startswith("table.tex: '漢' (U+6F22) is in no font of LaTeX, and a question mark there")
 
 
 ENGINES = [name for name in ("pdflatex", "tectonic") if shutil.which(name)]
