@@ -255,12 +255,14 @@ def test_every_combination_once(toy: dict[str, Any]) -> None:
     shared = {k: v for k, v in toy.items() if k != "dataset"}
     options, rest = split_options({**shared, "few_shot": [5, None], "modes": "uni9,full", "seeds": [1, 2]})
     grid = cells(parse_models("Pop,BPR[few_shot=7]"), options, rest, "toy")
-    assert len(grid) == len({cell.label for cell in grid}) == 2 * 2 * 2 * 2
+    assert len(grid) == 2 * 2 * 2 * 2
     assert [cell.label for cell in grid[:3]] == [
         "Pop · toy, 5 training users, uni9 · seed 1",
         "Pop · toy, 5 training users, uni9 · seed 2",
-        "BPR[few_shot=7] · toy, 5 training users, uni9 · seed 1",
+        "BPR[few_shot=7] · toy, 7 training users, uni9 · seed 1",
     ]
+    runs = {(cell.label, cell.folder) for cell in grid}
+    assert len(runs) == len({label for label, _ in runs}) == len({folder for _, folder in runs})
     configs = [cell.config for cell in grid]
     assert [c["few_shot"] for c in configs] == [5, 5, 7, 7] * 2 + [None, None, 7, 7] * 2  # an entry's own key wins
     assert [c["eval_args"]["mode"]["test"] for c in configs] == (["uni9"] * 4 + ["full"] * 4) * 2

@@ -410,6 +410,8 @@ def test_appendix_by_hand() -> None:
     pop = Tuned({}, 0.125, [Trial(0, {}, 0.125, 6.0)], {}, "NDCG@10", True)
     lost = Tuned({}, None, [Trial(0, {"k": 100}, None, 0.0, "no")], {"k": {"int": [5, 1000]}}, "NDCG@10", True)
     frame = tuned_frame([("ItemKNN", "toy", tuned), ("Pop", "toy", pop), ("KNN", "toy", lost)])
+    taken = tuned_frame([("A", "toy", replace(pop, source="B")), ("C", "toy", replace(lost, source="B"))])
+    assert taken["chosen"].tolist() == ["nothing to search, as chosen for B", "as chosen for B: no trial succeeded"]
     columns = ["model", "data set", "trials", "failed", "valid metric", "best", "as given", "min", "chosen"]
     expected = [
         ["ItemKNN", "toy", 3, 1, "NDCG@10", 0.5, 0.25, 2.0, "k=7"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,12 @@ class Cell:
     def label(self) -> str:
         """The entry, the setting and the seed, as a log names them."""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        return " · ".join(p for p in (self.entry.label, self.setting.told(), seed) if p)
+        return " · ".join(p for p in (self.entry.label, self.asked(), seed) if p)
+
+    def asked(self) -> str:
+        """The setting in words, with the entry's own training users where it names them."""
+        own = self.config["few_shot"] if self.setting.few_shot_given else self.setting.few_shot
+        return replace(self.setting, few_shot=own).told()
 
     @cached_property
     def folder(self) -> Path:
