@@ -144,6 +144,8 @@ def whole_gzip(file: Path) -> Iterator[gzip.GzipFile]:
     with whole(file, shared=True) as beside, open(beside, "wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
             yield out
+        raw.flush()
+        os.fsync(raw.fileno())  # result.json, which says that the run is whole, is on the disk after it
 
 
 def plain(value: Any) -> Any:

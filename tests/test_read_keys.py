@@ -22,7 +22,7 @@ from recbole_llm.read_keys import (
     PREFERENCE_KEYS,
     unread,
 )
-from recbole_llm.run_folder import data_hash, run_folder_of
+from recbole_llm.run_folder import _hash_of, data_hash, run_folder_of
 from recbole_llm.stages import preference_folder, sft_folder
 
 SINGLE = {"full_ranking", "recommender_config", "worker"} | NEVER_READ
@@ -249,6 +249,15 @@ def test_every_file_that_is_loaded_names_a_run(toy: dict[str, Any]) -> None:
     for suffix in ("inter", "item"):
         told.update(suffix.encode() + (home / f"toy.{suffix}").read_bytes())
     assert data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) == told.hexdigest()
+
+
+def test_data_are_hashed_once_until_they_change(toy: dict[str, Any]) -> None:
+    before, known = [data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) for _ in range(3)], _hash_of.cache_info()
+    assert len(set(before)) == 1 and known.hits >= 2
+    file = Path(toy["data_path"]) / "toy" / "toy.inter"
+    file.write_text(file.read_text() + "u1\ti1\t5\t999\n")
+    assert data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) != before[0]
+    assert _hash_of.cache_info().misses == known.misses + 1
 
 
 @pytest.mark.parametrize(
