@@ -181,7 +181,7 @@ def guessed_seconds(config: Config, with_sft: bool = True) -> float:
 
 def _sizes(config: Config) -> dict[str, float]:
     file, separator = atomic_file(config.final_config_dict, config["dataset"], "inter"), config["field_separator"]
-    rows, n_users = _counted(file, separator, config["USER_ID_FIELD"], stamp(file))
+    rows, n_users = _counted(file.absolute(), separator, config["USER_ID_FIELD"], stamp(file))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
     return {
         "rows": rows * share,

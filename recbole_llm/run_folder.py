@@ -51,7 +51,7 @@ def _files_hash(settings: Mapping[str, Any], dataset: str) -> str:
     columns, more = settings.get("load_col"), settings.get("additional_feat_suffix") or []
     loaded = {*(columns if isinstance(columns, dict) else {}), *([more] if isinstance(more, str) else more)}
     files = ((s, atomic_file(settings, dataset, s)) for s in (*ATOMIC, *sorted(loaded.difference(ATOMIC))))
-    return _hash_of(tuple((suffix, file, stamp(file)) for suffix, file in files if file.is_file()))
+    return _hash_of(tuple((suffix, file.absolute(), stamp(file)) for suffix, file in files if file.is_file()))
 
 
 @lru_cache  # asked for each run of a comparison

@@ -64,7 +64,7 @@ def untested(columns: Sequence[str], tests: pd.DataFrame) -> list[str]:
 
 
 def _unlike(results: Results) -> list[str]:
-    """What of each line is read, or selects its epochs, where lines differ in it; the most frequent value first."""
+    """What lines read, or select epochs by, where they differ in it; the most frequent value first."""
     told = []
     for key, sentence in UNLIKE.items():
         values = {line.label: line.reads[key] for line in results.finished if key in line.reads}

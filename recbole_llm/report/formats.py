@@ -90,7 +90,7 @@ GREEK = """
 Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Υ Upsilon Φ Phi Ψ Psi Ω Omega
 """.split()
 _LATEX |= {letter: rf"\ensuremath{{\{name}}}" for letter, name in zip(GREEK[::2], GREEK[1::2], strict=True)}
-_LATEX |= dict(zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧοµ", [*"ABEZHIKMNOPTXo", _LATEX["μ"]], strict=True))  # noqa: RUF001 - they are Greek
+_LATEX |= dict(zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧοµ", [*"ABEZHIKMNOPTXo", _LATEX["μ"]], strict=True))
 ACCENTS = {"0300", "0301", "0302", "0303", "0304", "0306", "0307", "0308", "030A", "030B", "030C", "0327"}
 # A file that compiles by itself and can be \input into a paper, where \@nodocument is \relax.
 LATEX_BEGIN = r"""% Compiles as it is; or \input it into a paper that loads booktabs and graphicx.
