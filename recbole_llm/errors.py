@@ -31,7 +31,11 @@ class ConfigError(UserError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
-class NotAtHand(UserError):
+class MachineError(UserError):
+    """What says nothing about the settings: a full disk, a damaged file. Once that is mended the same run goes well."""
+
+
+class NotAtHand(MachineError):
     """Weights or a server that cannot be had here and now, whatever the values are: another try may have them."""
 
 

@@ -24,6 +24,12 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def stamp(file: Path) -> tuple[int, int]:
+    """Time of the last change (ns) and size (bytes): while both stay, what was read of the file holds."""
+    told = file.stat()
+    return told.st_mtime_ns, told.st_size
+
+
 def make_stage_folder(folder: Path) -> Path:
     """The folder, made where it is not there.
 
@@ -138,6 +144,8 @@ def whole_gzip(file: Path) -> Iterator[gzip.GzipFile]:
     with whole(file, shared=True) as beside, open(beside, "wb") as raw:
         with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as out:
             yield out
+        raw.flush()
+        os.fsync(raw.fileno())  # result.json, which says that the run is whole, is on the disk after it
 
 
 def plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm as plain_tqdm
 
 from recbole_llm.data.atomic import atomic_file, read_header, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
+from recbole_llm.files import stamp
 from recbole_llm.read_keys import SFT_KEYS, reranks
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
@@ -180,16 +181,22 @@ def guessed_seconds(config: Config, with_sft: bool = True) -> float:
 
 def _sizes(config: Config) -> dict[str, float]:
     file, separator = atomic_file(config.final_config_dict, config["dataset"], "inter"), config["field_separator"]
-    column = [*read_header(file, separator)].index(config["USER_ID_FIELD"])
-    with open(file, encoding="utf-8", errors="replace") as lines:  # users are counted, not named
-        users = [line.rstrip("\n").split(separator)[column] for line in lines if line.strip()][1:]
-    n_users = len(set(users))
+    rows, n_users = _counted(file.absolute(), separator, config["USER_ID_FIELD"], stamp(file))
     share = min(1.0, (config["few_shot"] or n_users) / n_users)
     return {
-        "rows": len(users) * share,
+        "rows": rows * share,
         "users": n_users * share,
         "tested": min(config["eval_users"] or n_users, n_users),
     }
+
+
+@lru_cache  # asked for each run and search of a comparison
+def _counted(file: Path, separator: str, user_field: str, _: tuple[int, int]) -> tuple[int, int]:
+    """Rows and users of a file, which is read again when its stamp is another."""
+    column = [*read_header(file, separator)].index(user_field)
+    with open(file, encoding="utf-8", errors="replace") as lines:  # users are counted, not named
+        users = [line.rstrip("\n").split(separator)[column] for line in lines if line.strip()][1:]
+    return len(users), len(set(users))
 
 
 def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> float:

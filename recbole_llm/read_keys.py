@@ -66,7 +66,8 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
         found |= BASE_KEYS
     if "full" not in asked_modes(settings):
         found.add("full_ranking")
-    return found if needed_recommenders(settings) else found | {"recommender_config"}
+    # Loaders, and so their processes, are the recommenders' alone.
+    return found if needed_recommenders(settings) else found | {"recommender_config", "worker"}
 
 
 def needed_recommenders(settings: Mapping[str, Any]) -> list[str]:

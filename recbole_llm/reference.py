@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from recbole_llm.costs import Clock
 from recbole_llm.data.prompt import Window
 from recbole_llm.distributed import from_first
-from recbole_llm.errors import UserError
+from recbole_llm.errors import MachineError
 from recbole_llm.files import content_hash, only_here, whole
 from recbole_llm.llm.adapter import digest
 from recbole_llm.progress import bar
@@ -109,7 +109,7 @@ def _write(file: Path, reference: list[list[list[float]]], spent: tuple[float, f
             known = {"sha256": digest(tensors), "seconds": seconds, "cpu_seconds": cpu_seconds}
             save_file(tensors, beside, metadata=known)
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise MachineError(
             f"--checkpoint_dir: reference log-probs could not be kept in {file.parent} ({error}). Free some space, or "
             "name another folder."
         ) from error

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_llm.distributed import from_first, is_first
-from recbole_llm.errors import UserError
+from recbole_llm.errors import MachineError
 from recbole_llm.files import content_hash, whole
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
 from recbole_llm.llm.identity import check_identity, identity
@@ -114,7 +114,7 @@ class StageProgress:
                 with open(beside, "rb") as written:
                     os.fsync(written.fileno())
         except (OSError, SafetensorError) as error:
-            raise UserError(
+            raise MachineError(
                 f"--checkpoint_dir: where the stage is could not be saved in {file} ({error}). Free some space and "
                 "give the same command again: it goes on at the save before."
             ) from error

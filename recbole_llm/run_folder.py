@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from recbole_llm.data.atomic import atomic_file, dataset_folder
 from recbole_llm.data.template import FAMILIES, load_template
 from recbole_llm.environment import versions
 from recbole_llm.errors import UserError
-from recbole_llm.files import content_hash, plain, write_text
+from recbole_llm.files import content_hash, plain, stamp, write_text
 from recbole_llm.llm.identity import local_weights
+from recbole_llm.llm.model_cache import file_sha256
 from recbole_llm.read_keys import unread
 
 # What does not change a result, and so does not name a run.
@@ -31,26 +33,32 @@ NOT_IN_HASH = {
     "data_path",
     "log_wandb",
     "wandb_project",
-    "worker",
     "save_dataset",
     "save_dataloaders",
     "dataset_save_path",
     "dataloaders_save_path",
     "config_files",
 }
+ATOMIC = ("inter", "item", "user", "kg", "link")  # files of a data set that count whether or not they are loaded
 
 
 def data_hash(config: Config) -> str:
-    """SHA-256 of the data set's atomic files."""
+    """SHA-256 of the data set's atomic files, and of those that ``load_col`` or ``additional_feat_suffix`` name."""
     return _files_hash(config.final_config_dict, config["dataset"])
 
 
 def _files_hash(settings: Mapping[str, Any], dataset: str) -> str:
+    columns, more = settings.get("load_col"), settings.get("additional_feat_suffix") or []
+    loaded = {*(columns if isinstance(columns, dict) else {}), *([more] if isinstance(more, str) else more)}
+    files = ((s, atomic_file(settings, dataset, s)) for s in (*ATOMIC, *sorted(loaded.difference(ATOMIC))))
+    return _hash_of(tuple((suffix, file.absolute(), stamp(file)) for suffix, file in files if file.is_file()))
+
+
+@lru_cache  # asked for each run of a comparison
+def _hash_of(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> str:
     told = hashlib.sha256()
-    for suffix in ("inter", "item", "user", "kg", "link"):
-        file = atomic_file(settings, dataset, suffix)
-        if file.is_file():
-            told.update(suffix.encode() + file.read_bytes())
+    for suffix, file, _ in files:
+        told.update(suffix.encode() + file.read_bytes())
     return told.hexdigest()
 
 
@@ -66,10 +74,14 @@ def run_hash(config: Config) -> str:
     for model in [*(config[key] for key in ("llm", "encoder", "text_encoder") if key in config), asked]:
         if model and (weights := local_weights(model)):  # what lies there may change too
             what.append(weights)
+    for key, value in config.final_config_dict.items():  # of weights that a model begins with (NeuMF, NAIS, ...)
+        if key.endswith("_path") and key not in left_out and isinstance(value, str) and Path(value).is_file():
+            what.append([key, file_sha256(Path(value))])
     if other := config["eval_dataset"]:
-        given = {**config.external_config_dict, **(config["eval_config"] or {})}
-        path = given.get("data_path", config.internal_config_dict["data_path"])
-        what.append(_files_hash({"data_path": str(dataset_folder(path, other))}, other))
+        own = config["eval_config"] or {}  # as it was typed: it is checked later
+        path = {**config.external_config_dict, **own}.get("data_path", config.internal_config_dict["data_path"])
+        reads = {"data_path": str(dataset_folder(path, other)), "load_col": own.get("load_col")}
+        what.append(_files_hash(reads, other))
     return content_hash(what)
 
 

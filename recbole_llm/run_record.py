@@ -15,6 +15,9 @@ from recbole_llm.report.card import model_card
 from recbole_llm.run_folder import data_hash
 from recbole_llm.transfer import eval_config_of
 
+# Of models that train nothing: RecBole wants a parameter of every one.
+UNUSED = ("fake_loss", "dummy_param")
+
 
 def save_run(
     folder: Path,
@@ -64,7 +67,8 @@ def _record(
     costs: dict[str, Any],
 ) -> dict[str, Any]:
     """What ``result.json`` holds; arguments as of ``save_run``."""
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    trainable = sum(p.numel() for name, p in parameters if name not in UNUSED)
     trainable += getattr(trainer, "aligned_parameters", 0)
     ranked = eval_config_of(config)
     return {

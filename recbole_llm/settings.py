@@ -9,6 +9,7 @@ import ast
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def read_yaml(file: str) -> dict[str, Any]:
         file: as ``shipped`` finds it.
 
     Raises:
-        ConfigError: no such file, or not plain ``key: value`` YAML.
+        ConfigError: no such file, not plain ``key: value`` YAML, or dates, sets and keys that are not text in it.
     """
     try:
         loaded = yaml.load(shipped(file).read_text(encoding="utf-8"), Loader=SettingsLoader)
@@ -136,7 +137,28 @@ def read_yaml(file: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         kind = type(loaded).__name__
         raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not a {kind}."])
-    return {str(key): value for key, value in loaded.items()}
+    if problems := [*unlike_settings(loaded)]:
+        raise ConfigError([f"--config_files: `{file}`, {problem}" for problem in problems])
+    return loaded
+
+
+def unlike_settings(value: Any, where: str = "") -> Iterator[str]:
+    """A sentence for each key that is not text, and each date or set: neither can be kept or hashed as JSON.
+
+    Args:
+        where: the keys above, with dots between.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from unlike_settings(inner, f"{where}.{key}" if where else key)
+            else:
+                yield f"{where or 'at the top'}: the key {key!r} is not text; put it in quotes."
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from unlike_settings(inner, where)
+    elif not (value is None or isinstance(value, (str, int, float))):
+        yield f"{where}: `{value}` is read as a {type(value).__name__}; put it in quotes."
 
 
 def read_yamls(files: list[str]) -> dict[str, Any]:

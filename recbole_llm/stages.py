@@ -36,6 +36,7 @@ RERANK_KEYS = (
     "rerank_weight",
     "full_ranking",
     "recommender_config",
+    "worker",
 )
 # What names a stage under some settings alone: `_sometimes`, and of a preference stage its folder, say when.
 SOMETIMES = {*SELECTION_KEYS, *RERANK_KEYS, "attention", "token_budget", "encoder"}
@@ -225,7 +226,7 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     """``<checkpoint_dir>/stages/<loss>-<hash>`` of all that is read but how the trained model is asked."""
     read = _sometimes(config, protocol)
     if {"oracle_model", "from_model"} & set(needed_recommenders(config)):  # which validate, whether or not we do
-        read += ["recommender_config", "valid_metric", "metric_decimal_place"]
+        read += ["recommender_config", "worker", "valid_metric", "metric_decimal_place"]
     chooses_by_text = "semantic" in config["rejected"].split("+")
     read += ["encoder"] if chooses_by_text else []
     left_out = NOT_IN_HASH | ASKS_TEST | LAST_BITS | unread(config.final_config_dict) | (SOMETIMES - set(read))

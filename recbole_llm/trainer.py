@@ -27,7 +27,7 @@ from torch.nn import Module
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import is_first
-from recbole_llm.errors import UserError
+from recbole_llm.errors import MachineError, UserError
 from recbole_llm.evaluator import PerUserEvaluator, Ranking
 from recbole_llm.harm import harm_metrics, title_embeddings
 from recbole_llm.llm.budget import in_halves
@@ -182,7 +182,7 @@ class ProtocolEvaluation(_Trainer):
             os.replace(beside, self.saved_model_file)
         except (OSError, RuntimeError) as error:
             Path(beside).unlink(missing_ok=True)
-            raise UserError(
+            raise MachineError(
                 f"--checkpoint_dir={self.config['checkpoint_dir']}: could not save {self.saved_model_file} ({error}). "
                 "Free some space, or name another folder; the last good checkpoint is untouched."
             ) from error
@@ -195,7 +195,7 @@ class ProtocolEvaluation(_Trainer):
             with torch.serialization.safe_globals(MATRICES):
                 state = torch.load(file, map_location=self.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged or foreign file
-            raise UserError(
+            raise MachineError(
                 f"{file} is no checkpoint of plain tensors, or it is damaged: {error}. Remove {Path(file).parent}, and "
                 "what lies there is trained anew."
             ) from error

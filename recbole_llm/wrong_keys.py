@@ -78,6 +78,10 @@ def _unlike_default(key: str, value: Any, default: Any) -> str | None:
     """RecBole's keys: a number stays a number, a switch a switch, and so on."""
     if key in _LOOSE or key in ("topk", "metrics", "eval_args", "valid_metric"):  # told with the evaluation
         return None
+    if key == "additional_feat_suffix":  # which RecBole's own YAML has as a text and as a list
+        texts = value if isinstance(value, list) else [value]
+        fine = value is None or all(isinstance(text, str) for text in texts)
+        return None if fine else "must be text, or a list of it"
     if isinstance(default, bool):
         return flag(value)
     if isinstance(default, int):

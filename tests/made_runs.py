@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from recbole.utils import ModelType
 
 from recbole_llm.environment import environment, versions
 from recbole_llm.files import write_json, write_table, write_text
@@ -64,7 +65,8 @@ class MadeConfig(dict[str, Any]):
 
 def cell_of(label: str, folder: Path, setting: Setting = NOT_GIVEN, seed: int | None = None) -> Cell:
     """A cell of the grid whose run lies in ``folder``."""
-    config: Any = MadeConfig(dataset="toy", eval_dataset=None, few_shot=setting.few_shot)
+    told = {"valid_users": None, "eval_users": None, "MODEL_TYPE": ModelType.SEQUENTIAL, "MAX_ITEM_LIST_LENGTH": 20}
+    config: Any = MadeConfig(dataset="toy", eval_dataset=None, few_shot=setting.few_shot, **told)
     cell = Cell(Entry(label, label.partition("[")[0], {}), setting, seed, {}, config)
     cell.__dict__["folder"] = folder  # else it is asked of the configuration
     return cell

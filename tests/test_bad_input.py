@@ -328,3 +328,19 @@ def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.Mo
         write_table(tmp_path / "table.csv.gz", frame)
     assert len(set(beside)) == 4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["table.csv.gz", "table.md"]
+
+
+def test_a_table_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``result.json`` follows it, and says that the run is whole."""
+    order: list[tuple[str, int]] = []
+    rename = os.replace
+
+    def named(*names: Any) -> None:
+        order.append(("named", os.stat(names[0]).st_size))
+        rename(*names)
+
+    monkeypatch.setattr(os, "fsync", lambda number: order.append(("fsync", os.fstat(number).st_size)))
+    monkeypatch.setattr(os, "replace", named)
+    file = tmp_path / "a.csv.gz"
+    write_table(file, pd.DataFrame({"a": range(1000)}))
+    assert order == [("fsync", file.stat().st_size), ("named", file.stat().st_size)]

@@ -80,6 +80,7 @@ def test_a_word_without_a_flag(words: list[str]) -> None:
     [
         (["epochs=3"], ["`epochs=3`: flags look like --key=value."]),
         (["--"], ["`--`: flags look like --key=value."]),
+        (["--val_interval={1: 'x', 'a': 'y'}"], ["--val_interval: the key 1 is not text; put it in quotes."]),
         (["--=3"], ["`--=3`: flags look like --key=value."]),
         (["-x"], ["`-x`: flags look like --key=value."]),
         (["--epochs"], ["--epochs: give it a value, for example --epochs=..."]),

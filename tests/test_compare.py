@@ -153,6 +153,7 @@ def test_wrong_settings_of_all_models_are_told_together(toy: dict[str, Any]) -> 
         ("eval_args={'mode': 'uni5'}", "eval_args"),
         ("candidate_seed=1", "candidate_seed"),
         ("mask_history=False", "mask_history"),
+        ("few_shot=5,few_shot_seed=1", "few_shot_seed"),
         ("dataset=ml-100k", "dataset"),
     ],
 )
@@ -160,6 +161,11 @@ def test_what_all_must_share(toy: dict[str, Any], changes: str, key: str) -> Non
     """Else they would only be found out when all runs are done."""
     told = told_by(toy, ["Pop", f"BPR[{changes}]"])
     assert told[0].startswith(f"--{key}: must be the same for every model of a comparison: Pop ")
+
+
+def test_no_data_set_is_told(toy: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--dataset=\[\]: must be one or several different values"):
+        compare("Pop,BPR", [], {key: value for key, value in toy.items() if key != "dataset"})
 
 
 @pytest.mark.parametrize(
@@ -249,12 +255,14 @@ def test_every_combination_once(toy: dict[str, Any]) -> None:
     shared = {k: v for k, v in toy.items() if k != "dataset"}
     options, rest = split_options({**shared, "few_shot": [5, None], "modes": "uni9,full", "seeds": [1, 2]})
     grid = cells(parse_models("Pop,BPR[few_shot=7]"), options, rest, "toy")
-    assert len(grid) == len({cell.label for cell in grid}) == 2 * 2 * 2 * 2
+    assert len(grid) == 2 * 2 * 2 * 2
     assert [cell.label for cell in grid[:3]] == [
         "Pop · toy, 5 training users, uni9 · seed 1",
         "Pop · toy, 5 training users, uni9 · seed 2",
-        "BPR[few_shot=7] · toy, 5 training users, uni9 · seed 1",
+        "BPR[few_shot=7] · toy, 7 training users, uni9 · seed 1",
     ]
+    runs = {(cell.label, cell.folder) for cell in grid}
+    assert len(runs) == len({label for label, _ in runs}) == len({folder for _, folder in runs})
     configs = [cell.config for cell in grid]
     assert [c["few_shot"] for c in configs] == [5, 5, 7, 7] * 2 + [None, None, 7, 7] * 2  # an entry's own key wins
     assert [c["eval_args"]["mode"]["test"] for c in configs] == (["uni9"] * 4 + ["full"] * 4) * 2

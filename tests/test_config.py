@@ -238,6 +238,26 @@ def test_all_wrong_files_are_told(toy: dict[str, Any], tmp_path: Path) -> None:
     ]
 
 
+def test_what_no_setting_can_be_is_told_at_once(tmp_path: Path) -> None:
+    """YAML 1.1 reads dates and numbers where texts are meant, RecBole's intervals among them."""
+    text = (
+        "val_interval: {timestamp: 2001-01-01, 1: x, y: [{no: z}]}\nout: !!set {a}\n2: 3\nseed: 2001-01-01 10:00:00\n"
+    )
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as told:
+        read_yaml(str(file))
+    start = f"--config_files: `{file}`, "
+    assert told.value.problems == [
+        f"{start}val_interval.timestamp: `2001-01-01` is read as a date; put it in quotes.",
+        f"{start}val_interval: the key 1 is not text; put it in quotes.",
+        f"{start}val_interval.y: the key False is not text; put it in quotes.",
+        f"{start}out: `{{'a'}}` is read as a set; put it in quotes.",
+        f"{start}at the top: the key 2 is not text; put it in quotes.",
+        f"{start}seed: `2001-01-01 10:00:00` is read as a datetime; put it in quotes.",
+    ]
+
+
 @given(st.text(max_size=30) | st.from_regex(r"[\[\]{}(),'\"0-9eE:.\-+ _xobj]{0,20}", fullmatch=True))
 def test_any_text_is_a_value(text: str) -> None:
     value = parse_value(text)
@@ -342,6 +362,8 @@ def test_keys_nothing_reads(toy: dict[str, Any], model: str, settings: dict[str,
         ({"data_path": None}, "--data_path=None: must be text."),
         ({"show_progress": "yes"}, "--show_progress='yes': must be True or False."),
         ({"require_pow": 0}, "must be True or False."),
+        ({"additional_feat_suffix": 5}, "--additional_feat_suffix=5: must be text, or a list of it."),
+        ({"additional_feat_suffix": ["ent", 5]}, "must be text, or a list of it."),
         ({"numerical_features": "a"}, "must be a list"),
         ({"train_neg_sample_args": 3}, "must be a table"),
         ({"wandb_project": 3}, "--wandb_project=3: must be text."),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_a_process_that_is_killed_is_a_failed_run(
     told = jobs.run_apart(jobs._asked(cell, 1))
     assert told is not None and "its process ended by signal 9" in told and "console.log" in told
     assert "error" in jobs._record(cell, told)
+
+
+def test_settings_that_are_no_json_fail_one_run(toy: dict[str, Any]) -> None:
+    """As Python may give them: the runs beside it go on."""
+    (cell,) = grid_of(toy, "Pop")
+    asked = jobs._asked(cell, 1)
+    asked["settings"] = asked["settings"] | {"val_interval": {"timestamp": date(2001, 1, 1)}}
+    told = jobs.run_apart(asked)
+    assert told is not None and told.startswith("TypeError: Object of type date is not JSON serializable")
 
 
 @pytest.mark.faults

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,3 +39,10 @@ def test_recbole_counts_once_a_batch(toy: dict[str, Any]) -> None:
 def test_the_seed_changes_nothing(toy: dict[str, Any]) -> None:
     first, second = (run_recbole_llm("Pop", config_dict={**toy, "seed": seed})["test_result"] for seed in (1, 2))
     assert first == second and 0 < first["ndcg@10"] < 1
+
+
+@pytest.mark.parametrize("model", ["Pop", "ItemKNN", "EASE", "Random"])
+def test_what_trains_nothing_has_no_trained_parameters(toy: dict[str, Any], model: str) -> None:
+    """RecBole's models of this kind hold one that is never used."""
+    folder = Path(run_recbole_llm(model, None, None, toy)["run_folder"])
+    assert json.loads((folder / "result.json").read_text())["trainable_parameters"] == 0

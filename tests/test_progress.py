@@ -55,6 +55,20 @@ def test_what_costs_more_is_guessed_longer(toy: dict[str, Any], tiny: dict[str, 
     assert guessed_seconds(made(tiny), with_sft=False) < seconds()
 
 
+def test_a_file_is_read_once_until_it_changes(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans ask for every run of a comparison."""
+    read: list[Path] = []
+    real = progress.read_header
+    monkeypatch.setattr(progress, "read_header", lambda *args: (read.append(args[0]), real(*args))[1])
+    config = made(toy, model="BPR")
+    before = [guessed_seconds(made(toy, model="BPR", seed=seed)) for seed in (1, 2, 3)]
+    assert len(read) == 1 and len(set(before)) == 1
+    file = Path(config["data_path"]) / "toy.inter"
+    rows = file.read_text(encoding="utf-8")
+    file.write_text(rows + rows.partition("\n")[2], encoding="utf-8")
+    assert guessed_seconds(config) > before[0] and len(read) == 2
+
+
 def test_a_shared_stage_and_a_finished_run_are_not_guessed_again(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

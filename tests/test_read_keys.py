@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from recbole_llm.read_keys import (
     PREFERENCE_KEYS,
     unread,
 )
-from recbole_llm.run_folder import run_folder_of
+from recbole_llm.run_folder import _hash_of, data_hash, run_folder_of
 from recbole_llm.stages import preference_folder, sft_folder
 
-SINGLE = {"full_ranking", "recommender_config"} | NEVER_READ
+SINGLE = {"full_ranking", "recommender_config", "worker"} | NEVER_READ
 DRAW_KEYS = {"popularity_exponent", "from_model", "rejected_pool"}
 PREFERENCE_ALONE = PREFERENCE_KEYS | ORACLE_KEYS | DRAW_KEYS | {"smoothing", "dynamic_margin"}
 # Of each key a value that is not the default.
@@ -58,6 +59,7 @@ OTHER: dict[str, Any] = {
     "rerank_model": "BPR",
     "rerank_topk": 3,
     "recommender_config": {"epochs": 1},
+    "worker": 2,
 }
 RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "zero-shot": (
@@ -114,13 +116,13 @@ def test_what_a_run_does_not_read_changes_no_result(name: str, tiny: dict[str, A
     [
         (
             {"loss": "RosePO", "smoothing": "oracle"},
-            ORACLE_KEYS | {"recommender_config", "beta", "smoothing", "train_batch_size"},
+            ORACLE_KEYS | {"recommender_config", "worker", "beta", "smoothing", "train_batch_size"},
         ),
         ({"loss": "RosePO", "smoothing": 0.1}, {"smoothing"}),
         ({"loss": "DMPO", "dynamic_beta": True, "rejected": "popularity"}, {"dynamic_margin", "popularity_exponent"}),
         (
             {"loss": "DMPO", "rejected": "from_model"},
-            {"from_model", "recommender_config", "preference_positions", "rejected_pool"},
+            {"from_model", "recommender_config", "worker", "preference_positions", "rejected_pool"},
         ),
         ({"rerank_candidates": True}, {"rerank_model", "rerank_topk", "recommender_config"}),
         (
@@ -206,6 +208,7 @@ def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, 
         ({"loss": "RosePO", "eval_step": 0}, {"valid_metric": "Hit@1"}, False),  # its judges are validated
         ({"rejected": "from_model", "eval_step": 0}, {"metric_decimal_place": 2}, False),
         ({"rejected": "from_model"}, {"recommender_config": {"epochs": 3}}, False),
+        ({"rejected": "from_model"}, {"worker": 2}, False),  # whose processes draw its negatives
         ({}, {"valid_metric": "Hit@1"}, True),
         ({"rerank_candidates": True}, {"rerank_topk": 3}, True),
         ({"rerank_candidates": True}, {"rerank_weight": 0.5}, True),
@@ -218,6 +221,54 @@ def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, 
 def test_what_trains_names_its_stage(pairs: dict[str, Any], shared: Any, changed: Any, sft_too: bool) -> None:
     before, after = stage_names({**pairs, **shared}), stage_names({**pairs, **shared, **changed})
     assert before[1] != after[1] and (before[0] != after[0]) == sft_too
+
+
+def test_processes_that_draw_negatives_name_a_run(toy: dict[str, Any]) -> None:
+    """Those of RecBole's loaders draw by states of their own: other numbers."""
+    settings = {**toy, "model": "BPR", "epochs": 3, "learning_rate": 0.05}
+    one, two = (run_recbole_llm(config_dict={**settings, "worker": number}) for number in (0, 2))
+    assert one["best_valid_result"] != two["best_valid_result"]
+    assert Path(one["run_folder"]).name != Path(two["run_folder"]).name
+
+
+def test_every_file_that_is_loaded_names_a_run(toy: dict[str, Any]) -> None:
+    """Of an own suffix too, whether `load_col` or `additional_feat_suffix` names it; what is not loaded does not."""
+    file = Path(toy["data_path"]) / "toy" / "toy.ent"
+    inter = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    vectors = {"load_col": {**inter, "ent": ["ent_id", "ent_emb"]}, "alias_of_item_id": ["ent_id"]}
+    cases = [{"model": "BPR"}, vectors, {"additional_feat_suffix": "ent"}, {"additional_feat_suffix": ["ent"]}]
+    hashes = []
+    for vector in ("1.0 2.0", "3.0 4.0"):
+        file.write_text(f"ent_id:token\tent_emb:float_seq\ni1\t{vector}\n", encoding="utf-8")
+        configs = [LLMConfig(config_dict={"model": "GRU4RecKG", **toy, **given}) for given in cases]
+        hashes.append([(data_hash(config), run_folder_of(config)) for config in configs])
+    assert [one[0] == other[0] for one, other in zip(*hashes, strict=True)] == [True, False, False, False]
+    assert [one[1] == other[1] for one, other in zip(*hashes, strict=True)][1:] == [False] * 3
+    home = file.parent  # by hand: suffix and content of each file in turn
+    told = hashlib.sha256()
+    for suffix in ("inter", "item"):
+        told.update(suffix.encode() + (home / f"toy.{suffix}").read_bytes())
+    assert data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) == told.hexdigest()
+
+
+def test_data_are_hashed_once_until_they_change(toy: dict[str, Any]) -> None:
+    before, known = [data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) for _ in range(3)], _hash_of.cache_info()
+    assert len(set(before)) == 1 and known.hits >= 2
+    file = Path(toy["data_path"]) / "toy" / "toy.inter"
+    file.write_text(file.read_text() + "u1\ti1\t5\t999\n")
+    assert data_hash(LLMConfig(config_dict={**toy, "model": "Pop"})) != before[0]
+    assert _hash_of.cache_info().misses == known.misses + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "key"), [("NAIS", "pretrain_path"), ("NeuMF", "mf_pretrain_path"), ("ConvNCF", "pre_model_path")]
+)
+def test_weights_that_a_model_begins_with_name_a_run(toy: dict[str, Any], tmp_path: Path, model: str, key: str) -> None:
+    file, names = tmp_path / "begin.pth", []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        names.append(run_folder_of(LLMConfig(config_dict={**toy, "model": model, key: str(file)})))
+    assert names[0] == names[2] != names[1]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,29 @@ def test_sections(text: str) -> None:
         assert told in page.text
 
 
+def test_a_run_of_several_settings_is_one(tmp_path: Path) -> None:
+    """An entry with training users of its own is the same run in both settings, and told with its own number."""
+    settings = [Setting("toy", 50, True, None), Setting("toy", None, True, None)]
+    cells, records = made_grid(tmp_path / "saved", ["Pop", "BPR[few_shot=30]"], settings, seeds=(1,), users=10)
+    for cell in (cells[1], cells[3]):
+        cell.config["few_shot"] = 30
+    cells[3].__dict__["folder"] = cells[1].folder
+    records[3] = records[1]
+    text, _ = written(tmp_path, cells, records, plots=False)
+    page = Page(text)
+    assert "2 models on toy; 2 settings; seed 1; 3 runs." in page.text
+    environment, runs = (
+        text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ("environment", "runs")
+    )
+    assert runs.count("BPR[<wbr>few_shot=30]") == 1 and "30 training users" in runs and runs.count("<tr>") == 4
+    assert '<td class="text">3</td>' in environment
+    records[1] = records[3] = {k: v for k, v in records[1].items() if k != "run_folder"} | {"error": "no"}
+    del records[1]["metrics"]
+    text, _ = written(tmp_path, cells, records, plots=False)
+    failed = text.partition('<section id="failed">')[2].partition("</section>")[0]
+    assert "3 runs, 1 of them failed." in Page(text).text and failed.count("<tr>") == 2
+
+
 def test_minutes_of_tuning(tmp_path: Path) -> None:
     """Beside the costs of the runs, with a link to it: 3 trials of 80 seconds."""
     cells, records = made_grid(tmp_path / "saved", ["Pop", "BPR"], [NOT_GIVEN], users=10)

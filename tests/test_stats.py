@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
 
 from recbole_llm.report import stats
 
@@ -140,6 +141,15 @@ def test_detectable_is_what_a_test_finds() -> None:
     size = stats.detectable(rng.normal(0, 1, (1, 100_000)))[0] * math.sqrt(100_000 / 50)
     found = stats.paired_t(rng.normal(size, 1, (4000, 50)), np.ones(4000))[1] < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize(("alternative", "theirs"), [("two-sided", "two-sided"), ("better", "larger")])
+def test_detectable_is_statsmodels(alternative: str, theirs: str) -> None:
+    """In standard deviations, by the normal approximation with one sample (``ratio=0``)."""
+    differences = np.random.default_rng(0).normal(0.1, 2, (3, 400))
+    found = stats.detectable(differences, 0.01, 0.9, alternative) / differences.std(1, ddof=1)
+    expected = NormalIndPower().solve_power(nobs1=400, alpha=0.01, power=0.9, ratio=0, alternative=theirs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # Users without a value, and differences that do not vary

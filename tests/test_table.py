@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recbole.utils import ModelType
 
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.report import frames
+from recbole_llm.report import formats, frames
 from recbole_llm.report.entries import Options, parse_models
 from recbole_llm.report.formats import html_table, latex, latex_file, latex_text, markdown
 from recbole_llm.report.grid import Setting
-from recbole_llm.report.results import Line, Results, direction, merit, metric_name, user_rows
+from recbole_llm.report.results import Line, Results, collect, direction, merit, metric_name, user_rows
 from recbole_llm.report.significance import baselines, check_resamples, comparisons
 from recbole_llm.report.summary import found
 from recbole_llm.report.table import (
@@ -35,6 +37,7 @@ from recbole_llm.report.table import (
     results_table,
     significance_table,
 )
+from tests.made_runs import NOT_GIVEN, made_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = r"""A_b & 50% $x^2$ #1 {y} ~ \input{/etc/passwd} <script>alert("1")</script> | `code` é 漢 ](http://x)"""
@@ -289,6 +292,33 @@ def test_tuning_is_said(results: Results) -> None:
     assert "tuned" not in told[0] and "Every line tuned on validation by 8 trials at most." in told[1]
 
 
+def test_columns_without_a_test_are_named(results: Results) -> None:
+    """No mark would read as "not told apart"; who has a test has it for users."""
+    assert "Not tested" not in tables(results)[0].caption
+    assert tables(results)[2].caption.endswith("as in the table of results. Not tested: gini@10.")
+    both = tables(results, table_metrics=("NDCG@10", "gini@10"))[0].caption
+    assert "test on 40 users' means" in both and "Not tested: gini@10. Best in bold" in both
+    lift = tables(results, table_metrics=("popularity_lift@10",))[0].caption
+    assert "test on 39 users' means" in lift and "Not tested" not in lift
+    none = tables(results, table_metrics=("gini@10",))[0].caption
+    assert "t-test" not in none and "Not tested: gini@10." in none
+    untested = results_table(results, pd.DataFrame(), ["A"], Options(table_metrics=("gini@10",)), 1).caption
+    assert "Not tested" not in untested  # nothing is, and nothing says so
+
+
+def test_what_lines_do_not_share_is_said(tmp_path: Path) -> None:
+    cells, records = made_grid(tmp_path, ["Pop", "SFT", "DPO", "BPR"], [NOT_GIVEN], seeds=(1,))
+    alike = collect(cells, records)
+    told = results_table(alike[0], pd.DataFrame(), ["Pop"], Options(), 1).caption
+    assert "Histories" not in told and "Validation users" not in told
+    for cell in cells:
+        cell.config["eval_users"] = 2000
+        own = {"Pop": {"MODEL_TYPE": ModelType.TRADITIONAL}, "SFT": {"MAX_ITEM_LIST_LENGTH": 5}}.get(cell.entry.label)
+        cell.config.update(own or {}, valid_users=None if cell.entry.label in ("Pop", "BPR") else 100)
+    told = results_table(collect(cells, records, {"DPO": "a loss"})[0], pd.DataFrame(), ["Pop"], Options(), 1).caption
+    assert "Histories of up to 20 items; SFT 5. Validation users: 2,000; SFT, a loss 100. One seed (1)." in told
+
+
 def test_a_pair_is_said(tmp_path: Path) -> None:
     run = record(tmp_path, "A", 1, {"ndcg@1": [0.0, 1.0]}, mode="uni1")
     results = Results(Setting("toy", None, False, None), [Line("A", [run], [])])
@@ -329,6 +359,8 @@ def test_one_sided_is_said(results: Results) -> None:
     both = {f["metric"]: f for f in two[two["model"] == "B"].to_dict("records")}
     assert row["ndcg@10"]["p_t"] == pytest.approx(both["ndcg@10"]["p_t"] / 2)
     assert row["popularity_lift@10"]["p_t"] == both["popularity_lift@10"]["p_t"]  # zero is best: two-sided always
+    assert row["ndcg@10"]["detectable"] < both["ndcg@10"]["detectable"]
+    assert row["popularity_lift@10"]["detectable"] == both["popularity_lift@10"]["detectable"]
     assert "one-sided (is the model better?)" in tables(results, alternative="better")[0].caption
 
 
@@ -412,10 +444,30 @@ def test_any_text_stays_text_in_html(text: str) -> None:
 @given(st.text(max_size=40))
 def test_any_text_stays_text_in_latex(text: str) -> None:
     """No character of LaTeX's own survives, braces are paired, and all of it is ASCII or Latin letters."""
-    escaped = r"\\text(backslash|asciicircum|asciitilde)\{\}|\\ensuremath\{[^}]*\}|\\[&%$#_{}]|\{-\}"
+    named = "text(backslash|asciicircum|asciitilde|endash|emdash|quote(left|right|dblleft|dblright))"
+    escaped = rf"\\({named}|ldots|ss|o|O|ae|AE|l|L)\{{\}}|" r"\\ensuremath\{[^}]*\}|\\[&%$#_{}]|\{-\}"
     bare = re.sub(escaped, "", latex_text(text))
     assert not set(bare) & set('\\{}&%$#_^~<>|"')
     assert all(ord(c) < 0x1E00 + 0x100 and c.isprintable() for c in bare)
+
+
+def test_letters_that_latex_has_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Greek by Unicode's own names; what is no letter there is told, once."""
+    for letter in "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ":
+        _, size, _, name = unicodedata.name(letter).replace("LAMDA", "LAMBDA").split()
+        told = name.capitalize() if size == "CAPITAL" else name.lower()
+        assert latex_text(letter) == rf"\ensuremath{{\{told}}}"
+    capitals = "\N{GREEK CAPITAL LETTER ALPHA}\N{GREEK CAPITAL LETTER CHI}\N{GREEK SMALL LETTER OMICRON}"
+    assert latex_text(capitals + "\N{MICRO SIGN}") == r"AXo\ensuremath{\mu}"
+    assert latex_text("Łukasz’s “ø–æ” ≤ 2×β…") == (
+        r"\L{}ukasz\textquoteright{}s \textquotedblleft{}\o{}\textendash{}\ae{}\textquotedblright{} "
+        r"\ensuremath{\leq} 2\ensuremath{\times}\ensuremath{\beta}\ldots{}"
+    )
+    assert not caplog.records
+    formats._unknown.cache_clear()
+    assert latex_text("a漢b漢") == latex_text("a漢b漢") == "a?b?"
+    (told,) = [r.getMessage() for r in caplog.records if "6F22" in r.getMessage()]
+    assert told.startswith("table.tex: '漢' (U+6F22) is in no font of LaTeX, and a question mark there")
 
 
 ENGINES = [name for name in ("pdflatex", "tectonic") if shutil.which(name)]

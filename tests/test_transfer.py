@@ -17,6 +17,8 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.llm.adapter import load_adapter
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.compare import compare
+from recbole_llm.report.entries import Options, parse_models
+from recbole_llm.report.grid import cells
 from recbole_llm.run_folder import data_hash, make_run_folder, run_hash
 from recbole_llm.transfer import eval_config_of
 from tests.conftest import started, write_dataset
@@ -68,6 +70,8 @@ def test_a_comparison_may_hold_natives_and_foreigners(both: dict[str, Any]) -> N
     assert not done["failed"] and len(done["table"]) == 2 and np.isfinite(done["table"]["ndcg@10"]).all()
     with pytest.raises(ConfigError, match="--dataset: must be the same"):
         compare(["Pop", "LLMRanker[dataset=toy]"], "other", shared)
+    shared |= {"few_shot": 5, "few_shot_seed": 7}  # of training: the configuration of the other data set has none
+    assert len(cells(parse_models(entries), Options(per_model=shared.pop("per_model")), shared, "other")) == 2
 
 
 def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:
@@ -79,6 +83,16 @@ def test_settings_of_one_data_set_stay_with_it(both: dict[str, Any]) -> None:
     file = Path(both["data_path"]) / "other" / "other.inter"
     file.write_text(file.read_text().replace("\t5\t", "\t4\t"))
     assert run_hash(LLMConfig(config_dict=both)) != before
+
+
+def test_what_the_other_data_set_loads_names_the_run(both: dict[str, Any]) -> None:
+    given = {**both, "eval_config": {"load_col": {"inter": ["user_id", "item_id", "timestamp"], "ent": ["ent_id"]}}}
+    found = []
+    for item in ("i1", "i2"):
+        (Path(both["data_path"]) / "other" / "other.ent").write_text(f"ent_id:token\n{item}\n")
+        found.append(run_hash(LLMConfig(config_dict=given)))
+    assert found[0] != found[1]
+    run_hash(LLMConfig(config_dict={**both, "eval_config": {"load_col": 3}}))  # named first, told as wrong after
 
 
 def test_the_other_data_set_needs_nothing_that_only_training_needs(both: dict[str, Any]) -> None:

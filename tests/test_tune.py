@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 
 from recbole_llm.errors import ConfigError, NotAtHand, UserError
 from recbole_llm.llm_trainer import LLMTrainer
@@ -257,6 +259,49 @@ def test_what_says_nothing_about_the_values_is_no_trial(
     assert [trial.error for trial in tune("BPR", None, bpr, 2).trials] == [None] * 2
 
 
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("recbole_llm.llm.adapter.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.resume.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.reference.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.trainer.torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0")),
+        ("recbole_llm.llm_trainer.load_adapter", OSError(24, "Too many open files")),
+    ],
+)
+def test_what_the_machine_does_is_no_trial(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str, what: Exception
+) -> None:
+    """A disk that is full while a stage, or what serves it, is saved; as safetensors and torch tell it."""
+    settings = {k: v for k, v in tiny.items() if k != "model"} | {"loss": "DPO", "rejected": "from_model"}
+    settings |= {"rejected_num": 1, "epochs": 1, "from_model": "SASRec", "save_every": 1e-9}
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise what
+
+    with monkeypatch.context() as broken:
+        broken.setattr(where, fails)
+        with pytest.raises(UserError, match="--checkpoint_dir|a trial was stopped by OSError: .*Too many open files"):
+            tune("LLMRanker", None, settings, 1)
+    assert trial_files(settings) == []
+    assert [trial.error for trial in tune("LLMRanker", None, settings, 1).trials] == [None]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20] + b"\1" + data[-19:], lambda data: data[:100]])
+def test_a_damaged_stage_is_no_trial(tiny: dict[str, Any], damage: Callable[[bytes], bytes]) -> None:
+    """It is told, and what other trials share is not held against their values."""
+    settings = {k: v for k, v in tiny.items() if k != "model"} | {"epochs": 1}
+    validate("LLMRanker", None, None, settings)
+    (adapter,) = (Path(tiny["checkpoint_dir"]) / "stages").glob("SFT-*/adapter_model.safetensors")
+    sound = adapter.read_bytes()
+    adapter.write_bytes(damage(sound))
+    with pytest.raises(UserError, match="is damaged|holds no adapter that can be read"):
+        tune("LLMRanker", None, settings, 1)
+    assert trial_files(settings) == []
+    adapter.write_bytes(sound)
+    assert [trial.error for trial in tune("LLMRanker", None, settings, 1).trials] == [None]
+
+
 def test_records_that_cannot_be_written(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -365,6 +410,8 @@ def test_appendix_by_hand() -> None:
     pop = Tuned({}, 0.125, [Trial(0, {}, 0.125, 6.0)], {}, "NDCG@10", True)
     lost = Tuned({}, None, [Trial(0, {"k": 100}, None, 0.0, "no")], {"k": {"int": [5, 1000]}}, "NDCG@10", True)
     frame = tuned_frame([("ItemKNN", "toy", tuned), ("Pop", "toy", pop), ("KNN", "toy", lost)])
+    taken = tuned_frame([("A", "toy", replace(pop, source="B")), ("C", "toy", replace(lost, source="B"))])
+    assert taken["chosen"].tolist() == ["nothing to search, as chosen for B", "as chosen for B: no trial succeeded"]
     columns = ["model", "data set", "trials", "failed", "valid metric", "best", "as given", "min", "chosen"]
     expected = [
         ["ItemKNN", "toy", 3, 1, "NDCG@10", 0.5, 0.25, 2.0, "k=7"],

@@ -13,7 +13,7 @@ from recbole_llm.report import tune_lines
 from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import Options, parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
-from recbole_llm.report.tune import Tuned
+from recbole_llm.report.tune import Tuned, tuned_frame
 from recbole_llm.report.tune_lines import tune_all
 from recbole_llm.settings import read_yaml
 
@@ -26,8 +26,8 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[dict[str, Any],
     found: dict[str, tuple[dict[str, Any], Tuned]] = {}
     real = tune_lines.tune
 
-    def tune(model: str, dataset: str | None, settings: dict[str, Any], *rest: Any) -> Tuned:
-        found[rest[-1]] = settings, real(model, dataset, settings, *rest)
+    def tune(model: str, dataset: str | None, settings: dict[str, Any], *rest: Any, **named: Any) -> Tuned:
+        found[rest[-1]] = settings, real(model, dataset, settings, *rest, **named)
         return found[rest[-1]][1]
 
     monkeypatch.setattr(tune_lines, "tune", tune)
@@ -58,6 +58,23 @@ def test_a_line_takes_what_was_chosen_for_another(toy: dict[str, Any], searched:
     assert [c["epochs"] for c in configs] == [2, 1, 1]
     assert "BPR[epochs=2] takes the values chosen for BPR[learning_rate=0.02]." in result["markdown"]
     assert "gone" not in result["markdown"]
+
+
+def test_a_line_says_which_search_it_is(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where one line has several, by what tells them; and whose values it starts from."""
+    toy |= {"tune": 2, "few_shot": [10, None], "modes": ["uni9", "full"], "seeds": [1, 2], "names": {"BPR": "tuned"}}
+    toy["per_model"] = {"BPR": {"embedding_size": 8, "weight_decay": 0.0}}
+    lines = ["Pop", "BPR", "BPR[learning_rate=0.02]"]
+    grid, options = grid_of(lines, {**toy, "tuned_from": {"BPR[learning_rate=0.02]": "BPR"}})
+    _, told = tune_all(grid, options)
+    text = capsys.readouterr().out
+    for users in ("10 training users", "all training users"):
+        assert f"[tune Pop · {users} 1/1] (as given) valid" in text
+        assert f"[tune BPR · {users} 1/2] learning_rate=0.001 (as given) valid" in text
+        assert f"[tune BPR[learning_rate=0.02] · {users} 1/1] (as chosen for tuned) valid" in text
+    chosen = tuned_frame(told)["chosen"].tolist()
+    assert chosen[::3] == ["nothing to search"] * 2
+    assert chosen[2::3] == ["nothing to search, as chosen for tuned"] * 2
 
 
 def test_a_loss_takes_its_sft(tiny: dict[str, Any], searched: dict[str, Any], tmp_path: Path) -> None:

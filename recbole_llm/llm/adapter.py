@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_llm.distributed import from_first
-from recbole_llm.errors import UserError
+from recbole_llm.errors import MachineError, UserError
 from recbole_llm.llm.identity import check_identity, identity
 from recbole_llm.llm.types import LLM
 
@@ -69,7 +69,7 @@ def save_adapter(llm: LLM, folder: Path) -> None:
             for file in sorted(work.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise MachineError(
             f"--checkpoint_dir: the adapter could not be saved in {folder}: {error}. Free some space, or "
             "name another folder; the last good adapter is untouched."
         ) from error
@@ -97,7 +97,7 @@ def _checked(llm: LLM, folder: Path) -> dict[str, torch.Tensor]:
                 raise UserError(f"--lora_alpha={wanted}: the adapter in {folder} was trained with {saved}.")
         return _read(folder / _file(llm))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
+        raise MachineError(
             f"{folder} holds no adapter that can be read ({error!r}): adapter_base.json and {_file(llm)} are "
             "needed, as a training with the same --finetune writes them. Remove the folder and train again."
         ) from error
@@ -146,5 +146,5 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         state = {name: stored.get_tensor(name) for name in stored.keys()}
         expected = (stored.metadata() or {}).get("sha256")
     if digest(state) != expected:
-        raise UserError(f"{file} is damaged: the SHA-256 of its tensors is not the {expected} it names.")
+        raise MachineError(f"{file} is damaged: the SHA-256 of its tensors is not the {expected} it names.")
     return state

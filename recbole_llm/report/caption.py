@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from recbole_llm.report.entries import Options
-from recbole_llm.report.results import Results, is_harm, metric_name, training_data
+from recbole_llm.report.results import Results, metric_name, training_data
 from recbole_llm.report.significance import alternative_of
 
 DRAWN = {
@@ -17,31 +18,60 @@ DRAWN = {
     "pop": "drawn by popularity from those that the user never met",
     "low": "that the user rated low",
 }
+# Keys whose values of two lines may differ, as a caption begins to tell them.
+UNLIKE = {"MAX_ITEM_LIST_LENGTH": "Histories of up to {} items", "valid_users": "Validation users: {}"}
 TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
 
 
 def caption(
-    results: Results, tests: pd.DataFrame, against: Sequence[str], options: Options, letters: dict[str, str]
+    results: Results,
+    columns: Sequence[str],
+    tests: pd.DataFrame,
+    against: Sequence[str],
+    options: Options,
+    letters: dict[str, str],
 ) -> str:
-    """Data, protocol, seeds, test and marks of a table of results, in sentences."""
+    """Data, protocol, seeds, test and marks of a table of results, in sentences.
+
+    Args:
+        columns: metrics that the table shows.
+        letters: of the baselines that something is told from.
+    """
     if not results.records:
         return "No run finished."
-    parts = [f"{results.title}.", *protocol_sentences(results), _seeds(results)]
+    parts = [f"{results.title}.", *protocol_sentences(results), *_unlike(results), _seeds(results)]
     if options.tune:
         parts.append(f"Every line tuned on validation by {options.tune} trials at most.")
-    if not tests.empty:
-        users = _each(
-            sorted({n for metric, n in zip(tests["metric"], tests["users"], strict=True) if not is_harm(metric)})
-        )
+    shown = tests if tests.empty else tests[tests["metric"].isin(columns)]
+    if not shown.empty:
+        users = _each(sorted(set(shown["users"])))
         side = "two-sided" if options.alternative == "two-sided" else "one-sided (is the model better?)"
-        family = tests.groupby("metric").size().max()
+        family = shown.groupby("metric").size().max()
         corrected = f"Holm's correction over the {family} comparisons" if family > 1 else "one comparison"
         parts.append(
             f"{TESTS[options.test].capitalize()} on {users} users' means over seeds, {side}, {corrected} of each "
             f"metric, significant below {options.alpha:g}: {_marks(against, letters)}"
         )
-    parts.append("Best in bold, second underlined.")
+    parts += [*untested(columns, tests), "Best in bold, second underlined."]
     return " ".join(parts)
+
+
+def untested(columns: Sequence[str], tests: pd.DataFrame) -> list[str]:
+    """A sentence that names the shown metrics without a test, whose values bear no marks; none where nothing is tested
+    at all."""
+    without = [] if tests.empty else [metric_name(c) for c in columns if c not in set(tests["metric"])]
+    return [f"Not tested: {', '.join(without)}."] if without else []
+
+
+def _unlike(results: Results) -> list[str]:
+    """What lines read, or select epochs by, where they differ in it; the most frequent value first."""
+    told = []
+    for key, sentence in UNLIKE.items():
+        values = {line.label: line.reads[key] for line in results.finished if key in line.reads}
+        found = [value for value, _ in Counter(values.values()).most_common()]
+        named = [f"{', '.join(label for label, v in values.items() if v == value)} {value}" for value in found[1:]]
+        told += [f"{sentence.format(found[0])}; {'; '.join(named)}."] if named else []
+    return told
 
 
 def _marks(against: Sequence[str], letters: dict[str, str]) -> str:
@@ -105,23 +135,15 @@ def tests_caption(results: Results, metric: str, options: Options) -> str:
     )
 
 
-def harm_caption(options: Options) -> str:
-    """Where the formulas are."""
+def harm_caption(columns: Sequence[str], tests: pd.DataFrame, options: Options) -> str:
+    """Where the formulas are, and which of the shown metrics are tested."""
     side = "" if options.alternative == "two-sided" else " What is best near zero is tested two-sided."
-    return (
+    told = (
         "Popularity bias, long tail, look-alikes of the history, coverage and concentration of the top K; formulas and "
         "caveats: docs/harm.md. Arrows: which values are good. Seeds, tests and marks as in the table of results."
         + side
     )
-
-
-def versions(results: Results) -> str:
-    """What made the numbers."""
-    records = results.records
-    return ", ".join(
-        f"{name} {_each(r['versions'][name] for r in records if name in r['versions'])}"
-        for name in ("recbole_llm", "recbole", "torch", "transformers")
-    )
+    return " ".join([told, *untested(columns, tests)])
 
 
 def _each(values: Iterable[Any]) -> str:

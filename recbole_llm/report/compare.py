@@ -58,7 +58,7 @@ def compare(
         UserError: runs of one table have different candidates, or the tables cannot be written.
     """
     entries = parse_models(models)
-    options, shared = split_options({**(config_dict or {}), **({"dataset": dataset} if dataset else {})})
+    options, shared = split_options({**(config_dict or {}), **({} if dataset is None else {"dataset": dataset})})
     if options.datasets and len(options.datasets) == 1:  # no axis
         dataset, options = options.datasets[0], replace(options, datasets=None)
     if options.seeds and "seed" in shared:

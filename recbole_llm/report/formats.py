@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 
 from tabulate import tabulate
 
@@ -63,7 +65,32 @@ _LATEX = {
     "·": r"\ensuremath{\cdot}",
     "−": r"\ensuremath{-}",
     "-": "{-}",
+    "×": r"\ensuremath{\times}",
+    "≤": r"\ensuremath{\leq}",
+    "≥": r"\ensuremath{\geq}",
+    "–": r"\textendash{}",
+    "—": r"\textemdash{}",
+    "‘": r"\textquoteleft{}",
+    "’": r"\textquoteright{}",
+    "“": r"\textquotedblleft{}",
+    "”": r"\textquotedblright{}",
+    "…": r"\ldots{}",
+    "ß": r"\ss{}",
+    "ø": r"\o{}",
+    "Ø": r"\O{}",
+    "æ": r"\ae{}",
+    "Æ": r"\AE{}",
+    "ł": r"\l{}",
+    "Ł": r"\L{}",
 }
+# Of Greek capitals LaTeX has those that look like no Latin letter.
+GREEK = """
+α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi ρ rho
+σ sigma ς varsigma τ tau υ upsilon φ phi χ chi ψ psi ω omega
+Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Υ Upsilon Φ Phi Ψ Psi Ω Omega
+""".split()
+_LATEX |= {letter: rf"\ensuremath{{\{name}}}" for letter, name in zip(GREEK[::2], GREEK[1::2], strict=True)}
+_LATEX |= dict(zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧοµ", [*"ABEZHIKMNOPTXo", _LATEX["μ"]], strict=True))
 ACCENTS = {"0300", "0301", "0302", "0303", "0304", "0306", "0307", "0308", "030A", "030B", "030C", "0327"}
 # A file that compiles by itself and can be \input into a paper, where \@nodocument is \relax.
 LATEX_BEGIN = r"""% Compiles as it is; or \input it into a paper that loads booktabs and graphicx.
@@ -128,9 +155,20 @@ def _whole_caption(table: Table) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text with every character of LaTeX's own escaped; what pdfLaTeX would stop at becomes a question mark."""
+    """Text with every character of LaTeX's own escaped; what pdfLaTeX would stop at becomes a question mark, and is
+    told.
+    """
     plain = re.sub(r"(?<![\w-])-(?=\d)", "−", " ".join(text.split()))  # a minus, not a hyphen
-    return "".join(_LATEX.get(c, c if " " <= c <= "~" or _composed(c) else "?") for c in plain)
+    return "".join(_LATEX.get(c) or (c if " " <= c <= "~" or _composed(c) else _unknown(c)) for c in plain)
+
+
+@cache  # told once
+def _unknown(character: str) -> str:
+    logging.getLogger().warning(
+        f"table.tex: {character!r} (U+{ord(character):04X}) is in no font of LaTeX, and a question mark there; --names "
+        "gives a line another label."
+    )
+    return "?"
 
 
 def _composed(character: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,12 @@ class Cell:
     def label(self) -> str:
         """The entry, the setting and the seed, as a log names them."""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        return " · ".join(p for p in (self.entry.label, self.setting.told(), seed) if p)
+        return " · ".join(p for p in (self.entry.label, self.asked(), seed) if p)
+
+    def asked(self) -> str:
+        """The setting in words, with the entry's own training users where it names them."""
+        own = self.config["few_shot"] if self.setting.few_shot_given else self.setting.few_shot
+        return replace(self.setting, few_shot=own).told()
 
     @cached_property
     def folder(self) -> Path:
@@ -124,8 +129,10 @@ def cells(
                 try:
                     config = LLMConfig(entry.model, mine.get("dataset", setting.dataset), None, mine)
                     check_recommenders(config)
-                    asked[entry.label] = eval_config_of(config)
-                    _check_mode(setting, asked[entry.label])
+                    of_test = eval_config_of(config)
+                    asked[entry.label] = {key: of_test[key] for key in SHARED}
+                    asked[entry.label]["few_shot_seed"] = config["few_shot_seed"]  # which says who is trained on
+                    _check_mode(setting, of_test)
                 except ConfigError as error:
                     for problem in error.problems:
                         problems.setdefault(problem, []).append(entry.label)
@@ -160,10 +167,10 @@ def _check_mode(setting: Setting, asked: LLMConfig) -> None:
         raise ConfigError([f"{told}; leave out its mode."])
 
 
-def _unlike(asked: dict[str, LLMConfig]) -> Iterator[str]:
-    """What the models of one table are asked differently."""
-    for key in SHARED:
-        values = {label: config[key] for label, config in asked.items()}
+def _unlike(asked: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the models of one table are asked differently, or are trained on other users."""
+    for key in (*SHARED, "few_shot_seed"):
+        values = {label: settings[key] for label, settings in asked.items()}
         if len(set(map(content_hash, values.values()))) > 1:
             each = "; ".join(f"{label} {value!r}" for label, value in values.items())
             yield f"--{key}: must be the same for every model of a comparison: {each}."

@@ -137,7 +137,7 @@ def run_apart(asked: dict[str, Any]) -> str | None:
         return None
     try:
         return apart(asked, make_stage_folder(folder) / "console.log")
-    except (UserError, OSError) as error:
+    except (UserError, OSError, TypeError, ValueError) as error:  # the last two: settings that JSON does not hold
         return in_a_line(error)
 
 

@@ -187,7 +187,8 @@ def _failed(comparison: Comparison, folder: Path) -> str:
     ]
     if not rows:
         return ""
-    return _section("failed", "Failed runs", _linked_table(["Model", "Setting", "Seed", "Error", "Folder"], rows))
+    head = ["Model", "Setting", "Seed", "Error", "Folder"]
+    return _section("failed", "Failed runs", _linked_table(head, _once(rows)))
 
 
 def _runs(comparison: Comparison, folder: Path) -> str:
@@ -196,15 +197,20 @@ def _runs(comparison: Comparison, folder: Path) -> str:
         for cell, record in zip(comparison.cells, comparison.records, strict=True)
     ]
     told = "Configuration, environment, log, result, candidates and rows of every user lie in the folder of a run."
-    table = _linked_table(["Model", "Setting", "Seed", "Folder"], rows)
+    table = _linked_table(["Model", "Setting", "Seed", "Folder"], _once(rows))
     return _section("runs", "Runs", f'{table}<p class="caption">{told}</p>')
+
+
+def _once(rows: Iterable[list[str]]) -> list[tuple[str, ...]]:
+    """Each row once: an entry with training users of its own is the same run in every setting of another number."""
+    return list(dict.fromkeys(map(tuple, rows)))
 
 
 def _name(comparison: Comparison, cell: Cell, seed: int | None = None) -> list[str]:
     """Model, setting and seed of a run; ``seed`` is the one it had where none was asked for."""
     seed = cell.seed if seed is None else seed
     label = (comparison.options.names or {}).get(cell.entry.label, cell.entry.label)
-    return [html_label(label), escape(cell.setting.told()), "" if seed is None else str(seed)]
+    return [html_label(label), escape(cell.asked()), "" if seed is None else str(seed)]
 
 
 def _linked_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -220,10 +226,9 @@ def _linked_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _environments(records: Iterable[dict[str, Any]]) -> Table:
     """Every machine and set of versions that made a result, and how many runs it did."""
     counts: dict[str, int] = {}
-    for run in records:
-        if "run_folder" in run:
-            told = _text(run, "env.json") or json.dumps({"versions": run.get("versions", {})})
-            counts[told] = counts.get(told, 0) + 1
+    for run in {run["run_folder"]: run for run in records if "run_folder" in run}.values():
+        told = _text(run, "env.json") or json.dumps({"versions": run.get("versions", {})})
+        counts[told] = counts.get(told, 0) + 1
     rows = []
     for text, count in counts.items():
         told = json.loads(text)

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from recbole.evaluator.register import metrics_dict, smaller_metrics
+from recbole.utils import ModelType
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
@@ -33,12 +35,15 @@ class Line:
         runs: records of the finished runs, one a seed.
         errors: why the others failed.
         trained_on: ``dataset`` and ``few_shot`` of its settings; what runs record wins.
+        reads: of its settings what lines of one table need not share: ``valid_users``, and ``MAX_ITEM_LIST_LENGTH``
+            where the model reads histories; numbers as text.
     """
 
     label: str
     runs: list[dict[str, Any]]
     errors: list[str]
     trained_on: dict[str, Any] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
@@ -131,13 +136,21 @@ def collect(
             "dataset": from_to(config["eval_dataset"] or config["dataset"], [config["dataset"]]),
             "few_shot": config["few_shot"],
         }
-        new = Line((names or {}).get(label, label), [], [], trained_on)
+        new = Line((names or {}).get(label, label), [], [], trained_on, _reads(config))
         line = found.setdefault(cell.setting, {}).setdefault(label, new)
         line.runs.append(record) if "metrics" in record else line.errors.append(record["error"])
     every = [Results(setting, list(lines.values())) for setting, lines in found.items()]
     for results in every:
         check_same_candidates(results)
     return every
+
+
+def _reads(config: LLMConfig) -> dict[str, str]:
+    selecting = config["valid_users"] or config["eval_users"]
+    found = {"valid_users": "all" if selecting is None else f"{selecting:,}"}
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        found["MAX_ITEM_LIST_LENGTH"] = str(config["MAX_ITEM_LIST_LENGTH"])
+    return found
 
 
 def check_same_candidates(results: Results) -> None:

@@ -125,7 +125,7 @@ def _tested(differences: np.ndarray, metrics: pd.Series, options: Options) -> pd
     ways = [direction(m) for m in metrics]
     sign = np.array([-1.0 if way == "smaller" else 1.0 for way in ways])
     p = {"p_t": np.ones(len(ways)), "p_randomization": np.ones(len(ways))}
-    t = np.zeros(len(ways))
+    t, detectable = np.zeros(len(ways)), np.zeros(len(ways))
     zero = np.array([way == "zero" for way in ways])
     for chosen, alternative in ((zero, "two-sided"), (~zero, options.alternative)):
         if chosen.any():
@@ -133,6 +133,7 @@ def _tested(differences: np.ndarray, metrics: pd.Series, options: Options) -> pd
             p["p_randomization"][chosen] = stats.sign_flip(
                 differences[chosen], sign[chosen], alternative, options.resamples
             )
+            detectable[chosen] = stats.detectable(differences[chosen], options.alpha, alternative=alternative)
     low, high = stats.bootstrap_interval(differences, LEVEL, options.resamples)
     return pd.DataFrame(
         {
@@ -142,7 +143,7 @@ def _tested(differences: np.ndarray, metrics: pd.Series, options: Options) -> pd
             "t": t,
             **p,
             "d": stats.effect_size(differences),
-            "detectable": stats.detectable(differences, options.alpha),
+            "detectable": detectable,
         }
     )
 

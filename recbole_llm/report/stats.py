@@ -137,12 +137,17 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def detectable(differences: np.ndarray, alpha: float = 0.05, power: float = 0.8) -> np.ndarray:
-    """The smallest true mean difference that a two-sided test of this many users would find, mostly ``[C]``.
+def detectable(
+    differences: np.ndarray, alpha: float = 0.05, power: float = 0.8, alternative: str = "two-sided"
+) -> np.ndarray:
+    """The smallest true mean difference that a test of this many users would find, mostly ``[C]``.
 
     Normal approximation: (z of alpha + z of power) standard errors. It tells "no difference" from "too few users".
+
+    Args:
+        alternative: ``two-sided``, or ``better``, which needs less.
     """
     n = (~np.isnan(differences)).sum(1)
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    z = stats.norm.ppf(1 - alpha / (2 if alternative == "two-sided" else 1)) + stats.norm.ppf(power)
     spread = np.where(_alike(differences), 0.0, np.nanstd(differences, axis=1, ddof=1))
     return z * spread / np.sqrt(n)

@@ -39,12 +39,13 @@ def compared(comparison: Comparison) -> str:
     every = comparison.every
     data = list(dict.fromkeys(run["dataset"] for results in every for run in results.records))
     seeds = list(dict.fromkeys(str(run["seed"]) for results in every for run in results.records))
-    failed = sum("error" in record for record in comparison.records)
+    ended = dict(zip((cell.folder for cell in comparison.cells), comparison.records, strict=True))  # two may be one run
+    failed = sum("error" in record for record in ended.values())
     parts = [
         _count(len(every[0].lines), "model") + (f" on {' and '.join(data)}" if data else ""),
         _count(len(every), "setting"),
         f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else "no seed",
-        _count(len(comparison.records), "run") + (f", {failed} of them failed" if failed else ""),
+        _count(len(ended), "run") + (f", {failed} of them failed" if failed else ""),
     ]
     return "; ".join(parts) + "."
 

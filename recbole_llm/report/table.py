@@ -64,7 +64,7 @@ def results_table(
         [Value(_lettered(line.label, used)), *((body[line.label] or [Value("")]) if line.runs else failed)]
         for line in results.lines
     ]
-    told = caption(results, tests, tested, options, used)
+    told = caption(results, columns, tests, tested, options, used)
     lacks = [m for m in options.table_metrics or () if results.records and m.lower() not in map(str.lower, columns)]
     notes = [f"{m}: not every run has it." for m in lacks] + _notes(results)
     return Table(f"results-{number}", results.title, told, header, rows, notes=notes)
@@ -81,7 +81,8 @@ def harm_table(
     body = _metric_columns(results.finished, columns, tests, letters)
     rows = [[Value(line.label), *body[line.label]] for line in results.finished]
     header = ["Model", *(metric_name(c) + ARROWS[direction(c)] for c in columns)]
-    return Table(f"harm-{number}", f"Harm: {results.title}", harm_caption(options), header, rows)
+    told = harm_caption(columns, tests, options)
+    return Table(f"harm-{number}", f"Harm: {results.title}", told, header, rows)
 
 
 def significance_table(results: Results, tests: pd.DataFrame, options: Options, number: int) -> Table | None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from recbole_llm.config import LLMConfig
 from recbole_llm.environment import versions
-from recbole_llm.errors import ConfigError, NotAtHand, UserError
+from recbole_llm.errors import ConfigError, MachineError, UserError
 from recbole_llm.files import held, make_stage_folder, write_json
 from recbole_llm.report.jobs import in_a_line
 from recbole_llm.run_folder import trial_folder_of
@@ -70,8 +72,8 @@ def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], va
         score = float(found["best_valid_score"])
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
-        if isinstance(failure, UserError) and _is_of_machine(failure):
-            raise
+        if _is_of_machine(failure):
+            raise _told(config, failure) from failure
         error, where = in_a_line(failure), traceback.format_exc()
     done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
     _keep(file, config, done, found.get("best_valid_result"), where)
@@ -81,7 +83,18 @@ def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], va
 def _is_of_machine(error: BaseException) -> bool:
     """Whether a failure, or what led to it, says nothing about the values: no room, no weights, no network."""
     cause = error.__cause__
-    return isinstance(error, (OSError, NotAtHand)) or (cause is not None and _is_of_machine(cause))
+    of_machine = isinstance(error, (OSError, SafetensorError, MachineError))
+    return of_machine or (cause is not None and _is_of_machine(cause))
+
+
+def _told(config: LLMConfig, failure: Exception) -> UserError:
+    """A failure of the machine as the user is told it."""
+    if isinstance(failure, UserError):
+        return failure
+    return MachineError(
+        f"--model={config['model']}: a trial was stopped by {in_a_line(failure)}. Mend that and give the same command "
+        "again; finished trials are kept."
+    )
 
 
 def trial_once(model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ class Tuned:
         space: searched key -> its range, as in YAML.
         metric: the validation metric, as the user wrote it.
         bigger: whether a bigger score is better.
+        source: the line whose chosen values were given; None where what is not searched is the user's.
     """
 
     settings: dict[str, Any]
@@ -38,6 +39,7 @@ class Tuned:
     space: dict[str, Any]
     metric: str
     bigger: bool
+    source: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -75,6 +77,7 @@ def tune(
     trials: int,
     search: str | None = None,
     label: str | None = None,
+    source: str | None = None,
 ) -> Tuned:
     """Try up to so many configurations and choose the best on validation; test rows are never scored.
 
@@ -87,6 +90,7 @@ def tune(
         model, dataset, settings, search: as for ``check_search``.
         trials: at most; less where the space has fewer configurations.
         label: what the model is called where progress is told.
+        source: whose chosen values ``settings`` holds, to be told.
 
     Raises:
         ConfigError: what is wrong with settings, space or number of trials, before the first trial.
@@ -97,7 +101,7 @@ def tune(
     config, space = check_search(model, dataset, settings, search)
     bigger, proposals = config["valid_metric_bigger"], proposals_of(config, space)
     number_of = int(min(trials, proposals.most()))
-    told = _Progress(label or model, number_of, config["valid_metric"])
+    told = _Progress(label or model, number_of, config["valid_metric"], source)
     told.begin(space, trials)
     done: list[Trial] = []
     while len(done) < number_of:
@@ -116,6 +120,7 @@ def tune(
         {p.key: p.form() for p in space},
         config["valid_metric"],
         bigger,
+        source,
     )
 
 
@@ -128,8 +133,9 @@ def _best(trials: Sequence[Trial], bigger: bool) -> Trial | None:
 class _Progress:
     """A line a trial."""
 
-    def __init__(self, label: str, trials: int, metric: str) -> None:
+    def __init__(self, label: str, trials: int, metric: str, source: str | None) -> None:
         self.label, self.trials, self.metric = label, trials, metric
+        self.given = _given(source)
 
     def begin(self, space: Sequence[Parameter], asked: int) -> None:
         """What is searched, and where there is less to try than was asked for."""
@@ -141,7 +147,7 @@ class _Progress:
         """The last trial, the best so far, and the time left if the others take as long."""
         last, left = done[-1], self.trials - len(done)
         told = [f"[tune {self.label} {len(done)}/{self.trials}]", _pairs(last.values)]
-        told += ["(as given)"] if last.number == 0 else []
+        told += [f"({self.given})"] if last.number == 0 else []
         told += [f"valid {self.metric} {last.score:.4f}" if last.error is None else f"failed: {last.error}"]
         seconds = left * sum(trial.seconds for trial in done) / len(done)
         time_left = f"{seconds / 60:.0f} min" if seconds > 50 else f"{seconds:.0f} s"
@@ -183,5 +189,10 @@ def tuned_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
 
 def _chosen(tuned: Tuned) -> str:
     if not tuned.space:
-        return "nothing to search"
-    return "as given: no trial succeeded" if tuned.score is None else _pairs(tuned.settings)
+        return "nothing to search" + (f", {_given(tuned.source)}" if tuned.source else "")
+    return f"{_given(tuned.source)}: no trial succeeded" if tuned.score is None else _pairs(tuned.settings)
+
+
+def _given(source: str | None) -> str:
+    """What the first trial is."""
+    return f"as chosen for {source}" if source else "as given"

@@ -38,7 +38,7 @@ def tune_all(
     first: dict[Key, Cell] = {}
     for cell in grid:
         first.setdefault(_key(cell), cell)
-    sources = options.tuned_from or {}
+    sources, names = options.tuned_from or {}, options.names or {}
     base = {key: (sources[key[0]], key[1]) for key in first if key[0] in sources}
     levels = _levels(first, base)
     _tell_plan(_check_searches(first, base, [key for level in levels for key in level], options), options)
@@ -46,13 +46,13 @@ def tune_all(
     chosen: dict[Key, dict[str, Any]] = {}
     for level in levels:
         taken = {key: _taken(chosen[base[key]], first[key]) if key in base else {} for key in level}
-        searches = {key: _search(first[key], taken[key]) for key in level}
+        searches = {key: _search(first[key], taken[key], options) for key in level}
         if options.jobs > 1:
             trials_ahead(list(searches.values()), options.tune, options.search, options.jobs)
         for key, (label, model, dataset, settings) in searches.items():
-            found[key] = tune(model, dataset, settings, options.tune, options.search, label)
+            source = names.get(base[key][0], base[key][0]) if key in base else None
+            found[key] = tune(model, dataset, settings, options.tune, options.search, label, source=source)
             chosen[key] = taken[key] | found[key].settings
-    names = options.names or {}
     told = [(names.get(key[0], key[0]), told_as(first[key]), found[key]) for key in first]
     return {(cell.entry.label, cell.setting): chosen[_key(cell)] for cell in grid}, told
 
@@ -68,8 +68,12 @@ def _levels(first: dict[Key, Cell], base: dict[Key, Key]) -> list[list[Key]]:
     return levels
 
 
-def _search(cell: Cell, taken: dict[str, Any]) -> Search:
-    return Search(cell.entry.label, cell.entry.model, cell.setting.dataset, cell.settings | taken)
+def _search(cell: Cell, taken: dict[str, Any], options: Options) -> Search:
+    """Called by its line, and by the axes that tell it from other searches of that line."""
+    several = len(options.datasets or ()) > 1
+    axes = replace(cell.setting, dataset=cell.setting.dataset if several else None, mode=None)
+    label = replace(cell, setting=axes, seed=None).label
+    return Search(label, cell.entry.model, cell.setting.dataset, cell.settings | taken)
 
 
 def _key(cell: Cell) -> Key:
