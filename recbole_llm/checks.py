@@ -73,8 +73,8 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
         return [f"--model={model}: it needs the package {module}; `pip install {package}`, or name another model."]
     if settings.get("repeatable") is True and kind != ModelType.SEQUENTIAL:
         return [
-            "--repeatable=True: negatives would be items that the user met, and nothing else; to ask for known items "
-            "again set --mask_history=False."
+            "--repeatable=True: negatives could then be items that the user met, and that is all it would change here; "
+            "to let known items be answers set --mask_history=False."
         ]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]

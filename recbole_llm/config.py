@@ -12,7 +12,7 @@ from recbole.utils import ModelType
 from recbole_llm import checks, compat, distributed, eval_checks, keys
 from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.data_checks import READ_WITH, wrong_data
-from recbole_llm.errors import ConfigError
+from recbole_llm.errors import ConfigError, problems_of
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
 from recbole_llm.processes import world_size
@@ -115,13 +115,23 @@ class LLMConfig(Config):
         ):
             final["train_neg_sample_args"] = None
         if "load_col" not in self.external_config_dict:
-            # Some models read more, which RecBole names for them: a graph, vectors of entities, features.
-            more = (
-                {"item": [final["ITEM_ID_FIELD"], *final["selected_features"]]} if "selected_features" in final else {}
-            )
-            more |= {file: columns for file, columns in final["load_col"].items() if file != "inter"}
-            final["load_col"] = {"inter": inter_columns(self._in_its_folder(final), self.dataset), **more}
+            final["load_col"] = self._load_col(final)
         return final
+
+    def _load_col(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What is read where ``load_col`` is not given: the protocol's columns, and what RecBole names for the model (a
+        graph, vectors of entities, features); of a file of ``unload_col`` all columns but those.
+
+        Raises:
+            UserError: as ``inter_columns``.
+        """
+        of_model = dict(settings["load_col"])
+        features = settings.get("selected_features")
+        if isinstance(features, list):
+            known = of_model.get("item", [settings["ITEM_ID_FIELD"]])
+            of_model["item"] = list(dict.fromkeys([*known, *features]))
+        found = of_model | {"inter": inter_columns(self._in_its_folder(settings), self.dataset)}
+        return found | dict.fromkeys(settings["unload_col"] or {}, "*")
 
     def _init_device(self) -> None:
         """RecBole's, on the GPU of this process where there are several; then what ``auto`` means on the device."""
@@ -191,7 +201,9 @@ class LLMConfig(Config):
         problems += checks.wrong_together(settings)
         problems += checks.wrong_model(self.model, self.model_class.type, settings)
         if not wrong_values({k: settings[k] for k in READ_WITH if k in settings}, {}):
-            folder = self._in_its_folder(settings | {"load_col": given.get("load_col")})
+            folder = self._in_its_folder(settings)
+            if "load_col" not in given and not problems_of(lambda: inter_columns(folder, self.dataset)):
+                folder["load_col"] = self._load_col(settings)
             problems += wrong_data(folder, self.dataset, PROPERTIES)
         if problems:
             raise ConfigError(problems)

@@ -39,7 +39,7 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
     """Files that are missing or cannot be read with these settings.
 
     Args:
-        settings: with ``data_path`` as the data set's own folder, and ``load_col`` as the user gave it.
+        settings: with ``data_path`` as the data set's own folder, and the ``load_col`` that is read with.
     """
     problems = problems_of(lambda: inter_columns(settings, dataset))
     if not problems:  # a missing or unreadable file is told once
@@ -75,12 +75,12 @@ def _needs_ratings(settings: Mapping[str, Any], dataset: str, properties: Path) 
     return [f"{key}: {lacks}, or leave this out." for key, is_wanted in wanted.items() if is_wanted]
 
 
-def _columns_read(settings: Mapping[str, Any], dataset: str) -> set[str]:
-    """Columns of the ``.inter`` file that are read."""
-    header = set(_header(atomic_file(settings, dataset, "inter"), settings))
+def _columns_read(settings: Mapping[str, Any], dataset: str, suffix: str = "inter") -> set[str]:
+    """Columns of a file that are read."""
+    header = set(_header(atomic_file(settings, dataset, suffix), settings))
     load = settings["load_col"]
-    wanted = "*" if load is None else load.get("inter", ())
-    left_out = (settings["unload_col"] or {}).get("inter", ())
+    wanted = "*" if load is None else load.get(suffix, ())
+    left_out = (settings["unload_col"] or {}).get(suffix, ())
     return (header if wanted == "*" else header & set(wanted)) - (header if left_out == "*" else set(left_out))
 
 
@@ -99,12 +99,15 @@ def _wrong_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
         for suffix, names in (settings[key] or {}).items():
             file = atomic_file(settings, dataset, str(suffix))
             if not file.is_file():
-                problems.append(f"--{key}: there is no file {file.name} in {file.parent}.")
+                problems.append(f"--{key} names the file {file.name}, and there is none in {file.parent}.")
                 continue
             header = _header(file, settings)
             unknown = [] if names == "*" else [str(name) for name in names if name not in header]
+            by = "selected_features" if unknown and set(unknown) <= set(_features(settings)) else key
             told = ", ".join(header)
-            problems += [f"--{key}: {file.name} has no column {', '.join(unknown)}; it has {told}."] if unknown else []
+            problems += [f"--{by}: {file.name} has no column {', '.join(unknown)}; it has {told}."] if unknown else []
+    both = [s for s in settings["unload_col"] or {} if (settings["load_col"] or {}).get(s, "*") != "*"]
+    problems += [f"--load_col and --unload_col both name {', '.join(both)}; leave one of them out."] if both else []
     needed = [settings[k] for k in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
     lacks = [c for c in needed if c not in _columns_read(settings, dataset)]
     if lacks:
@@ -113,17 +116,20 @@ def _wrong_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     return problems
 
 
+def _features(settings: Mapping[str, Any]) -> list[str]:
+    """Columns of items that FDSA and its like read."""
+    named = settings.get("selected_features")
+    return named if isinstance(named, list) else []  # another type is told elsewhere
+
+
 def _wrong_features(settings: Mapping[str, Any], dataset: str) -> list[str]:
-    """Columns of items that FDSA and its like read, and that are not there or not read."""
-    file, load = atomic_file(settings, dataset, "item"), settings["load_col"]
-    header = _header(file, settings)
-    read = header if load is None or load.get("item") == "*" else load.get("item", ())
+    """Columns of items that a model needs, and that are not read."""
+    read = _columns_read(settings, dataset, "item")
+    file = atomic_file(settings, dataset, "item")
     return [
-        f"--selected_features: {file.name} has no column {name!r}; it has {', '.join(header) or 'none'}."
-        if name not in header
-        else f"--selected_features: the column {name!r} of {file.name} is not read; add it to --load_col."
-        for name in settings.get("selected_features", ())
-        if name not in header or name not in read
+        f"--selected_features: the column {name!r} of {file.name} is not read; add it to --load_col."
+        for name in _features(settings)
+        if name in _header(file, settings) and name not in read
     ]
 
 
@@ -131,12 +137,14 @@ def _wrong_intervals(settings: Mapping[str, Any], dataset: str) -> list[str]:
     """Columns of ``val_interval`` that no file has, or whose values it names in the way of another type."""
     types: dict[str, str] = {}
     for suffix in ("item", "user", "inter"):
-        types |= _header(atomic_file(settings, dataset, suffix), settings)
+        read = _columns_read(settings, dataset, suffix)
+        header = _header(atomic_file(settings, dataset, suffix), settings)
+        types |= {name: kind for name, kind in header.items() if name in read}
     problems = []
     for name, wanted in (settings["val_interval"] or {}).items():
         number = types.get(name, "token").startswith("float")
         if name not in types:
-            problems.append(f"--val_interval: no file has a column {name!r}.")
+            problems.append(f"--val_interval: no column {name!r} is read; look at its name, or add it to --load_col.")
         elif (interval(wanted) is not None) if number else isinstance(wanted, str):
             example = "an interval such as '[3,inf)'" if number else "a list of the tokens that stay"
             problems.append(f"--val_interval: {name} is of type {types[name]}; give {example}, not {wanted!r}.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recbole.evaluator import metric_types
+from recbole.evaluator.register import smaller_metrics
 from recbole.utils import EvaluatorType
 
 from recbole_llm.errors import UserError
@@ -32,8 +33,6 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
     problems += [f"--metrics: {told}" for metric in metrics if (told := _no_ranking(metric))]
     if not metrics:
         problems.append(f"--metrics={metrics}: name at least one of {', '.join(RANKING)}.")
-    if settings.get("valid_metric_bigger") is False:
-        problems.append("--valid_metric_bigger=False: of every ranking metric more is better; leave it out.")
     topk = settings["topk"] if isinstance(settings["topk"], (list, tuple)) else [settings["topk"]]
     if not topk or any(integer(1)(k) for k in topk):
         return [*problems, f"--topk={settings['topk']!r}: must be a list of whole numbers >= 1."]
@@ -41,6 +40,9 @@ def wrong_evaluation(settings: Mapping[str, Any]) -> list[str]:
         problems += _wrong_item_metrics(eval_args.get("mode", "full"), settings["next_items"], metrics, topk)
     if isinstance(eval_args, dict) and settings.get("full_ranking") == "exact_topk":
         problems += _wrong_topk_search(settings, eval_args["mode"], metrics)
+    name = str(settings["valid_metric"]).partition("@")[0].lower()
+    if settings.get("valid_metric_bigger") is False and name not in smaller_metrics:  # RecBole sets it by the metric
+        problems.append(f"--valid_metric_bigger=False: of {settings['valid_metric']} more is better; leave it out.")
     return problems + _wrong_valid_metric(settings["valid_metric"], metrics, topk)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _window(config: LLMConfig, protocol: Protocol, model: LLMRanker, user: int) 
         windows = sft_windows(config, protocol, model.prompt, model.llm.context, users=[user])
     else:
         windows, _ = preference_windows(
-            config, protocol, model.prompt, model.llm.context, model.reference_logps, users=[user]
+            config, protocol, model.prompt, model.llm.context, lambda: nullcontext(model.reference_logps), users=[user]
         )
     return windows[-1]
 

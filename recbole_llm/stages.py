@@ -103,7 +103,7 @@ def stages(
         yield Stage("SFT", config["epochs"], config["learning_rate"], folder, lambda: (windows, {}))
     if _prefers(config):
         folder, rate = preference_folder(config, protocol, base), config["preference_learning_rate"]
-        make = partial(_pairs, config, protocol, prompt, context, policy)
+        make = partial(preference_windows, config, protocol, prompt, context, policy)
         yield Stage(config["loss"], config["preference_epochs"], rate, folder, make)
 
 
@@ -166,37 +166,26 @@ def _prefers(config: Config) -> bool:
     return config["finetune"] != "none" and config["loss"] != "SFT" and config["preference_epochs"] > 0
 
 
-def _pairs(
-    config: Config, protocol: Protocol, prompt: Prompt | PairPrompt, context: int, policy: LentPolicy
-) -> tuple[list[Window], dict[str, Any]]:
-    """``preference_windows``, for which the policy is borrowed where a strategy asks it."""
-    asks = "self_hard" in config["rejected"].split("+")
-    with policy() if asks else nullcontext() as borrowed:
-        return preference_windows(config, protocol, prompt, context, borrowed)
-
-
 def preference_windows(
     config: Config,
     protocol: Protocol,
     prompt: Prompt | PairPrompt,
     context: int,
-    policy: Policy | None,
+    policy: LentPolicy,
     users: Collection[int] | None = None,
 ) -> tuple[list[Window], dict[str, Any]]:
     """The pairs of the preference stage, with RosePO's epsilon where an oracle gives it, and what made them.
 
     Args:
-        policy: log-probs of windows by the SFT policy; None where no strategy asks it.
+        policy: lends the log-probs of windows by the SFT policy, where a strategy asks it.
     """
     windows = _pair_windows(config, protocol, prompt, context, users)
     strategies = config["rejected"].split("+")
     models = [train_recommender(config, config["from_model"])] if "from_model" in strategies else []
-    sources = Sources(
-        policy=policy,
-        vectors=title_vectors(config, protocol.dataset) if "semantic" in strategies else None,
-        recommend=models[0].scores if models else None,
-    )
-    windows = RejectedItems(config, protocol, sources).fill(windows, config["show_progress"])
+    vectors = title_vectors(config, protocol.dataset) if "semantic" in strategies else None
+    with policy() if "self_hard" in strategies else nullcontext() as borrowed:
+        sources = Sources(policy=borrowed, vectors=vectors, recommend=models[0].scores if models else None)
+        windows = RejectedItems(config, protocol, sources).fill(windows, config["show_progress"])
     facts: dict[str, Any] = {}
     if config["loss"] == "RosePO" and config["smoothing"] == "oracle":
         oracle = train_oracle(config, protocol)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import InferenceTimeoutError
 
 from recbole_llm.dpo4rec import endpoint
 from recbole_llm.dpo4rec.endpoint import endpoint_writer
@@ -164,6 +165,19 @@ class Refused(Exception):
     def __init__(self, status: int, after: str | None) -> None:
         headers = {} if after is None else {"Retry-After": after}
         self.response = type("Response", (), {"status_code": status, "headers": headers})
+
+
+def test_a_timeout_is_not_tried_again() -> None:
+    """The server may still be at it, and would write the text twice."""
+    asked = []
+
+    def ask() -> None:
+        asked.append(1)
+        raise InferenceTimeoutError("Inference call timed out")
+
+    with pytest.raises(InferenceTimeoutError):
+        endpoint.patiently(ask)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,14 @@ def needs_a_package(model: str) -> bool:
 def test_one_epoch(toy: dict[str, Any], model: str) -> None:
     settings = {**toy, "encoder": "none", "train_batch_size": 256}
     if model in READ_COLUMNS:
-        with pytest.raises(ConfigError, match="--selected_features: toy.item has no column 'class'; it has item_id, "):
+        with pytest.raises(ConfigError, match="--selected_features: toy.item has no column class; it has item_id, "):
             run_recbole_llm(model, config_dict=settings)
         settings |= {"selected_features": ["release_year"]}
         with pytest.raises(ConfigError, match="'release_year' of toy.item is not read; add it to --load_col"):
             run_recbole_llm(model, config_dict={**settings, "load_col": {"inter": "*"}})
         assert LLMConfig(model, config_dict=settings)["load_col"] == COLUMNS
+        on_films = LLMConfig(model, "ml-100k", config_dict={"selected_features": ["movie_title"]})
+        assert on_films["load_col"]["item"] == ["item_id", "release_year", "class", "movie_title"]
     if needs_a_package(model):
         with pytest.raises(ConfigError, match=rf"--model={model}: it needs the package (\w+); `pip install"):
             run_recbole_llm(model, config_dict=settings)

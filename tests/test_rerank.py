@@ -106,6 +106,17 @@ def test_what_the_base_puts_behind_stays_in_its_order(mixed: dict[str, Any]) -> 
     assert (after[before > 3] == before[before > 3]).all() and (after[before <= 3] <= 3).all()
 
 
+def test_a_base_may_know_items_that_nobody_met(tiny: dict[str, Any]) -> None:
+    """FDSA reads columns of items, and so numbers those too of which `.item` alone knows; they take no place."""
+    settings = {**tiny, "finetune": "none", "eval_args": {"mode": "full"}, "rerank_model": "FDSA", "rerank_topk": 5}
+    settings["recommender_config"] = {"epochs": 1, "train_batch_size": 64, "selected_features": ["release_year"]}
+    before = run_recbole_llm(config_dict=settings)
+    with Path(tiny["data_path"], "toy", "toy.item").open("a", encoding="utf-8") as file:
+        file.writelines(f"unmet{n}\tNobody saw part {n}\t1990\n" for n in range(40))
+    after = run_recbole_llm(config_dict=settings)
+    assert after["candidate_hash"] == before["candidate_hash"] and (ranks(after) <= 60).all()
+
+
 def test_the_share_is_the_best_on_validation(mixed: dict[str, Any]) -> None:
     """The chosen share scores as a run with that share given does; the record holds every share's score."""
     mixed = {**mixed, "eval_step": 0}

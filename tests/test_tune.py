@@ -281,8 +281,10 @@ def test_what_the_machine_does_is_no_trial(
 
     with monkeypatch.context() as broken:
         broken.setattr(where, fails)
-        with pytest.raises(UserError, match="--checkpoint_dir|a trial was stopped by OSError: .*Too many open files"):
+        told = "--checkpoint_dir|a trial was stopped by OSError: .*Too many open files"
+        with pytest.raises(UserError, match=told) as error:
             tune("LLMRanker", None, settings, 1)
+        assert error.value.__cause__ is what
     assert trial_files(settings) == []
     assert [trial.error for trial in tune("LLMRanker", None, settings, 1).trials] == [None]
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any
 
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, InferenceTimeoutError
 from recbole.config import Config
 
 from recbole_llm.dpo4rec.reasoning import Asked, Writer
@@ -21,7 +21,7 @@ from recbole_llm.errors import NotAtHand
 from recbole_llm.llm.sampling import Sampling, Written
 
 KEY = "OPENAI_API_KEY"
-SECONDS = 120  # that a text may take, and that we wait at most where a server says when to come again
+SECONDS = 120  # that a text may take, where a server may write a batch's one after the other; and to wait at most
 WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 BUSY = (408, 425, 429)  # refusals that pass, beside a server's own faults (5xx)
 
@@ -37,7 +37,7 @@ def endpoint_writer(config: Config) -> Writer:
         logging.getLogger(library).setLevel(logging.WARNING)
     # Never without a key: the client would send this machine's hub token instead.
     key = os.environ.get(KEY) or "none"
-    client = InferenceClient(base_url=url, api_key=key, timeout=SECONDS)
+    client = InferenceClient(base_url=url, api_key=key, timeout=SECONDS * config["generation_batch"])
 
     def one(prompt: str, sampling: Sampling, seed: int) -> Written:
         choice = {"temperature": sampling.temperature}
@@ -88,6 +88,8 @@ def patiently(ask: Callable[[], Any]) -> Any:
     for wait in WAITS:
         try:
             return ask()
+        except InferenceTimeoutError:  # the server may still be at it
+            raise
         except Exception as error:  # of httpx or httpx2, as huggingface_hub has it
             response = getattr(error, "response", None)  # there is none where the connection failed
             if response is not None and response.status_code < 500 and response.status_code not in BUSY:

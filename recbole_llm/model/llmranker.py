@@ -225,7 +225,8 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
     def _base_scores(self, interaction: Interaction) -> torch.Tensor:
         """The base recommender's scores of all items ``[B, n_items]``; some models give them on the CPU."""
         scores = self._base().full_sort_predict(interaction).view(len(interaction), -1)
-        return scores.float().to(interaction[self.ITEM_SEQ].device)
+        # A base that reads columns of items has, behind those that someone met, more that are no answers.
+        return scores[:, : self.n_items].float().to(interaction[self.ITEM_SEQ].device)
 
     def _base(self) -> AbstractRecommender:
         if self.base is None:

@@ -73,7 +73,12 @@ def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], va
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
         if _is_of_machine(failure):
-            raise _told(config, failure) from failure
+            if isinstance(failure, UserError):
+                raise
+            raise MachineError(
+                f"--model={config['model']}: a trial was stopped by {in_a_line(failure)}. Mend that and give the same "
+                "command again; finished trials are kept."
+            ) from failure
         error, where = in_a_line(failure), traceback.format_exc()
     done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
     _keep(file, config, done, found.get("best_valid_result"), where)
@@ -85,16 +90,6 @@ def _is_of_machine(error: BaseException) -> bool:
     cause = error.__cause__
     of_machine = isinstance(error, (OSError, SafetensorError, MachineError))
     return of_machine or (cause is not None and _is_of_machine(cause))
-
-
-def _told(config: LLMConfig, failure: Exception) -> UserError:
-    """A failure of the machine as the user is told it."""
-    if isinstance(failure, UserError):
-        return failure
-    return MachineError(
-        f"--model={config['model']}: a trial was stopped by {in_a_line(failure)}. Mend that and give the same command "
-        "again; finished trials are kept."
-    )
 
 
 def trial_once(model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> str | None:
