@@ -23,7 +23,7 @@ OF_GRAPHS = ("CFKG", "CKE", "KGAT", "KGCN", "KGIN", "KGNNLS", "KTUP", "MCCLK", "
 LACKS = {
     "S3Rec": "class",
     **dict.fromkeys(OF_GRAPHS, r"\.kg"),
-    **dict.fromkeys(("GRU4RecKG", "KSR"), r"\.ent"),
+    "GRU4RecKG": r"\.ent",
 }
 
 

@@ -18,6 +18,7 @@ UNFIT = {
     "DIEN": "it scores a disliked item beside every answer, which no row has",
     "GRU4RecCPR": "it reads the answer before it scores, which no model may see here",
     "SASRecCPR": "it reads the answer before it scores, which no model may see here",
+    "KSR": "it keeps vectors of relations in float64, which its float32 layers refuse",
     "RaCT": "it trains in stages of its own, whose files could only be read by running what is in them",
 }
 # Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
