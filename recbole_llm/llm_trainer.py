@@ -19,20 +19,18 @@ from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.data.template import load_template
 from recbole_llm.distributed import from_first, is_first, same_everywhere
-from recbole_llm.environment import versions
 from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
-from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter
+from recbole_llm.llm.adapter import load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
 from recbole_llm.llm_evaluation import LLMEvaluation
 from recbole_llm.llm_steps import WindowSteps
 from recbole_llm.preference import Displacement
 from recbole_llm.processes import rank, world_size
 from recbole_llm.progress import bar
-from recbole_llm.reference import KeptLogps, fill_reference
+from recbole_llm.reference import KeptLogps, fill_reference, policy_hash
 from recbole_llm.rerank import choose_weight
 from recbole_llm.resume import StageProgress
 from recbole_llm.stages import Stage, base_hash, sft_windows, stages
@@ -184,8 +182,6 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         )
         self.recommenders = stage.facts.get("recommenders", [])
         reference = {} if stage.loss == "SFT" else self._fill_reference(stage, show_progress)
-        if reference.get("read"):
-            self.found.append(found_done("reference", reference["seconds"], reference["cpu_seconds"]))
         before = Standing.of(self.model, stage.windows)
         self.tokens, self.steps, self.displacement = 0, 0, Displacement()
         self._go_on(stage)
@@ -270,15 +266,11 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         )
         if counts["read"]:
             self.logger.info(f"Reference log-probs: {counts['read']} positions read, {counts['computed']} computed.")
+            self.found.append(found_done("reference", counts["seconds"], counts["cpu_seconds"]))
         return counts
 
     def _policy_hash(self) -> str:
-        """What identifies all that log-probs by the policy as it is now depend on, but the windows."""
-        model = self.model
-        template = load_template(self.config["prompt"], self.config.properties)
-        weights = [digest(adapter_state(model.llm)), base_hash(model.llm, model.texts)]
-        settings = [self.config["quantization"], self.config["lora_alpha"]]
-        return content_hash([weights, settings, template, model.llm.device.partition(":")[0], versions()])
+        return policy_hash(self.config, self.model.llm, base_hash(self.model.llm, self.model.texts))
 
     # ---- checkpoints: adapters alone
 

@@ -15,20 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recbole.config import Config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_llm.costs import Clock
 from recbole_llm.data.prompt import Window
+from recbole_llm.data.template import load_template
 from recbole_llm.distributed import from_first
+from recbole_llm.environment import versions
 from recbole_llm.errors import MachineError
 from recbole_llm.files import content_hash, only_here, whole
-from recbole_llm.llm.adapter import digest
+from recbole_llm.llm.adapter import adapter_state, digest
+from recbole_llm.llm.types import LLM
 from recbole_llm.progress import bar
 
 WINDOWS_AT_ONCE = 64  # of a file, so at most lost by a kill
 
 Logps = Callable[[Sequence[Window]], list[list[list[float]]]]  # windows -> log-probs of each target, chosen first
+
+
+def policy_hash(config: Config, llm: LLM, base: str) -> str:
+    """What identifies all that log-probs by a policy as it is now depend on, but the windows.
+
+    Args:
+        base: hash of the base weights and the item texts.
+    """
+    settings = [config["quantization"], config["lora_alpha"], load_template(config["prompt"], config.properties)]
+    return content_hash([digest(adapter_state(llm)), base, settings, llm.device.partition(":")[0], versions()])
 
 
 class KeptLogps:
