@@ -75,13 +75,16 @@ def _needs_ratings(settings: Mapping[str, Any], dataset: str, properties: Path) 
     return [f"{key}: {lacks}, or leave this out." for key, is_wanted in wanted.items() if is_wanted]
 
 
-def _columns_read(settings: Mapping[str, Any], dataset: str, suffix: str = "inter") -> set[str]:
-    """Columns of a file that are read."""
-    header = set(_header(atomic_file(settings, dataset, suffix), settings))
+def _columns_read(settings: Mapping[str, Any], dataset: str, suffix: str = "inter") -> dict[str, str]:
+    """Columns of a file that are read, and their types."""
     load = settings["load_col"]
     wanted = "*" if load is None else load.get(suffix, ())
     left_out = (settings["unload_col"] or {}).get(suffix, ())
-    return (header if wanted == "*" else header & set(wanted)) - (header if left_out == "*" else set(left_out))
+    return {
+        name: kind
+        for name, kind in _header(atomic_file(settings, dataset, suffix), settings).items()
+        if (wanted == "*" or name in wanted) and left_out != "*" and name not in left_out
+    }
 
 
 def _header(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -109,7 +112,8 @@ def _wrong_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     both = [s for s in settings["unload_col"] or {} if (settings["load_col"] or {}).get(s, "*") != "*"]
     problems += [f"--load_col and --unload_col both name {', '.join(both)}; leave one of them out."] if both else []
     needed = [settings[k] for k in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-    lacks = [c for c in needed if c not in _columns_read(settings, dataset)]
+    read = _columns_read(settings, dataset)
+    lacks = [c for c in needed if c not in read]
     if lacks:
         key = "load_col" if settings["load_col"] is not None else "unload_col"
         problems.append(f"--{key}: inter lacks {', '.join(lacks)}, which the protocol needs; add it.")
@@ -124,12 +128,12 @@ def _features(settings: Mapping[str, Any]) -> list[str]:
 
 def _wrong_features(settings: Mapping[str, Any], dataset: str) -> list[str]:
     """Columns of items that a model needs, and that are not read."""
-    read = _columns_read(settings, dataset, "item")
-    file = atomic_file(settings, dataset, "item")
+    file, read = atomic_file(settings, dataset, "item"), _columns_read(settings, dataset, "item")
+    header = _header(file, settings)
     return [
         f"--selected_features: the column {name!r} of {file.name} is not read; add it to --load_col."
         for name in _features(settings)
-        if name in _header(file, settings) and name not in read
+        if name in header and name not in read
     ]
 
 
@@ -137,9 +141,7 @@ def _wrong_intervals(settings: Mapping[str, Any], dataset: str) -> list[str]:
     """Columns of ``val_interval`` that no file has, or whose values it names in the way of another type."""
     types: dict[str, str] = {}
     for suffix in ("item", "user", "inter"):
-        read = _columns_read(settings, dataset, suffix)
-        header = _header(atomic_file(settings, dataset, suffix), settings)
-        types |= {name: kind for name, kind in header.items() if name in read}
+        types |= _columns_read(settings, dataset, suffix)
     problems = []
     for name, wanted in (settings["val_interval"] or {}).items():
         number = types.get(name, "token").startswith("float")

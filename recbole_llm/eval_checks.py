@@ -118,7 +118,7 @@ def _wrong_item_metrics(mode: Any, size: Any, metrics: Sequence[Any], topk: Sequ
     modes = [str(m) for m in (mode.values() if isinstance(mode, dict) else [mode])]
     lists = {m: int(m[3:]) + size for m in modes if m != "full" and MODE.fullmatch(m) and not integer(1)(size)}
     shortest = min(lists, key=lists.__getitem__, default=None)
-    asked = [str(m) for m in metrics if str(m).lower() in OF_ITEMS]
+    asked = _of_items(metrics)
     if not asked or shortest is None or max(topk) <= lists[shortest]:
         return []
     return [
@@ -134,13 +134,17 @@ def check_list_lengths(settings: Any, parts: Sequence[Any]) -> None:
     Args:
         parts: ``EvalRows`` of validation and test.
     """
-    asked = [str(m) for m in settings["metrics"] if str(m).lower() in OF_ITEMS]
+    asked = _of_items(settings["metrics"])
     answers = [len(rows.item_tokens) - 1 - len(h) for rows in parts if rows.mode == "full" for h in rows.hidden]
     if asked and answers and max(settings["topk"]) > min(answers):
         raise UserError(
             f"--metrics: {', '.join(asked)} would count empty places, for a user has {min(answers)} items to be ranked "
             f"and --topk={list(settings['topk'])} asks for more; leave that K out."
         )
+
+
+def _of_items(metrics: Sequence[Any]) -> list[str]:
+    return [str(m) for m in metrics if str(m).lower() in OF_ITEMS]
 
 
 def _no_ranking(metric: Any) -> str | None:

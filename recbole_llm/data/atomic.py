@@ -15,6 +15,7 @@ from typing import Any
 import recbole
 
 from recbole_llm.errors import UserError
+from recbole_llm.files import stamp
 
 # What pandas, and so RecBole, reads as a missing value.
 MISSING = {
@@ -104,19 +105,18 @@ def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     ]
     if wrong:
         raise UserError(" ".join(wrong) + " Change the header, or name another column.")
-    stamp = (file.stat().st_mtime_ns, file.stat().st_size)
-    _check_lines(file, settings["field_separator"], tuple(found), tuple(used.values()), stamp)
+    _check_lines(file, settings["field_separator"], tuple(found), tuple(used.values()), stamp(file))
     return list(used.values())
 
 
 @lru_cache(maxsize=8)  # a comparison makes a configuration for each model, and another for each run
 def _check_lines(
-    file: Path, separator: str, columns: Sequence[str], used: Sequence[str], stamp: tuple[int, int]
+    file: Path, separator: str, columns: Sequence[str], used: Sequence[str], changed: tuple[int, int]
 ) -> None:
     """Refuse what RecBole would read as something else: short lines, quotes, missing users or times.
 
     Args:
-        stamp: time and size of the file, by which a changed one is read again.
+        changed: the file's ``stamp``, by which a changed one is read again.
     """
     places, number = [columns.index(c) for c in used], 1
     with open(file, "rb") as lines:

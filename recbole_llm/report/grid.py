@@ -131,8 +131,8 @@ def cells(
                     check_recommenders(config)
                     of_test = eval_config_of(config)
                     asked[entry.label] = {key: of_test[key] for key in SHARED}
-                    drawn = config["few_shot_seed"] if config["few_shot"] else None  # which says who is trained on
-                    asked[entry.label]["few_shot_seed"] = drawn
+                    if config["few_shot"]:  # the seed says who is trained on
+                        asked[entry.label]["few_shot_seed"] = config["few_shot_seed"]
                     _check_mode(setting, of_test)
                 except ConfigError as error:
                     for problem in error.problems:
@@ -171,9 +171,7 @@ def _check_mode(setting: Setting, asked: LLMConfig) -> None:
 def _unlike(asked: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What the models of one table are asked differently, or are trained on other users."""
     for key in (*SHARED, "few_shot_seed"):
-        values = {label: settings[key] for label, settings in asked.items()}
-        if key == "few_shot_seed":
-            values = {label: seed for label, seed in values.items() if seed is not None}
+        values = {label: settings[key] for label, settings in asked.items() if key in settings}
         if len(set(map(content_hash, values.values()))) > 1:
             each = "; ".join(f"{label} {value!r}" for label, value in values.items())
             yield f"--{key}: must be the same for every model of a comparison: {each}."
