@@ -113,7 +113,9 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ls"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("models: LLMRanker, DPO4Rec, ") and "SASRec" in told and "xgboost" not in told
-    assert "prompt: instruct, instruct_games, pair, reasoning, stream, stream_games" in told and "dataset: ml-100k" in told
+    assert (
+        "prompt: instruct, instruct_games, pair, reasoning, stream, stream_games" in told and "dataset: ml-100k" in told
+    )
     assert (
         "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-games-uni99, "
         "few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, "

@@ -92,6 +92,8 @@ def test_what_is_trained() -> None:
     assert not any(weight.requires_grad for weight in load(finetune="none").model.parameters())
     names = adapter_state(load(lora_target_modules=["q_proj", "v_proj"], lora_r=4))
     assert len(names) == 2 * 2 * 2 and all(4 in tensor.shape for tensor in names.values())
+    for named in ("v_proj", ["v_proj"], r".*\.v_proj"):  # a name, names, peft's pattern
+        assert set(adapter_state(load(lora_target_modules=named, lora_r=4))) == {n for n in names if "v_proj" in n}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -198,6 +200,10 @@ def test_context_is_at_most_the_sliding_window() -> None:
         ({"quantization": "4bit"}, "--llm=tiny cannot be quantised"),
         ({"quantization": "4bit", "finetune": "full"}, "--finetune=full cannot train --quantization=4bit"),
         ({"lora_target_modules": ["query"]}, "--lora_target_modules=.*query.*linear layers are .*q_proj"),
+        (
+            {"lora_target_modules": ["q_proj", "v_prj"]},
+            "--lora_target_modules=.*no layer is called v_prj\\. .*linear layers are .*q_proj",
+        ),
         ({"lora_r": 0}, "--lora_r=0"),
     ],
 )

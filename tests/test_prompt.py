@@ -169,6 +169,27 @@ def test_chat_templates_that_cannot_ask(template: str) -> None:
         Prompt(load_template("instruct", PROPERTIES), TITLES, odd)
 
 
+def test_a_chat_template_that_tells_the_day_asks_the_same_every_day() -> None:
+    """Else a stage that goes on tomorrow, its references and its explanation would read another prompt."""
+    dated, plain = copy.deepcopy(TOKENIZER), copy.deepcopy(TOKENIZER)
+    told = """{{ strftime_now("%d %b %Y") }}, {{ strftime_now( '%B %d, %Y' ) }}"""
+    dated.chat_template = "{%- if strftime_now is defined %}" + told + "{% endif %}" + TOKENIZER.chat_template
+    plain.chat_template = "26 Jul 2024, July 26, 2024" + TOKENIZER.chat_template
+    template = load_template("instruct", PROPERTIES)
+    asked = [Prompt(template, TITLES, tokenizer).trunk([1, 2]) for tokenizer in (dated, plain)]
+    assert asked[0] == asked[1] and "Jul 2024" in TOKENIZER.decode(asked[0])
+
+
+def test_several_chat_templates() -> None:
+    several = copy.deepcopy(TOKENIZER)
+    template = load_template("instruct", PROPERTIES)
+    several.chat_template = {"default": TOKENIZER.chat_template, "tool_use": "no question"}
+    assert Prompt(template, TITLES, several).trunk([1]) == Prompt(template, TITLES, TOKENIZER).trunk([1])
+    several.chat_template = {"rag": TOKENIZER.chat_template, "tool_use": "no question"}
+    with pytest.raises(UserError, match="--prompt: the LLM's chat template .*no default.*use --prompt=stream"):
+        Prompt(template, TITLES, several)
+
+
 def test_window_size_is_what_is_fed() -> None:
     """For batches: nodes of the tree that are no leaves."""
     items = (3, 1, 2, 8)

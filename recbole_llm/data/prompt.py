@@ -7,8 +7,10 @@ tokenised apart from the template and with special tokens switched off, so that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from recbole_llm.errors import UserError
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
+
+DAY = date(2024, 7, 26)  # in chat templates that tell the day; Llama 3's take it where they cannot ask for today's
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,13 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
 
 
+def _of_no_day(chat_template: str) -> str:
+    """A chat template that tells ``DAY`` where it would tell today: a prompt must be the same tomorrow."""
+    return re.sub(
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda asked: repr(DAY.strftime(asked.group(2))), chat_template
+    )
+
+
 def chat_parts(question: str, holes: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokens of a question put to a chat model, before, between and after its holes.
 
@@ -202,9 +213,12 @@ def chat_parts(question: str, holes: Sequence[str], tokenizer: Any) -> list[list
     if tokenizer.chat_template:
         try:
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": question}],
+                chat_template=_of_no_day(tokenizer.get_chat_template()),
+                tokenize=False,
+                add_generation_prompt=True,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:  # the latter: several templates, and none is the default
             raise UserError(
                 f"--prompt: the LLM's chat template refuses a question ({error}); use --prompt=stream."
             ) from error

@@ -9,6 +9,7 @@ memory, not time.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any
 
@@ -61,7 +62,7 @@ def load_llm(
         lora_r: rank of the adapters.
         lora_alpha: an adapter's output is scaled by ``lora_alpha / lora_r``.
         lora_dropout: probability that an input of an adapter is dropped in training.
-        lora_target_modules: ``all-linear`` (without the output layer), or names of layers.
+        lora_target_modules: ``all-linear`` (without the output layer), names of layers, or a pattern of their paths.
         attention: ``blocks``, ``flex``, ``sdpa`` or ``eager``; ``auto`` is ``flex`` on a GPU, else ``blocks``, or the
             next of these that gives the right numbers.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -139,10 +140,15 @@ def dtype_of(dtype: str, device: torch.device, finetune: str) -> str:
 
 def add_lora(model: CausalLM, options: dict[str, Any]) -> PeftModel:
     """LoRA adapters over a model, by peft's ``LoraConfig``; ``UserError`` names layers that are not there."""
+    named = options["target_modules"]
+    if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w.]+", named):
+        named = [named]  # to peft text is a pattern for whole paths
     try:
+        if missing := _no_layers(model, named):
+            raise ValueError(f"no layer is called {', '.join(missing)}")
         with warnings.catch_warnings():  # peft asks transformers by a name that goes in a later version
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options | {"target_modules": named}))
     except ValueError as error:
         linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         names = sorted({name.rpartition(".")[2] for name in linear})
@@ -150,3 +156,10 @@ def add_lora(model: CausalLM, options: dict[str, Any]) -> PeftModel:
             f"LoRA cannot be set up with --lora_r={options['r']} and --lora_target_modules="
             f"{options['target_modules']}: {error}. The model's linear layers are {', '.join(names)}."
         ) from error
+
+
+def _no_layers(model: CausalLM, named: str | list[str]) -> list[str]:
+    """Names in a list that no layer has: peft passes over them where another name fits."""
+    layers = [f".{path}" for path, _ in model.named_modules()]
+    listed = [] if isinstance(named, str) else named
+    return [name for name in listed if not any(layer.endswith(f".{name}") for layer in layers)]
