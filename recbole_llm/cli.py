@@ -13,7 +13,7 @@ from recbole_llm import __version__
 from recbole_llm.errors import ConfigError, UserError, plain
 from recbole_llm.keys import LOSSES
 from recbole_llm.processes import rank, world_size
-from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, laid_over, parse_value, read_yamls, unlike_settings
+from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, at_home, laid_over, parse_value, read_yamls, unlike_settings
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
 
@@ -132,7 +132,7 @@ def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]
         settings["config_files"] = f"{settings.pop('config')} {settings.get('config_files', '')}"
     if "config_files" in settings:
         settings["config_files"] = settings["config_files"].split()
-    return settings
+    return at_home(settings)
 
 
 def run(settings: dict[str, Any]) -> int:

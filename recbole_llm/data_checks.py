@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recbole_llm import keys
-from recbole_llm.data.atomic import atomic_file, inter_columns, item_columns, read_header
+from recbole_llm.data.atomic import atomic_file, check_items, check_text, inter_columns, item_columns, read_header
 from recbole_llm.data.item_text import text_template
 from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.setting_checks import check_texts
@@ -46,13 +47,17 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         problems += _wrong_columns(settings, dataset) + _wrong_intervals(settings, dataset)
         problems += _needs_ratings(settings, dataset, properties)
         problems += _wrong_features(settings, dataset)
+        for suffix in settings["load_col"] or {}:
+            if suffix != "inter" and _columns_read(settings, dataset, suffix):
+                problems += problems_of(partial(check_text, settings, dataset, suffix))
     if settings.get("knowledge", "none") != "none":
         return problems + problems_of(lambda: check_texts(settings, dataset, properties))
     if not keys.ranks_titles(settings):
         return problems
     if Path(settings["data_path"]).is_dir():  # a missing folder is told once
         wanted = settings["item_text"]
-        problems += problems_of(lambda: text_template(wanted, item_columns(settings, dataset), dataset))
+        told = problems_of(lambda: text_template(wanted, item_columns(settings, dataset), dataset))
+        problems += told or problems_of(lambda: check_items(settings, dataset))
     return problems + (
         problems_of(lambda: load_template(settings["prompt"], properties)) or _wrong_pairs(settings, properties)
     )

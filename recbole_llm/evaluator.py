@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,11 @@ def accuracy_names(config: Config) -> list[str]:
     """What ``metrics`` and ``topk`` ask for, as results name it: ``ndcg@10``."""
     names = map(str.lower, config["metrics"])
     return [name for m in names for name in ([m] if m == "gauc" else [f"{m}@{k}" for k in config["topk"]])]
+
+
+def lacks_metrics(config: Config, result: Mapping[str, float] | None) -> bool:
+    """Whether a validation, of a run that trained the stage before, did not measure all that is asked here."""
+    return result is not None and not set(accuracy_names(config)) <= set(result)
 
 
 @dataclass

@@ -229,7 +229,7 @@ CHECKS = RECBOLE_KEYS | PROTOCOL_KEYS | LLM_KEYS | DPO4REC_KEYS
 NONE_IS_A_CHOICE = ("finetune", "encoder", "knowledge")
 
 # Keys that RecBole reads but lists in no YAML of its own: for every model, and for some.
-UNLISTED_KEYS = {"config_files", "encoding", "tail_ratio"}
+UNLISTED_KEYS = {"encoding", "tail_ratio"}
 UNLISTED_MODEL_KEYS = {
     "HRM": {"reg_weight"},
     "DiffRec": {"norm"},
@@ -242,6 +242,8 @@ UNLISTED_MODEL_KEYS = {
 REFUSED = {
     "threshold": "it labels clicks, and here items are ranked; liked_only with rating_threshold leaves low ratings out",
     "benchmark_filename": "pre-split files are not supported; give one .inter file",
+    "config_file": 'nothing reads it; it is called --config_files="a.yaml b.yaml"',
+    "config_files": 'a file or dict names no more files; name all on the command line, --config_files="a.yaml b.yaml"',
     **dict.fromkeys(
         ("nproc", "ip", "port", "world_size", "group_offset", "offset", "local_rank"),
         "torchrun sets it (torchrun --nproc_per_node=2 -m recbole_llm run ...); leave it out",

@@ -20,7 +20,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import from_first, is_first, same_everywhere
-from recbole_llm.evaluator import accuracy_names
+from recbole_llm.evaluator import lacks_metrics
 from recbole_llm.files import content_hash, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import load_adapter, save_adapter
@@ -106,7 +106,9 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self.facts["stages"].append(record)
             self.clock = Clock()
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
-        if valid_data and (not self.facts["stages"] or self._lacks_metrics(best[1])):  # zero-shot, or another's record
+        if valid_data and (
+            not self.facts["stages"] or lacks_metrics(self.config, best[1])
+        ):  # zero-shot, or another's record
             best = self._valid_epoch(valid_data, show_progress)
         if self.config["rerank_weight"] == "auto" and self.model.base is not None and valid_data:
             best = self._choose_weight(valid_data)
@@ -115,10 +117,6 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             if self.facts["stages"]:
                 check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
-
-    def _lacks_metrics(self, result: dict[str, float] | None) -> bool:
-        """Whether validation, of a run that trained the stage before, did not measure all that is asked here."""
-        return result is not None and not set(accuracy_names(self.config)) <= set(result)
 
     def _sft_windows(self) -> list[Window]:
         """Something to score where no stage was trained just now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.dpo4rec.plan import plan_of_dpo4rec
+from recbole_llm.evaluator import lacks_metrics
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.types import LLM
 from recbole_llm.machine import machine_bytes
@@ -89,6 +91,7 @@ def _all_work(
     """Everything that a run computes with the LLM, in order, and what is not counted."""
     pools: list[list[Window]] = []
     work, validations = [], 0
+    last: dict[str, float] | None = None  # what the last stage, where it lies finished, was validated by
     base = base_hash(llm, catalogue.texts)
 
     def policy(windows: Sequence[Window]) -> list[list[list[float]]]:
@@ -109,13 +112,16 @@ def _all_work(
         parts = stage_work(config, catalogue.prompt, stage)
         if pools:
             parts.insert(0, pass_work(config, catalogue.prompt, f"{stage.loss}: self_hard", pools))
-        if (stage.folder / "stage.json").is_file():
+        last = None
+        if (done := stage.folder / "stage.json").is_file():
+            last = json.loads(done.read_text(encoding="utf-8"))["best_valid_result"]
             for part in parts:
                 part.cached = True
         elif config["eval_step"] > 0:
             validations += stage.epochs // min(config["eval_step"], stage.epochs)
         work += parts
     validations = validations if work else 1  # zero-shot: RecBole's result has a validation part all the same
+    validations += lacks_metrics(config, last)
     validations += config["rerank_weight"] == "auto"  # one pass tells the best share
     if validations:
         work += eval_work(config, catalogue.prompt, protocol.valid, protocol.popularity, llm.context, validations)

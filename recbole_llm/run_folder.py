@@ -37,7 +37,6 @@ NOT_IN_HASH = {
     "save_dataloaders",
     "dataset_save_path",
     "dataloaders_save_path",
-    "config_files",
 }
 ATOMIC = ("inter", "item", "user", "kg", "link")  # files of a data set that count whether or not they are loaded
 

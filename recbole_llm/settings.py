@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ TEXT_FLAGS = {
 }
 
 
+# Files and folders, in which a leading ~ is the home folder: a shell leaves it in --key=~/x.
+PATHS = {"checkpoint_dir", "data_path", "html", "out", "prompt", "reasoning_prompt", "run_folder", "search"}
 WORDS = re.compile(r"\[([\w.@+-]+(?:\s*,\s*[\w.@+-]+)*)\]")  # a list as a shell leaves it: [NDCG,Hit]
 
 
@@ -91,6 +94,8 @@ class SettingsLoader(yaml.SafeLoader):
         node = super().get_single_node()
         if node is not None and _values(node, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"with its aliases it holds more than {MOST_VALUES} values, or itself")
+        if node is not None and (twice := next(_twice(node), None)):
+            raise yaml.YAMLError(f"line {twice.start_mark.line + 1}: `{twice.value}` stands there a second time")
         return node
 
 
@@ -105,15 +110,34 @@ def _values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
     return known[node]
 
 
+def _twice(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    """Keys that stand before in the same table, of which YAML would take the last."""
+    seen: set[str] = set()
+    inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+    for entry in inner:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                yield key
+            seen.add(key.value)
+        yield from _twice(value)
+
+
 SettingsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def shipped(file: str) -> Path:
-    """A file or folder here; of ``properties/...`` the package's own where there is none here."""
+    """A file or folder here or at home (``~``); of ``properties/...`` the package's own where there is none here."""
     ours = Path(file).parts[:1] == ("properties",) and not Path(file).exists()
-    return PROPERTIES.parent / file if ours else Path(file)
+    return PROPERTIES.parent / file if ours else Path(os.path.expanduser(file))
+
+
+def at_home(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, ``~`` at the beginning of a path being the home folder."""
+    paths = {k: v for k, v in settings.items() if k in PATHS and isinstance(v, str) and v.startswith("~")}
+    return settings | {key: os.path.expanduser(value) for key, value in paths.items()}
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -139,7 +163,7 @@ def read_yaml(file: str) -> dict[str, Any]:
         raise ConfigError([f"--config_files: `{file}` must hold `key: value` lines, not a {kind}."])
     if problems := [*unlike_settings(loaded)]:
         raise ConfigError([f"--config_files: `{file}`, {problem}" for problem in problems])
-    return loaded
+    return at_home(loaded)
 
 
 def unlike_settings(value: Any, where: str = "") -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 
 from recbole_llm import cli, run_log, run_record
 from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import prepare_data
 from recbole_llm.files import write_table, write_text
 from recbole_llm.llm import adapter
 from recbole_llm.llm_trainer import LLMTrainer
@@ -129,6 +130,57 @@ def test_empty_files(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
     assert LLMConfig("Pop", config_dict=toy)["dataset"] == "toy"
     write_inter(toy, *GOOD, "broken")  # and so is one that was fine
     assert "line 17: 1 fields" in refused(capsys, argv(toy, model="Pop"))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('i7\t"Quoted\t1957', "line 9: a field begins with a quote and has no other that closes it"),
+        ("i7\ta title", "line 9: 2 fields where the header has 3"),
+        ("i7\ta title\t1957\tmore", "line 9: 4 fields where the header has 3"),
+        ("i7\ti\udce9\t1957", "line 9: not UTF-8 text"),
+        ("i7\ta title\rof two\t1957", "line 9: RecBole ends a line or a field at a carriage return"),
+    ],
+)
+def test_files_beside_the_interactions_that_recbole_would_misread(
+    toy: dict[str, Any], capsys: pytest.CaptureFixture[str], line: str, told: str
+) -> None:
+    """With a quote that nothing closes RecBole drops all items up to the next one, and says nothing."""
+    file = Path(toy["data_path"], "toy", "toy.item")
+    lines = file.read_text(encoding="utf-8").split("\n")
+    lines[8] = line
+    file.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape", newline="\n")
+    reads = argv(toy, model="FDSA", selected_features=["release_year"])
+    assert f"{file}, {told}" in refused(capsys, reads)
+    assert LLMConfig("Pop", config_dict=toy)["dataset"] == "toy"  # which does not read it
+    assert not Path(toy["checkpoint_dir"]).exists()
+
+
+def test_titles_that_cannot_be_read_are_told_before_the_llm_is_loaded(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(tiny["data_path"], "toy", "toy.item")
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text + "i7\tanother title\t1957\n", encoding="utf-8")
+    for settings in (tiny, {**tiny, "model": "DPO4Rec", "item_knowledge": False}):
+        told = refused(capsys, argv(settings, llm="no/such-model"))
+        assert f"{file}, line 62: item 'i7' stands in line 9 with other text. Leave one out." in told
+        assert "in the configuration" in told and "no/such-model" not in told
+    file.write_text(text, encoding="utf-8")  # a mended file is read again
+    assert LLMConfig(config_dict=tiny)["dataset"] == "toy"
+
+
+def test_items_without_a_row_keep_their_interactions(toy: dict[str, Any]) -> None:
+    """Models that read `.item` train on, and are asked, what all others are."""
+    file = Path(toy["data_path"], "toy", "toy.item")
+    lines = file.read_text(encoding="utf-8").split("\n")
+    file.write_text("\n".join(lines[:1] + lines[4:]), encoding="utf-8")
+    found = [
+        prepare_data(LLMConfig(model, config_dict={**toy, **own}))
+        for model, own in (("SASRec", {}), ("FDSA", {"selected_features": ["release_year"]}))
+    ]
+    sizes = [len(protocol.train_data.dataset) for protocol in found]
+    assert sizes[0] == sizes[1] and found[0].test.digest == found[1].test.digest
 
 
 def test_windows_line_ends_change_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:

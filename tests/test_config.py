@@ -226,6 +226,49 @@ def test_yaml_that_is_no_settings(toy: dict[str, Any], tmp_path: Path, text: str
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epochs: 1\nseed: 2\nepochs: 3\n", "line 3: `epochs` stands there a second time."),
+        ("eval_args: {mode: full, split: {LS: test_only}, mode: uni9}\n", "line 1: `mode` stands there a second time."),
+        ("a: [{b: 1}, {b: 1, c: {d: 1,\n d: 1}}]\n", "line 2: `d` stands there a second time."),
+    ],
+)
+def test_a_key_that_stands_twice(tmp_path: Path, text: str, told: str) -> None:
+    """YAML would take the last of them, and say nothing."""
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(f"`{file}` is not plain YAML: {told}")):
+        read_yaml(str(file))
+
+
+def test_tables_laid_over_others_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: {b: &x {c: 1}, d: &y {<<: *x, c: 2}}\ne: {<<: *y, c: 3}\n", encoding="utf-8")
+    assert read_yaml(str(file)) == {"a": {"b": {"c": 1}, "d": {"c": 2}}, "e": {"c": 3}}
+
+
+@pytest.mark.parametrize("key", ["config_file", "config_files"])
+def test_files_that_nothing_would_read(toy: dict[str, Any], key: str) -> None:
+    told = problems("Pop", **toy, **{key: "a.yaml"})
+    assert len(told) == 1 and told[0].startswith(f"--{key}='a.yaml': ") and '--config_files="a.yaml b.yaml"' in told[0]
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` in --key=~/x, and a file has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("checkpoint_dir: ~/runs\nitem_text: ~/no path\n", encoding="utf-8")
+    assert read_yamls(["~/a.yaml"]) == {"checkpoint_dir": f"{tmp_path}/runs", "item_text": "~/no path"}
+    flags = parse_flags(["--checkpoint_dir=~/x", "--data_path=~", "--out", "~/y", "--search=a~b", "--prompt=~no one/z"])
+    assert flags == {
+        "checkpoint_dir": f"{tmp_path}/x",
+        "data_path": str(tmp_path),
+        "out": f"{tmp_path}/y",
+        "search": "a~b",
+        "prompt": "~no one/z",
+    }
+
+
 def test_all_wrong_files_are_told(toy: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n", encoding="utf-8")
     (tmp_path / "latin.yaml").write_bytes("seed: é".encode("latin-1"))

@@ -643,6 +643,17 @@ def test_command(dpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (dpo / f"explain-{user}.html").is_file()
 
 
+def test_a_page_cannot_be_a_folder(
+    dpo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before the ranking is explained."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", str(tmp_path)):
+        assert cli.main(["explain", str(dpo), f"--user={users_of(dpo)[0]}", f"--html={folder}"]) == 2
+        told = capsys.readouterr()
+        assert f"--html={folder}: it is a folder; name a file in it." in told.err and "Top " not in told.out
+
+
 def test_a_file_name_of_any_user() -> None:
     assert command._file_name("../a/b c") == ".._a_b_c" and len(command._file_name("x" * 300)) == 80
 

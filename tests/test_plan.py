@@ -214,6 +214,19 @@ def test_a_finished_stage_costs_nothing(tiny: dict[str, Any]) -> None:
     assert by_name(again)["SFT"]["cached"] and by_name(again)["SFT"]["seconds"] is None
     assert by_name(again)["validation"]["rounds"] == 1 and by_name(again)["DPO"]["seconds"] > 0
     assert "SFT was finished before and is loaded (0 s)." in again["notes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounds"),
+    [({}, None), ({"topk": [1, 10]}, None), ({"topk": [3, 10]}, 1), ({"metrics": ["NDCG", "Recall"]}, 1)],
+)
+def test_a_finished_stage_is_validated_by_metrics_that_it_lacks(
+    tiny: dict[str, Any], changes: dict[str, Any], rounds: int | None
+) -> None:
+    """As a run does."""
+    run_recbole_llm(config_dict={**tiny, **FEW})
+    again = by_name(planned(tiny, **FEW, **changes))
+    assert again["SFT"]["cached"] and again.get("validation", {}).get("rounds") == rounds
     assert any("this run is finished" in note for note in planned({**tiny, **FEW})["notes"])
 
 

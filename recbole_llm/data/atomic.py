@@ -109,6 +109,16 @@ def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     return list(used.values())
 
 
+def check_text(settings: Mapping[str, Any], dataset: str, suffix: str) -> None:
+    """Whether RecBole reads a file other than ``.inter`` as it stands.
+
+    Raises:
+        UserError: a line that it would pass over, or read as another.
+    """
+    file, separator = atomic_file(settings, dataset, suffix), settings["field_separator"]
+    _check_lines(file, separator, tuple(read_header(file, separator)), (), stamp(file))
+
+
 @lru_cache(maxsize=8)  # a comparison makes a configuration for each model, and another for each run
 def _check_lines(
     file: Path, separator: str, columns: Sequence[str], used: Sequence[str], changed: tuple[int, int]
@@ -116,6 +126,7 @@ def _check_lines(
     """Refuse what RecBole would read as something else: short lines, quotes, missing users or times.
 
     Args:
+        used: columns of user, item, time and perhaps rating; none in another file than ``.inter``.
         changed: the file's ``stamp``, by which a changed one is read again.
     """
     places, number = [columns.index(c) for c in used], 1
@@ -126,13 +137,13 @@ def _check_lines(
                 fields = line.decode("utf-8").rstrip("\r\n").split(separator)
                 wrong: str | None = f"{len(fields)} fields where the header has {len(columns)}"
                 if len(fields) == len(columns):
-                    wrong = _wrong_fields(*(fields[p] for p in places)) or _wrong_text(fields)
+                    wrong = (_wrong_fields(*(fields[p] for p in places)) if used else None) or _wrong_text(fields)
             except UnicodeDecodeError:
                 wrong = "not UTF-8 text"
             if wrong and line.strip():
                 told = line[:80].decode("utf-8", "replace")
                 raise UserError(f"{file}, line {number}: {wrong}: {told!r}. Mend the line or leave it out.")
-    if number == 1:
+    if used and number == 1:
         raise UserError(f"{file} holds a header and no interactions.")
 
 
@@ -188,7 +199,22 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
             an item in two lines that differ.
     """
     others, file = item_columns(settings, dataset), atomic_file(settings, dataset, "item")
-    separator, item_field = settings["field_separator"], settings["ITEM_ID_FIELD"]
+    return others, _item_rows(file, settings["field_separator"], settings["ITEM_ID_FIELD"])
+
+
+def check_items(settings: Mapping[str, Any], dataset: str) -> None:
+    """Whether ``read_items`` will read the file; raises as it does."""
+    item_columns(settings, dataset)
+    file = atomic_file(settings, dataset, "item")
+    _check_rows(file, settings["field_separator"], settings["ITEM_ID_FIELD"], stamp(file))
+
+
+@lru_cache(maxsize=8)  # as for ``.inter``
+def _check_rows(file: Path, separator: str, item_field: str, changed: tuple[int, int]) -> None:
+    _item_rows(file, separator, item_field)
+
+
+def _item_rows(file: Path, separator: str, item_field: str) -> dict[str, dict[str, str]]:
     columns = list(read_header(file, separator))
     try:
         text = file.read_bytes().decode("utf-8")
@@ -216,4 +242,4 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
         lines.setdefault(token, number)
     for token in list(rows):
         rows.setdefault(token.strip(), rows[token])  # of ids with blanks in this file alone
-    return others, rows
+    return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import keys
+from recbole_llm.data.atomic import check_items
 from recbole_llm.data.template import load_template
 from recbole_llm.dpo4rec.question import item_template
 
@@ -52,6 +53,7 @@ def wrong_dpo4rec(settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_texts(settings: Mapping[str, Any], dataset: str, properties: Path) -> None:
-    """Raises ``UserError`` where the template of the question, or of an item's line, cannot be used."""
+    """Raises ``UserError`` where the template of the question, or of an item's line, or the titles cannot be used."""
     load_template(settings["reasoning_prompt"], properties, "reasoning_prompt")
     item_template(settings, dataset)
+    check_items(settings, dataset)

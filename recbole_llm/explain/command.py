@@ -70,6 +70,8 @@ def _explain(run: FinishedRun, user: str, own: dict[str, Any]) -> int:
     file = Path(own["html"]) if "html" in own else run.folder / f"explain-{_file_name(user)}.html"
     if not file.parent.is_dir():
         raise UserError(f"--html={file}: there is no folder {file.parent}. Make it, or name another file.")
+    if file.is_dir():
+        raise UserError(f"--html={file}: it is a folder; name a file in it.")
     found = explain_user(run, user, own.get("k", 10), own.get("item"), baseline)
     print(explanation_text(found))
     write_explanation(found, file)
