@@ -40,8 +40,8 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
         probe: time passes with the LLM's weights, where they are there.
 
     Returns:
-        ``work`` (a dict for each kind of pass, see ``Work``), ``memory`` (bytes by part), ``seconds`` (by part; None =
-        not measured), ``machine`` and ``notes``.
+        ``work`` (a dict for each kind of pass, see ``Work``), ``memory`` (bytes by part; without passes and a total
+        where these cannot be counted), ``seconds`` (by part; None = not measured), ``machine`` and ``notes``.
 
     Raises:
         UserError: as a run, and where the LLM's config.json or tokenizer cannot be had.
@@ -61,7 +61,12 @@ def plan(config: LLMConfig, probe: bool = True) -> dict[str, Any]:
     catalogue = read_catalogue(config, protocol.dataset, llm.tokenizer)
     ranked = catalogue if asked is protocol else read_catalogue(test_config, asked.dataset, llm.tokenizer)
     work, notes = _all_work(config, protocol, asked, catalogue, ranked, llm)
-    parts = _memory(config, llm, work)
+    parts = _memory(config, llm)
+    try:
+        parts |= _pass_memory(config, llm, work)
+    except Exception as error:  # architectures, peft and torch refuse the meta device in their own ways
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        notes.append(f"memory: of passes not known, and no total: this LLM's cannot be counted by shapes ({reason}).")
     seconds: dict[str, float] | None = None
     if probe and has_weights:
         seconds = _probe(config, protocol, llm, work, parts)
@@ -170,13 +175,15 @@ def _notes(config: LLMConfig, work: list[Work]) -> list[str]:
 # ---- memory and time
 
 
-def _memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
-    """Bytes by part, before anything is measured."""
-    device = config["device"].type
-    parts: dict[str, float] = {
-        "process": memory.process_bytes() if device == "cpu" else memory.GPU_CONTEXT,
-        **memory.weight_bytes(llm.model, config),
-    }
+def _memory(config: LLMConfig, llm: LLM) -> dict[str, float]:
+    """Bytes by part but for passes, before anything is measured."""
+    process = memory.process_bytes() if config["device"].type == "cpu" else memory.GPU_CONTEXT
+    return {"process": process, **memory.weight_bytes(llm.model, config)}
+
+
+def _pass_memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
+    """Bytes of the largest passes, and what allocators hold for each of them (``held``)."""
+    parts: dict[str, float] = {}
     trained = [w for w in work if w.trained]
     asked = config["gradient_checkpointing"]
     for checkpointing in (asked, not asked):
@@ -187,7 +194,7 @@ def _memory(config: LLMConfig, llm: LLM, work: list[Work]) -> dict[str, float]:
     )
     kept = memory.kept_bytes(llm.model)
     parts["evaluation pass"] = max(pass_bytes(config, llm, w, w.largest) + w.kept * kept for w in work if not w.trained)
-    parts["held"] = memory.HELD[device]
+    parts["held"] = memory.HELD[config["device"].type]
     return parts
 
 
@@ -202,7 +209,9 @@ def pass_bytes(
 
 
 def _totals(config: LLMConfig, parts: dict[str, float]) -> dict[str, Any]:
-    """The parts with their sum, what the machine has, and what a GPU would have to have."""
+    """The parts with their sum, what the machine has, and what a GPU would have to have; alone without passes."""
+    if "held" not in parts:
+        return parts
     fixed = sum(parts[name] for name in ("weights", "adapters", "gradients", "optimizer"))
     largest, held = max(parts["training pass"], parts["evaluation pass"]), parts["held"]
     total = parts["process"] + fixed + held * largest
@@ -239,11 +248,12 @@ def _probe(
             alike = (part.trained, round(share, 1))  # passes of one kind with as much work for the LM head
             if alike not in timed:
                 timed[alike], tokens = pace_of(model, part)
-                expected = max(expected, pass_bytes(config, llm, part, (tokens, round(share * tokens))))
+                if "held" in parts:
+                    expected = max(expected, pass_bytes(config, llm, part, (tokens, round(share * tokens))))
             part.seconds = timed[alike].seconds(part)
-    if any(trained for trained, _ in timed):
-        expected += parts["gradients"] + parts["optimizer"]
     if expected:
+        if any(trained for trained, _ in timed):
+            expected += parts["gradients"] + parts["optimizer"]
         parts["held"] = min(max(1.0, (peak.peak - peak.before) / expected), 2.5)
     computed = sum(w.seconds or 0 for w in work)
     return {"start": start, "passes": computed, "total": start + computed}

@@ -510,6 +510,17 @@ def test_kept_lines_of_any_token(tmp_path: Path) -> None:
     assert list(faithful_users._read(file)) == users
 
 
+def test_a_kept_line_cut_within_a_character(tmp_path: Path) -> None:
+    """By a full disk or a kill; the lines before and after it are whole."""
+    file = tmp_path / "faithfulness.jsonl"
+    lines = [json.dumps({"user": user}, ensure_ascii=False).encode() for user in ("a", "é", "b")]
+    cut = lines[1][: lines[1].index("é".encode()) + 1]
+    file.write_bytes(b"\n" + b"\n".join((lines[0], cut, lines[2])))
+    assert list(faithful_users._read(file)) == ["a", "b"]
+    file.write_bytes(b"\n" + b"\n".join((lines[0], cut)))
+    assert list(faithful_users._read(file)) == ["a"]
+
+
 def test_faithfulness_over_users(dpo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file holds what the comparisons are made of; a user is asked once, whatever was cut short."""
     folder = tmp_path / dpo.name

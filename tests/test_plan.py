@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from recbole_llm import catalogue, cli, llm_trainer, memory, topk_search
 from recbole_llm.config import PROPERTIES, LLMConfig
@@ -307,6 +315,57 @@ def test_an_8b_model_fits_24_gib_without_weights_at_hand(tiny: dict[str, Any], t
     assert found["seconds"] is None and "time: not measured: weights not at hand." in found["notes"]
     text = plan_text(found)
     assert "24 GiB yes" in text and "weights not at hand" in text
+
+
+def saved_llm(folder: Path, config: PretrainedConfig) -> int:
+    """Writes a random LLM with the tiny one's tokenizer; the bytes of its weights."""
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tiny_llm()[1].save_pretrained(folder)
+    return sum(weight.nbytes for weight in model.parameters())
+
+
+EXPERTS = MixtralConfig(
+    vocab_size=1100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, num_local_experts=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "finetune"),
+    [
+        (EXPERTS, "lora"),
+        (EXPERTS, "none"),
+        (FalconConfig(vocab_size=1100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "lora"),
+        (GPTNeoConfig(vocab_size=1100, hidden_size=32, num_layers=2, num_heads=2,
+                      attention_types=[[["global", "local"], 1]]), "lora"),
+    ],
+)  # fmt: skip
+def test_an_llm_whose_passes_the_meta_device_refuses(
+    tiny: dict[str, Any], tmp_path: Path, one_thread: None, config: PretrainedConfig, finetune: str
+) -> None:
+    """It can be run, so that its work and time are told, and of memory what is known."""
+    folder = tmp_path / "llm"
+    weights = saved_llm(folder, config)
+    found = plan(LLMConfig(config_dict={**tiny, **FEW, "llm": str(folder), "loss": "SFT", "finetune": finetune}))
+    parts = found["memory"]
+    assert set(parts) == {"process", "weights", "adapters", "gradients", "optimizer"}
+    assert parts["weights"] == weights and (parts["adapters"] > 0) == (finetune == "lora")
+    assert found["seconds"]["total"] > 0 and all(part["seconds"] > 0 for part in found["work"])
+    (note,) = (note for note in found["notes"] if note.startswith("memory: "))
+    assert "no total" in note and "RuntimeError" in note and note in plan_text(found)
+
+
+def test_a_padding_token_does_not_stop_the_count(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """GPT-2's own code looks for it among the tokens; the sizes are those without it."""
+    found = []
+    for name, padding in (("with", 2), ("without", None)):
+        config = GPT2Config(vocab_size=1100, n_embd=32, n_layer=2, n_head=2, pad_token_id=padding)
+        saved_llm(tmp_path / name, config)
+        found.append(planned({**tiny, **FEW, "llm": str(tmp_path / name), "loss": "SFT"})["memory"])
+    assert found[0].keys() == found[1].keys() and found[0]["training pass"] > 0
+    same = found[0].keys() - {"process", "total", "machine"}  # these three are measured
+    assert {name: found[0][name] for name in same} == {name: found[1][name] for name in same}
 
 
 def test_weights_of_a_small_model_in_full(tiny: dict[str, Any]) -> None:

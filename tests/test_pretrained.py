@@ -26,11 +26,13 @@ from transformers import (
 )
 
 from recbole_llm.errors import UserError
-from recbole_llm.llm import adapter
+from recbole_llm.llm import adapter, half_precision, logps
 from recbole_llm.llm.adapter import adapter_state, load_adapter, save_adapter, set_adapter_state
 from recbole_llm.llm.base import context_of
+from recbole_llm.llm.logps import batch_logps
 from recbole_llm.llm.pretrained import dtype_of, load_llm
 from recbole_llm.llm.tiny import tiny_llm
+from recbole_llm.llm.token_tree import TreeBuilder
 from recbole_llm.llm.types import LLM
 
 CPU = torch.device("cpu")
@@ -115,6 +117,31 @@ def test_weights_that_are_trained_are_float32(
     assert "--finetune=full" not in caplog.text
     load(finetune="full", dtype="bfloat16")
     assert "--dtype=bfloat16 with --finetune=full" in caplog.text
+
+
+def test_lora_on_the_output_layer_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the body runs under autocast, the output layer does not. Against the same adapters in float32."""
+    tree = TreeBuilder()
+    prompt = tree.chain(-1, range(20, 32))[-1]
+    for first in (40, 50, 60):
+        tree.completion(tree.chain(prompt, range(first, first + 5)))
+
+    def computed(llm: LLM) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values = batch_logps(llm.model.train(), [tree.build()])
+        values.sum().backward()
+        return values.detach(), {name: p.grad for name, p in llm.model.named_parameters() if p.requires_grad}
+
+    names = {"lora_target_modules": ["q_proj", "lm_head"]}
+    in_float32 = trained(**names)
+    expected, expected_gradients = computed(in_float32)
+    monkeypatch.setattr(half_precision, "_suits", lambda model: True)
+    monkeypatch.setattr(logps, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+    half = load(dtype="bfloat16", **names)
+    set_adapter_state(half, adapter_state(in_float32))
+    found, gradients = computed(half)
+    torch.testing.assert_close(found, expected, atol=0.3, rtol=0)
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 0.1 * gradient.norm() > 0, name
 
 
 def test_folder_is_the_same_model(folder: Path) -> None:

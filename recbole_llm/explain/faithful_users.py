@@ -95,7 +95,7 @@ def _line(run: FinishedRun, row: int, user: str) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     found = {}
-    for text in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+    for text in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             line = json.loads(text)
             found[line["user"]] = line

@@ -16,11 +16,12 @@ from recbole_llm.llm.types import CausalLM
 def keep_half_inputs(model: CausalLM) -> None:
     """Have peft leave the inputs of adapters in half precision; what runs the model must then use ``autocast``.
 
-    Nothing is done but for a GPU and weights in half precision.
+    Nothing is done but for a GPU and weights in half precision, nor to the output layer, which is run without.
     """
     if _suits(model):
+        head = model.get_output_embeddings()
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and module is not head:
                 module.cast_input_dtype_enabled = False
 
 

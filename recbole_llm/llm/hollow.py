@@ -29,7 +29,7 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
     """What ``load_llm`` would give, on torch's ``meta`` device, whose tensors have shapes and no values.
 
     A folder needs no more than ``config.json`` and the tokenizer's files. Weights that are to be quantised are here in
-    the type of computation, and attention is one fused kernel (``attend=``).
+    the type of computation, and attention is one fused kernel (``attend=``), but for architectures that take none.
 
     Returns:
         The LLM, whose revision is that of the weights where they are there; and whether they are there.
@@ -41,6 +41,9 @@ def hollow_llm(config: Config) -> tuple[LLM, bool]:
     with explained_load(name):
         base, tokenizer, revision, has_weights = _hollow_base(name, getattr(torch, dtype))
         base.config.use_cache = False
+        # Some (GPT-2) look for padding among the tokens, which have no values here. Set past the configuration's own
+        # checks, since some allow no None.
+        vars(base.config)["pad_token_id"] = None
         base.requires_grad_(config["finetune"] == "full")
         context = context_of(base, tokenizer)
         model: CausalLM = base
@@ -64,7 +67,10 @@ def _hollow_base(name: str, dtype: torch.dtype) -> tuple[CausalLM, object, str, 
     shape = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     check_causal(name, shape)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
+        try:
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
+        except KeyError:  # Falcon, GPT-Neo: their layers know the kernels of transformers alone
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="eager")
     folder = Path(cached_file(where, "config.json", local_files_only=offline)).parent
     has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return model, load_tokenizer(name, where, model, offline), fingerprint(weights_of(folder)), has_weights
