@@ -11,6 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -205,6 +208,61 @@ def test_layers_that_cannot_be_packed_are_refused() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UserError, match="--llm=it.*cannot be packed"):
         choose_attention(model, "auto", "it")
+
+
+def gpt_neo(*layers: str) -> torch.nn.Module:
+    config = GPTNeoConfig(
+        vocab_size=211,
+        hidden_size=32,
+        num_layers=len(layers),
+        num_heads=4,
+        attention_types=[[list(layers), 1]],
+        window_size=256,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_by_place_in_the_row_are_refused(dtype: torch.dtype) -> None:
+    """Titles far from their prompt in the row would not see it, and no row of the check is so long."""
+    with pytest.raises(UserError, match="--llm=it.*eager leaves the layers a window.*use a model with plain"):
+        choose_attention(gpt_neo("global", "local").to(dtype), "auto", "it")
+
+
+def test_layers_without_a_window_are_right_in_long_rows() -> None:
+    """GPT-Neo's plain layers hold a mask too, which hides nothing that a tree needs."""
+    model = gpt_neo("global", "global")
+    choose_attention(model, "auto", "it")
+    draw = torch.Generator().manual_seed(0)
+    prompt, titles = (torch.randint(3, 211, size, generator=draw).tolist() for size in ((100,), (100, 3)))
+    tree = TreeBuilder()
+    end = tree.chain(-1, prompt)[-1]
+    for title in titles:
+        tree.completion(tree.chain(end, title))
+    with torch.no_grad():
+        found = batch_logps(model, [tree.build()])
+        expected = one_at_a_time(model, [(prompt, title) for title in titles])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "kind"),
+    [
+        (MistralConfig, {"sliding_window": 64}, NAMES["blocks"]),
+        (Qwen2Config, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, NAMES["blocks"]),
+        (Gemma3TextConfig, {"sliding_window": 64}, NAMES["blocks"]),
+        (GptOssConfig, {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2}, "eager"),
+    ],
+)
+def test_windows_in_the_mask_are_no_matter(architecture: type, options: dict, kind: str) -> None:
+    model = small(architecture, **options)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == kind
 
 
 def test_a_back_end_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,15 @@ def _lacks(model: PreTrainedModel, kind: str) -> str | None:
     """What a back end is known not to do; None if nothing is."""
     if kind != "eager" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         return "has no soft cap"  # the error of leaving it out grows with the weights, and may be small here
+    if _own_window(model):  # its error shows in rows that are longer than the window alone
+        return "leaves the layers a window of their own, by place in the row"
     return None
+
+
+def _own_window(model: PreTrainedModel) -> bool:
+    """Whether layers hold a causal mask of their own that hides some earlier places, as GPT-Neo's local layers do."""
+    masks = (b for b in model.buffers() if b.dtype == torch.bool and b.ndim >= 2 and b.shape[-1] == b.shape[-2])
+    return any(bool((~mask).tril().any()) for mask in masks)
 
 
 def _material(vocabulary: int) -> tuple[list[int], list[list[int]]]:
