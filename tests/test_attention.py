@@ -155,18 +155,9 @@ def test_chains_of_many_users_need_no_mask_and_no_copy() -> None:
 
 def small(kind: type, **options: object) -> torch.nn.Module:
     """A random model of an architecture, two layers."""
-    config = kind(
-        vocab_size=211,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **options,
-    )
+    sizes: dict = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = kind(**{**sizes, **heads, "initializer_range": 0.3, "pad_token_id": 0, **options})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -199,6 +190,34 @@ def test_a_soft_cap_refuses_the_kernels_that_lack_it() -> None:
     model = small(Gemma2Config, attn_logit_softcapping=50.0, final_logit_softcapping=None, sliding_window=64)
     with pytest.raises(UserError, match="blocks has no soft cap"):
         choose_attention(model, "blocks", "it")
+
+
+@pytest.mark.parametrize("kind", ["blocks", "flex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_refuse_the_kernels_that_lack_them(kind: str, dtype: torch.dtype) -> None:
+    """Sinks that take a tenth of the weight: their error is less than what half precision may round."""
+    model = small(GptOssConfig, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.02).to(dtype)
+    for name, weight in model.named_parameters():
+        if "sinks" in name:
+            weight.data.fill_(0.5)
+    with pytest.raises(UserError, match=f"{kind} fails .*s_aux of GptOssAttention would be left out"):
+        choose_attention(model, kind, "it", trained=False)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "given", [{"softcap": 50.0}, {"position_bias": torch.zeros(1)}, {"attention_mask": torch.ones(1)}]
+)
+def test_what_attention_would_leave_out_is_told(given: dict) -> None:
+    """What architectures hand over; a soft cap of none, the window and the positions are no matter."""
+    module, states = torch.nn.Identity(), [torch.zeros(1, 1, 3, 4)] * 3
+    module.layer_idx = 0
+    plain: dict = {"attention_mask": None, "softcap": None, "sliding_window": 9, "position_ids": torch.arange(3)}
+    attend = Blocks(torch.tensor([3, 3, 3]), [0, 3], torch.float32)
+    attention._attention(module, *states, **plain, attend=attend)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(given))} of Identity"):
+        attention._attention(module, *states, **{**plain, **given}, attend=attend)
 
 
 def test_layers_that_cannot_be_packed_are_refused() -> None:
