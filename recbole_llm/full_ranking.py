@@ -12,8 +12,8 @@ from recbole.config import Config
 from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.data.prompt import Prompt
 from recbole_llm.errors import UserError
-from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.budget import TokenBudget
+from recbole_llm.llm.prompt_cache import cannot_go_on
 from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.types import CausalLM
@@ -38,16 +38,15 @@ def users_at_once(token_budget: int, longest: int, device: torch.device) -> int:
 
 
 def check_search(config: Config, model: CausalLM) -> None:
-    """Whether exact_topk can work with the attention back end that the model was loaded with.
+    """Whether exact_topk can work with the model and the attention back end that it was loaded with.
 
     Raises:
         UserError: it cannot.
     """
-    found = model.config._attn_implementation
-    if found not in NAMES.values():
+    if (reason := cannot_go_on(model)) is not None:
         raise UserError(
-            f"--full_ranking=exact_topk: it goes on from what is kept of a prompt, which {found} attention, the back "
-            f"end of --llm={config['llm']} with --attention={config['attention']}, cannot; set --full_ranking=exact."
+            f"--full_ranking=exact_topk: it goes on from what is kept of a prompt, and there --llm={config['llm']} "
+            f"{reason} (--attention={config['attention']}); set --full_ranking=exact."
         )
 
 
@@ -63,7 +62,7 @@ class ExactRanking:
         stats: what the searches of exact_topk cost so far; None before the first.
 
     Raises:
-        UserError: exact_topk with an attention back end that cannot go on from what is kept of a prompt.
+        UserError: exact_topk with an LLM or an attention back end that cannot go on from what is kept of a prompt.
     """
 
     def __init__(self, config: Config, model: CausalLM, prompt: Prompt) -> None:
@@ -72,7 +71,7 @@ class ExactRanking:
         # Its own: what a search lacks, training passes may have.
         self.budget = TokenBudget(config["token_budget"], shrinks=not is_sharded(model))
         self.trie = title_trie(prompt.answers)
-        self.packs = model.config._attn_implementation in NAMES.values()
+        self.goes_on = cannot_go_on(model) is None
         self.stats: SearchStats | None = None
         self._scores: TitleScores | None = None
         self._log = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ class ExactRanking:
 
     def _full_pass(self, history: Sequence[int], scores: TitleScores) -> torch.Tensor:
         prompt = self.prompt.trunk(history)
-        if self.packs:
+        if self.goes_on:
             return self.budget.run(
                 lambda tokens: exact_scores(self.model, prompt, self.trie, scores, token_budget=tokens)
             )

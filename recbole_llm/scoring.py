@@ -10,8 +10,8 @@ import torch
 from recbole_llm.catalogue import exact_scores
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt
-from recbole_llm.llm.attention import NAMES
 from recbole_llm.llm.logps import completion_logps
+from recbole_llm.llm.prompt_cache import cannot_go_on
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.types import CausalLM
 from recbole_llm.title_scores import title_scores
@@ -35,7 +35,7 @@ def candidate_logps(
         histories: item ids for each user, oldest first, already cut to fit.
         candidates: item ids for each user.
         token_budget: tokens of one forward pass; where prompt and titles exceed it, titles go in several passes below
-            the one of the prompt.
+            the one of the prompt, or with the prompt in each where the model cannot go on from it.
 
     Returns:
         For each user ``[C]``, nats, in the order of the candidates.
@@ -47,12 +47,12 @@ def candidate_logps(
         for item in items:
             places.setdefault(item, len(places))
     told = {key: history for key, history in zip(keys, histories, strict=True)}
-    packs = model.config._attn_implementation in NAMES.values() and not isinstance(prompt, PairPrompt)
+    goes_on = cannot_go_on(model) is None and not isinstance(prompt, PairPrompt)
     parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
     trees, owners = [], []
     for key, places in asked.items():
         chunks = candidate_chunks(prompt, told[key], list(places), token_budget)
-        if len(chunks) > 1 and packs:
+        if len(chunks) > 1 and goes_on:
             parts[key].append(_below_one_prompt(model, prompt, told[key], list(places), token_budget))
             continue
         trees += [prompt.candidate_tree(told[key], chunk) for chunk in chunks]

@@ -11,6 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -152,18 +155,9 @@ def test_chains_of_many_users_need_no_mask_and_no_copy() -> None:
 
 def small(kind: type, **options: object) -> torch.nn.Module:
     """A random model of an architecture, two layers."""
-    config = kind(
-        vocab_size=211,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **options,
-    )
+    sizes: dict = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = kind(**{**sizes, **heads, "initializer_range": 0.3, "pad_token_id": 0, **options})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -198,6 +192,34 @@ def test_a_soft_cap_refuses_the_kernels_that_lack_it() -> None:
         choose_attention(model, "blocks", "it")
 
 
+@pytest.mark.parametrize("kind", ["blocks", "flex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_refuse_the_kernels_that_lack_them(kind: str, dtype: torch.dtype) -> None:
+    """Sinks that take a tenth of the weight: their error is less than what half precision may round."""
+    model = small(GptOssConfig, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.02).to(dtype)
+    for name, weight in model.named_parameters():
+        if "sinks" in name:
+            weight.data.fill_(0.5)
+    with pytest.raises(UserError, match=f"{kind} fails .*s_aux of GptOssAttention would be left out"):
+        choose_attention(model, kind, "it", trained=False)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "given", [{"softcap": 50.0}, {"position_bias": torch.zeros(1)}, {"attention_mask": torch.ones(1)}]
+)
+def test_what_attention_would_leave_out_is_told(given: dict) -> None:
+    """What architectures hand over; a soft cap of none, the window and the positions are no matter."""
+    module, states = torch.nn.Identity(), [torch.zeros(1, 1, 3, 4)] * 3
+    module.layer_idx = 0
+    plain: dict = {"attention_mask": None, "softcap": None, "sliding_window": 9, "position_ids": torch.arange(3)}
+    attend = Blocks(torch.tensor([3, 3, 3]), [0, 3], torch.float32)
+    attention._attention(module, *states, **plain, attend=attend)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(given))} of Identity"):
+        attention._attention(module, *states, **{**plain, **given}, attend=attend)
+
+
 def test_layers_that_cannot_be_packed_are_refused() -> None:
     """A state space model reads branches one after the other, and no mask can tell it not to."""
     config = MambaConfig(vocab_size=211, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
@@ -205,6 +227,61 @@ def test_layers_that_cannot_be_packed_are_refused() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UserError, match="--llm=it.*cannot be packed"):
         choose_attention(model, "auto", "it")
+
+
+def gpt_neo(*layers: str) -> torch.nn.Module:
+    config = GPTNeoConfig(
+        vocab_size=211,
+        hidden_size=32,
+        num_layers=len(layers),
+        num_heads=4,
+        attention_types=[[list(layers), 1]],
+        window_size=256,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_by_place_in_the_row_are_refused(dtype: torch.dtype) -> None:
+    """Titles far from their prompt in the row would not see it, and no row of the check is so long."""
+    with pytest.raises(UserError, match="--llm=it.*eager leaves the layers a window.*use a model with plain"):
+        choose_attention(gpt_neo("global", "local").to(dtype), "auto", "it")
+
+
+def test_layers_without_a_window_are_right_in_long_rows() -> None:
+    """GPT-Neo's plain layers hold a mask too, which hides nothing that a tree needs."""
+    model = gpt_neo("global", "global")
+    choose_attention(model, "auto", "it")
+    draw = torch.Generator().manual_seed(0)
+    prompt, titles = (torch.randint(3, 211, size, generator=draw).tolist() for size in ((100,), (100, 3)))
+    tree = TreeBuilder()
+    end = tree.chain(-1, prompt)[-1]
+    for title in titles:
+        tree.completion(tree.chain(end, title))
+    with torch.no_grad():
+        found = batch_logps(model, [tree.build()])
+        expected = one_at_a_time(model, [(prompt, title) for title in titles])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "kind"),
+    [
+        (MistralConfig, {"sliding_window": 64}, NAMES["blocks"]),
+        (Qwen2Config, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, NAMES["blocks"]),
+        (Gemma3TextConfig, {"sliding_window": 64}, NAMES["blocks"]),
+        (GptOssConfig, {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2}, "eager"),
+    ],
+)
+def test_windows_in_the_mask_are_no_matter(architecture: type, options: dict, kind: str) -> None:
+    model = small(architecture, **options)
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == kind
 
 
 def test_a_back_end_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

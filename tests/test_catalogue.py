@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from recbole.data.interaction import Interaction
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, DiffLlamaConfig
 
-from recbole_llm import catalogue, full_ranking
+from recbole_llm import catalogue, full_ranking, scoring
 from recbole_llm.catalogue import exact_scores, exact_topk
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
@@ -20,8 +22,9 @@ from recbole_llm.errors import UserError
 from recbole_llm.full_ranking import users_at_once
 from recbole_llm.llm import attention_check
 from recbole_llm.llm.attention import NAMES
+from recbole_llm.llm.attention_check import choose_attention
 from recbole_llm.llm.logps import token_logps
-from recbole_llm.llm.prompt_cache import NodeCache, PromptCache, _cpu_kernel, _spelled_out
+from recbole_llm.llm.prompt_cache import NodeCache, PromptCache, _cpu_kernel, _spelled_out, cannot_go_on
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.memory import LiveBytes
@@ -30,8 +33,11 @@ from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import title_scores
 from recbole_llm.topk_search import Found
+from tests.test_token_tree import one_at_a_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEVERAL_CYCLES = getattr(transformers, "HrmTextConfig", None)  # older versions have none
 
 
 @cache
@@ -102,6 +108,51 @@ def test_all_scores_and_the_best(seed: int, norm: str) -> None:
             assert_best(one, wanted, 5, seen)
         assert (stats.given_up > 0) == (most == 1)
         assert max(stats.expansions) <= (most if most > 1 else 1 + len(trie.inner))
+
+
+WIDTHS = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        (DeepseekV2Config, {"num_key_value_heads": 4, **WIDTHS, **EXPERTS}),  # keys of 16, values of 8
+        (DeepseekV3Config, {"num_key_value_heads": 4, **WIDTHS, **EXPERTS}),
+        (DiffLlamaConfig, {"num_key_value_heads": 2}),  # a layer attends twice, to other values
+        *([(SEVERAL_CYCLES, {"num_layers_per_stack": 2, "head_dim": 8})] if SEVERAL_CYCLES else []),
+    ],
+)
+def test_other_shapes_and_orders_of_attention(architecture: type, options: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    fixed = {
+        "num_attention_heads": 4,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architecture(**sizes, **fixed, **options)).eval()
+    answers = [[], *([token % 200 for token in answer] for answer in random_answers(0, items=30)[1:])]
+    prompts = [[token % 200 for token in random_prompt(seed, 9 + 7 * seed)] for seed in range(2)]
+    model.config.use_cache = False
+    choose_attention(model, "auto", "it")
+    assert model.config._attn_implementation == NAMES["blocks"] and cannot_go_on(model) is None
+    trie = title_trie(answers)
+    scores = [exact_scores(model, prompts[1], trie, title_scores(trie), token_budget=n).numpy() for n in (7, 4096)]
+    found, stats = exact_topk(
+        model, prompts, trie, title_scores(trie), k=5, hidden=[np.zeros(0)] * 2, token_budget=16, most_nodes=999
+    )
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = [one_at_a_time(model, [(prompt, answer) for answer in answers[1:]]) for prompt in prompts]
+    expected = [np.array([-np.inf, *sums.tolist()]) for sums in alone]
+    for some in scores:
+        np.testing.assert_allclose(some, expected[1], atol=1e-4)
+    assert stats.given_up == 0
+    for one, wanted in zip(found, expected, strict=True):
+        assert_best(one, wanted, 5, [])
 
 
 def full(tiny: dict[str, Any], kind: str, **changes: Any) -> dict[str, Any]:
@@ -263,6 +314,23 @@ def test_a_back_end_that_auto_fell_back_to_is_refused_before_training(
         ranker(full(tiny, "exact_topk"))
     ranker(full(tiny, "exact"))
     ranker({**full(tiny, "exact_topk"), "eval_args": {"mode": "uni9"}})
+
+
+def test_a_kept_prompt_is_tried_when_the_llm_is_loaded(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """exact_topk is refused before training; exact and candidates beyond a pass take no such way."""
+    history = histories([3, 4, 5])
+    expected = ranker(full(tiny, "exact", finetune="none")).full_sort_predict(history)
+    monkeypatch.setattr(NodeCache, "move_to_front", lambda *_: None)
+    with pytest.raises(UserError, match=r"there --llm=tiny is off by .* nats a title.*set --full_ranking=exact\."):
+        ranker(full(tiny, "exact_topk"))
+    model = ranker(full(tiny, "exact", finetune="none"))
+    for module in (full_ranking, scoring):
+        monkeypatch.setattr(module, "exact_scores", lambda *args, **kwargs: 1 / 0)
+    torch.testing.assert_close(model.full_sort_predict(history), expected, atol=1e-4, rtol=0)
+    items = list(range(1, model.n_items))
+    for budget in (64, 4096):
+        (logps,) = candidate_logps(model.policy, model.prompt, [[3, 4, 5]], [items], token_budget=budget)
+        torch.testing.assert_close(logps, expected[1:], atol=1e-4, rtol=0)
 
 
 def test_other_attention_scores_the_whole_catalogue_too(tiny: dict[str, Any]) -> None:

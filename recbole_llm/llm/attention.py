@@ -59,11 +59,20 @@ def _attention(
     """What transformers calls in each layer; without ``attend`` (free generation) it is plain SDPA.
 
     Attention dropout is left out under ``attend``: titles that share a prompt must see the same one.
+
+    Raises:
+        NotImplementedError: under ``attend``, for what an architecture adds to its attention (sinks, soft caps, biases,
+            choices of keys) and ``attend`` leaves out. The error of that may be small, or show in long rows alone.
     """
     if attend is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    added = {"attention_mask": attention_mask, **kwargs}
+    tensors = [name for name, given in added.items() if isinstance(given, Tensor) and name != "position_ids"]
+    left_out = tensors + ["softcap"] * bool(kwargs.get("softcap"))
+    if left_out:
+        raise NotImplementedError(f"{', '.join(left_out)} of {type(module).__name__} would be left out")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(module.layer_idx, query, key, value, scale), None
 

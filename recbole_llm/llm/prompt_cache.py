@@ -6,26 +6,46 @@ log-sum-exps. So no mask over prompt and catalogue is ever made, and a prompt's 
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from recbole_llm.llm.attention import NAMES, Attend
 from recbole_llm.llm.half_precision import autocast
-from recbole_llm.llm.logps import decoder_and_head
+from recbole_llm.llm.logps import base_model, decoder_and_head
+from recbole_llm.llm.types import CausalLM
 
 
-def hidden_states(model: torch.nn.Module, tokens: Tensor, positions: Tensor, attend: object) -> Tensor:
-    """Last hidden states of one row of tokens ``[S, d]``, attention by ``attend``."""
+def cannot_go_on(model: CausalLM) -> str | None:
+    """What goes wrong where an LLM goes on from what is kept of a prompt, without its subject; None if nothing does."""
+    kind = model.config._attn_implementation
+    if kind not in NAMES.values():
+        return f"has {kind} attention, which cannot"
+    return getattr(base_model(model), "kept_prompt_error", None)  # choose_attention tried it
+
+
+def hidden_states(model: torch.nn.Module, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    """Last hidden states of one row of tokens ``[S, d]``, attention by ``attend``, told its number in the pass.
+
+    Not the layer's: some attend twice (DiffLlama), or are gone through several times (HRM), with other keys and values.
+    """
     decoder, _ = decoder_and_head(model)
     device = next(model.parameters()).device
     row = {"input_ids": tokens.to(device)[None], "position_ids": positions.to(device)[None]}
+    numbers = count()
+
+    def numbered(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return attend(next(numbers), query, key, value, scale)
+
     with autocast(model):
-        return decoder(**row, use_cache=False, attend=attend).last_hidden_state[0]
+        return decoder(**row, use_cache=False, attend=numbered).last_hidden_state[0]
 
 
 class PromptCache:
-    """Keys and values of prompts, by layer.
+    """Keys and values of prompts, by layer; each key with its value behind it, whose widths may differ.
 
     Args:
         slots: prompts kept at once.
@@ -38,7 +58,7 @@ class PromptCache:
     def __init__(self, slots: int, longest: int) -> None:
         self.length = torch.zeros(slots, dtype=torch.long)
         self._longest = longest
-        self._kept: dict[int, Tensor] = {}  # layer -> [slots, 2, KV, longest, D]
+        self._kept: dict[int, Tensor] = {}  # layer -> [slots, KV, longest, D + V]
 
     def read(self, model: torch.nn.Module, prompt: list[int], slot: int) -> Tensor:
         """Put a prompt through the LLM, keep its keys and values, and return its last hidden state ``[d]``."""
@@ -46,10 +66,11 @@ class PromptCache:
         self.length[slot] = len(prompt)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            new = torch.cat([key, value], -1)
             if layer not in self._kept:
-                size = (len(self.length), 2, key.shape[1], self._longest, key.shape[3])
-                self._kept[layer] = key.new_zeros(size)  # what is masked must be finite
-            self._kept[layer][slot, :, :, : len(prompt)] = torch.cat([key, value])
+                size = (len(self.length), new.shape[1], self._longest, new.shape[3])
+                self._kept[layer] = new.new_zeros(size)  # what is masked must be finite
+            self._kept[layer][slot, :, : len(prompt)] = new[0]
             found = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
             return found.transpose(1, 2)
 
@@ -60,11 +81,10 @@ class PromptCache:
         """Where keys and values lie; a prompt was read before."""
         return self._kept[0].device
 
-    def keys_values(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the prompts in these ascending slots, as long as the longest of them, each ``[slots, KV, P, D]``."""
-        kept = self._kept[layer][..., : int(self.length[slots].max()), :]
-        kept = kept if len(slots) == len(self.length) else kept[slots.to(kept.device)]
-        return kept[:, 0], kept[:, 1]
+    def keys_values(self, layer: int, slots: Tensor) -> Tensor:
+        """Of the prompts in these ascending slots, as long as the longest of them ``[slots, KV, P, D + V]``."""
+        kept = self._kept[layer][:, :, : int(self.length[slots].max())]
+        return kept if len(slots) == len(self.length) else kept[slots.to(kept.device)]
 
 
 class NodeCache:
@@ -76,11 +96,13 @@ class NodeCache:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: dict[int, Tensor] = {}  # layer -> [capacity, 2, KV, D]
+        self._kept: dict[int, Tensor] = {}  # layer -> [capacity, KV, D + V]
 
     def write(self, layer: int, slots: Tensor, most: int, key: Tensor, value: Tensor) -> Tensor:
-        """Keep ``[1, KV, S, D]`` keys and values in slots ``[S]``, all below ``most``; returns all that is kept."""
-        new = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3)
+        """Keep keys ``[1, KV, S, D]`` and values ``[1, KV, S, V]`` in slots ``[S]``, all below ``most``; returns all
+        that is kept.
+        """
+        new = torch.cat([key[0], value[0]], -1).transpose(0, 1)
         kept = self._kept.get(layer, new[:0])
         if most > len(kept):
             size = max(most, min(2 * len(kept), self._most))
@@ -162,16 +184,15 @@ class BelowPrompts:
             repeated = self.sees.repeat_interleave(heads // groups, 1)
             self._masks = (_additive(self.in_prompt, query.dtype), _additive(repeated, query.dtype))
         prompt_mask, node_mask = self._masks
-        kept = self.nodes.write(layer, self.slots, self.most, key, value)[self.seen]
-        keys, values = kept.unbind(2)
-        path = _blocks(rows, self.sees.shape[1], keys.transpose(1, 2), values.transpose(1, 2), node_mask, scale)
-        keys, values = self.prompts.keys_values(layer, self.users)
-        above = _blocks(self._by_prompt(rows), self.at_once, keys, values, prompt_mask, scale)
+        kept = self.nodes.write(layer, self.slots, self.most, key, value)[self.seen].transpose(1, 2)
+        path = _blocks(rows, self.sees.shape[1], kept[..., :width], kept[..., width:], node_mask, scale)
+        kept = self.prompts.keys_values(layer, self.users)
+        above = _blocks(self._by_prompt(rows), self.at_once, kept[..., :width], kept[..., width:], prompt_mask, scale)
         if self.place is not None:
             above = [part[self.place] for part in above]
         (here, here_lse), (there, there_lse) = ([part[:size] for part in parts] for parts in (path, above))
         share = torch.sigmoid(here_lse - there_lse)[..., None]  # of the path in the softmax over both
-        return torch.lerp(there.float(), here.float(), share).to(query.dtype).reshape(1, size, heads, width)
+        return torch.lerp(there.float(), here.float(), share).to(query.dtype).reshape(1, size, heads, -1)
 
     def _by_prompt(self, rows: Tensor) -> Tensor:
         if self.place is None:
@@ -193,20 +214,20 @@ def _blocks(rows: Tensor, size: int, key: Tensor, value: Tensor, mask: Tensor | 
     Args:
         rows: queries ``[S, KV, G, D]``, filled up to ``[A * Q, ...]`` by zeros.
         size: rows of a block, Q.
-        key, value: ``[A, KV, W, D]``.
+        key, value: ``[A, KV, W, D]``, ``[A, KV, W, V]``.
         mask: additive ``[A, 1, Q * G, W]``, or 1 in place of ``Q * G``.
 
     Returns:
-        Output ``[A * Q, KV, G, D]`` and log-sum-exp of the products ``[A * Q, KV, G]``, float32.
+        Output ``[A * Q, KV, G, V]`` and log-sum-exp of the products ``[A * Q, KV, G]``, float32.
     """
     blocks = len(key)
     _, groups, heads, width = rows.shape
     filled = pad(rows, (0, 0, 0, 0, 0, 0, 0, blocks * size - len(rows)))
     query = filled.view(blocks, size, groups, heads, width).transpose(1, 2).reshape(blocks, groups, -1, width)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-    attention = _cpu_kernel if query.device.type == "cpu" else _spelled_out
-    found, lse = attention(query, key, value, mask, scale)
-    found = found.reshape(blocks, groups, size, heads, width).transpose(1, 2).reshape(filled.shape)
+    fused = query.device.type == "cpu" and width == value.shape[-1]
+    found, lse = (_cpu_kernel if fused else _spelled_out)(query, key, value, mask, scale)
+    found = found.reshape(blocks, groups, size, heads, -1).transpose(1, 2).reshape(*filled.shape[:3], -1)
     return [found, lse.reshape(blocks, groups, size, heads).transpose(1, 2).reshape(filled.shape[:3])]
 
 
