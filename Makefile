@@ -58,7 +58,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)
 	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-ml-100k)
 	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-uni99) --modes=uni99 \
-	  "--models=Pop,ItemKNN,EASE,BPR,LLMRanker,LLMRanker[loss=DPO,rejected_num=1,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=RosePO,rejected=self_hard+semantic+popularity,smoothing=0.2,preference_learning_rate=0.0001,beta=1.0]"
+	  "--models=Pop,ItemKNN,EASE,BPR,LLMRanker,LLMRanker[loss=DPO,rejected_num=1,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=DMPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=SDPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=RosePO,rejected=self_hard+semantic+popularity,smoothing=0.2,preference_learning_rate=0.0001,beta=1.0]"
 	$(call compare,transfer-to-games,transfer-to-games) --data_path=$(DATA)
 	$(call compare,transfer-to-films,transfer-to-films) --data_path=$(DATA)
 	$(call compare,model-size,model-size)
