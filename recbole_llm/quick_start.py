@@ -125,7 +125,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     clock.lap("data_and_model")
     with explained(config, told, "training"):
         best_score, best_valid = fit(config, trainer, protocol, saved)
-    clock.lap("train", *getattr(trainer, "earlier", (0.0, 0.0)))
+    clock.lap("train", *trainer.earlier)
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked

@@ -55,6 +55,18 @@ def row(card: str, metric: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+# ---- what it cost
+
+
+def test_cost_is_in_all_where_the_run_did_all(tiny: dict[str, Any]) -> None:
+    """Also where it was given again; a stage that another run did is named as such."""
+    first, again = (card_of(run_recbole_llm(config_dict={**tiny, **FEW})) for _ in range(2))
+    other = card_of(run_recbole_llm(config_dict={**tiny, **FEW, "loss": "DMPO", "rejected_num": 2}))
+    for card in (first, again):
+        assert re.search(r"SFT \d+ s, test [\d.]+ s, [\d.]+ CPU min in all,", card)
+    assert re.search(r"SFT \d+ s \(in another run\), DMPO \d+ s, .* CPU min beside what was found done,", other)
+
+
 # ---- the adapter, loaded as the card says
 
 

@@ -14,7 +14,7 @@ from recbole_llm.read_keys import reranks
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
 from recbole_llm.report.markdown import fenced, inline
-from recbole_llm.report.runs import name_of, stood_still
+from recbole_llm.report.runs import done_before, name_of, stood_still
 
 GIB = 2**30
 VERSIONS = ("recbole", "torch", "transformers", "peft", "python")
@@ -129,9 +129,13 @@ def _model(config: LLMConfig, record: Mapping[str, Any]) -> str:
 
 def _cost(record: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     timings = record["timings"]
-    stages = [f"{stage['loss']} {stage['seconds']:.0f} s" for stage in record.get("stages", [])]
+    stages = [
+        f"{stage['loss']} {stage['seconds']:.0f} s" + (" (in another run)" if stage.get("reused") else "")
+        for stage in record.get("stages", [])
+    ]
     told = [*(stages or [f"training {timings['train_s']:.0f} s"]), f"test {timings['test_s']:.1f} s"]
-    told.append(f"{timings['total_cpu_s'] / 60:.1f} CPU min in all")
+    beside = "beside what was found done" if done_before(record) else "in all"
+    told.append(f"{timings['total_cpu_s'] / 60:.1f} CPU min {beside}")
     for name in ("train", "test"):
         if record.get(f"{name}_tokens"):
             told.append(f"{record[f'{name}_tokens']:,} tokens in {'training' if name == 'train' else 'the test'}")
