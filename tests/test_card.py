@@ -134,6 +134,23 @@ def test_all_weights_load_as_told(tiny: dict[str, Any], scored: list[Any], monke
     torch.testing.assert_close(scores[0].cpu(), torch.tensor(expected), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("llm", ["mod/x", "~/mod/x"])
+def test_a_base_that_lies_here_loads_as_told(
+    tiny: dict[str, Any], scored: list[Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: str
+) -> None:
+    """Typed as in the folder where the run was started, or from home; the lines are for the run's own folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mod").mkdir()
+    folder.rename(tmp_path / "mod/x")
+    run = run_recbole_llm(config_dict={**tiny, **FEW, "llm": llm})
+    assert "## Load\n\nIn this folder:\n\n```python\n" in card_of(run)
+    model = loaded(run, monkeypatch)
+    prompt, (history, *_), items, scores = scored[0]
+    before = prompt.trunk([int(i) for i in history])
+    expected = [title_logp(model, before, prompt.answers[i]) for i in items[0].tolist()]
+    torch.testing.assert_close(scores[0].cpu(), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
 def test_dpo4rec(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_recbole_llm("DPO4Rec", config_dict={**toy, **SMALL, "align_learning_rate": 0.01, "iterations": 1})
     card, folder = card_of(run), Path(run["run_folder"])
@@ -352,12 +369,19 @@ def test_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: s
         ("qwen2.5-coder-0.5b", "where = embedded_folder('qwen2.5-coder-0.5b')"),
         ("Qwen/Qwen2.5-0.5B", "where = 'Qwen/Qwen2.5-0.5B'"),
         ("/m/x.gguf", "where = gguf_folder(Path('/m/x.gguf'))"),
+        ("~/x.gguf", "where = gguf_folder(Path('~/x.gguf').expanduser())"),
+        ("m/x.gguf", "where = gguf_folder(Path('../../m/x.gguf'))"),
+        ("./here", "where = Path('../../here')"),
         ("it's\n\"", "where = 'it\\'s\\n\"'"),
     ],
 )
-def test_code_for_other_bases(tmp_path: Path, llm: str, told: str) -> None:
-    (tmp_path / "adapter_model.safetensors").touch()
-    code = loading_code(llm, "bfloat16", tmp_path)
+def test_code_for_other_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: str, told: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    run = Path("saved/run")
+    run.mkdir(parents=True)
+    (run / "adapter_model.safetensors").touch()
+    code = loading_code(llm, "bfloat16", run)
     compile(code, "card", "exec")
     assert told in code.splitlines() and 'from_pretrained(where, dtype="bfloat16")' in code
 

@@ -39,7 +39,7 @@ def model_card(config: LLMConfig, record: Mapping[str, Any], machine: Mapping[st
         *(f"## Prompt: {inline(config[key])}\n\n" + fenced(_template(config, key), "yaml") for key in _prompts(config)),
     ]
     if code := loading_code(record["llm"], record["dtype"], folder) if _has_llm(record) else None:
-        sections.append("## Load\n\n" + fenced(code, "python"))
+        sections.append("## Load\n\nIn this folder:\n\n" + fenced(code, "python"))
     sections += [
         "## Run again\n\n" + fenced(command_of(config), "sh"),
         "Every setting stands in `config.yaml`, every number in `result.json`, every test row in `per_user.csv.gz`.",
