@@ -92,6 +92,7 @@ def _record(
         "mask_history": config["mask_history"],
         "next_items": config["next_items"],
         "rows": len(asked.test),
+        "test_users": len(set(asked.test.users.tolist())),
         "repeated_targets": asked.test.repeated(),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),
         "training_interactions": sum(protocol.item_counter.values()),

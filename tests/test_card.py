@@ -386,6 +386,16 @@ def test_code_for_other_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     assert told in code.splitlines() and 'from_pretrained(where, dtype="bfloat16")' in code
 
 
+@pytest.mark.parametrize(("eval_users", "sample"), [(None, False), (12, True), (1000, False)])
+def test_a_sample_of_users_is_told_where_it_is_one(toy: dict[str, Any], eval_users: int | None, sample: bool) -> None:
+    """Of 40 users, each with 2 test rows."""
+    split = {"split": {"RS": [0.7, 0.1, 0.2]}, **toy["eval_args"]}
+    run = run_recbole_llm("Pop", config_dict={**toy, "eval_args": split, "eval_users": eval_users})
+    asked, rows = (12, 24) if sample else (40, 80)
+    assert (record_of(run)["test_users"], record_of(run)["rows"]) == (asked, rows)
+    assert card_of(run).count("A sample of users was asked") == card_of(run).count(f"was asked: {rows} rows.") == sample
+
+
 def test_config_is_not_changed_by_the_card(toy: dict[str, Any]) -> None:
     config, _ = prepared(toy, "Pop")
     before = json.dumps(config.external_config_dict, default=str)

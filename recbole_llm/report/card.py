@@ -183,7 +183,7 @@ def _limits(config: LLMConfig, record: Mapping[str, Any]) -> list[str]:
         mixed = "" if weight == 1 else f", mixed with its scores (share of the LLM {weight})"
         told = f"The LLM reorders the top {config['rerank_topk']} of {base}{mixed}"
         limits.append(f"{told}; what {base} misses it cannot find.")
-    if record["eval_users"]:
+    if record["eval_users"] and record["test_users"] >= record["eval_users"]:  # else there were not so many
         limits.append(f"A sample of users was asked: {record['rows']:,} rows.")
     if record["few_shot"]:
         limits.append(f"Trained on {record['training_users']} users alone.")
