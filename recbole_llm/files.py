@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 
 from recbole_llm.costs import waiting
 from recbole_llm.distributed import is_first
@@ -110,6 +112,23 @@ def write_text(file: Path, text: str) -> None:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, to disk; who may read it is as for any other new file."""
+    with whole(file) as beside:
+        beside.unlink(missing_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file(tensors, beside, metadata=metadata)
+        beside.chmod(mode)  # safetensors lets the owner alone read it
+        to_disk(beside)
+
+
+def to_disk(file: Path) -> None:
+    """Force a written file to the disk: what is renamed or written after it is there after it."""
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -70,7 +70,6 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             "recommenders": [],
         }
         self.found = []
-        self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that go on, before they were cut off
 
     # ---- stages
 
@@ -94,7 +93,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         for stage in self.stages():
             with only_here(stage.folder):
                 if (finished := from_first(partial(_finished, stage))) is not None:
-                    record = finished | {"reused": True}
+                    record = self._found(finished)
                     self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
                     self._take_steps(stage.folder / self.metrics_file.name)
@@ -117,6 +116,16 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             if self.facts["stages"]:
                 check_saved(self.model, windows or self._sft_windows(), self.run_folder)
         return best
+
+    def _found(self, finished: dict[str, Any]) -> dict[str, Any]:
+        """The record of a finished stage, with whose seconds they are: this run's, which was cut off or is given again,
+        or those of another run.
+        """
+        if finished["run"] != self.run_name:
+            return finished | {"reused": True}
+        if is_first():  # whose seconds they are
+            self.count_earlier(finished["seconds"], finished["cpu_seconds"])
+        return finished
 
     def _sft_windows(self) -> list[Window]:
         """Something to score where no stage was trained just now."""
@@ -193,6 +202,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         seconds, cpu_seconds = self.clock.spent_by_all()
         record = {
             "loss": stage.loss,
+            "run": self.run_name,
             "positions": positions,
             "steps": self.steps,
             "tokens": self.tokens,
@@ -225,7 +235,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         if not self.config["resume"]:
             from_first(self.progress.drop)
         self.resumed = self.progress.restore()
-        self.earlier = (self.earlier[0] + self.clock.earlier[0], self.earlier[1] + self.clock.earlier[1])
+        self.count_earlier(*self.clock.earlier)
         self.start_epoch = self.resumed["epoch"] if self.resumed else 0
 
     def _end_stage(self, stage: Stage, record: dict[str, Any]) -> None:

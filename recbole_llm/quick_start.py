@@ -28,7 +28,7 @@ from recbole_llm.read_keys import reranks, unread
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.run_folder import make_run_folder, run_folder_of, trial_folder_of
 from recbole_llm.run_log import explained, start_log
-from recbole_llm.run_record import save_run
+from recbole_llm.run_record import at_start, save_run
 from recbole_llm.stages import check_pairs
 from recbole_llm.trainer import trainer_class
 from recbole_llm.transfer import eval_config_of
@@ -109,6 +109,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     from_first(partial(make_run_folder, config, folder))
     told = folder if is_first() else None  # where a traceback goes
     logger = start_log(config, folder)
+    began = from_first(partial(at_start, config)) if saved else {}
     clock, peak = Clock(), Peak(config["device"])
     asked = protocol = read_data(config, told)
     if test_config is not config:
@@ -125,7 +126,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     clock.lap("data_and_model")
     with explained(config, told, "training"):
         best_score, best_valid = fit(config, trainer, protocol, saved)
-    clock.lap("train", *getattr(trainer, "earlier", (0.0, 0.0)))
+    clock.lap("train", *trainer.earlier)
     if catalogue is not None:
         recommender.rank_items_of(catalogue)
         trainer.protocol = asked
@@ -146,7 +147,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
     logger.info(f"test result: {test_result}")
     costs = of_all(gathered(lambda: {"timings": clock.timings(), "peak_memory_bytes": peak.bytes()}))
     if saved:  # what was not to be kept is no finished run that a comparison takes
-        from_first(lambda: save_run(folder, config, protocol, asked, trainer, result, costs, samples))
+        from_first(lambda: save_run(folder, config, protocol, asked, trainer, result, costs, samples, began))
     return result
 
 

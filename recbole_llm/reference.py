@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from recbole.config import Config
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from recbole_llm.costs import Clock
 from recbole_llm.data.prompt import Window
@@ -25,7 +24,7 @@ from recbole_llm.data.template import load_template
 from recbole_llm.distributed import from_first
 from recbole_llm.environment import versions
 from recbole_llm.errors import MachineError
-from recbole_llm.files import content_hash, only_here, whole
+from recbole_llm.files import content_hash, only_here, write_tensors
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.types import LLM
 from recbole_llm.progress import bar
@@ -118,10 +117,8 @@ def _write(file: Path, reference: list[list[list[float]]], spent: tuple[float, f
     tensors = {str(number): torch.tensor(logps) for number, logps in enumerate(reference)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as beside:
-            seconds, cpu_seconds = map(str, spent)
-            known = {"sha256": digest(tensors), "seconds": seconds, "cpu_seconds": cpu_seconds}
-            save_file(tensors, beside, metadata=known)
+        seconds, cpu_seconds = map(str, spent)
+        write_tensors(file, tensors, {"sha256": digest(tensors), "seconds": seconds, "cpu_seconds": cpu_seconds})
     except (OSError, SafetensorError) as error:
         raise MachineError(
             f"--checkpoint_dir: reference log-probs could not be kept in {file.parent} ({error}). Free some space, or "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import signal
 import threading
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from recbole_llm.distributed import from_first, is_first
 from recbole_llm.errors import MachineError
-from recbole_llm.files import content_hash, whole
+from recbole_llm.files import content_hash, write_tensors
 from recbole_llm.llm.adapter import adapter_state, digest, set_adapter_state
 from recbole_llm.llm.identity import check_identity, identity
 
@@ -109,10 +107,7 @@ class StageProgress:
         file = self.folder / FILES[self.saved % 2]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole(file) as beside:
-                save_file(tensors, beside, metadata=metadata)
-                with open(beside, "rb") as written:
-                    os.fsync(written.fileno())
+            write_tensors(file, tensors, metadata)
         except (OSError, SafetensorError) as error:
             raise MachineError(
                 f"--checkpoint_dir: where the stage is could not be saved in {file} ({error}). Free some space and "

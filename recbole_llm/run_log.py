@@ -65,8 +65,9 @@ def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
         warnings.simplefilter("ignore")
         return root
     init_logger(config)
+    again = folder is not None and (folder / "train.log").is_file()
     if folder is not None:
-        ours = logging.FileHandler(folder / "train.log", mode="w", encoding="utf-8")
+        ours = logging.FileHandler(folder / "train.log", encoding="utf-8")
         ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         ours.setLevel(logging.INFO)
         root.addHandler(ours)
@@ -75,6 +76,8 @@ def start_log(config: LLMConfig, folder: Path | None) -> logging.Logger:
             _end_at_failure(handler)
     # RecBole leaves the level as it was where the program that runs us has handlers of its own (a notebook, pytest).
     root.setLevel(min(root.level, logging.INFO))
+    if again:
+        root.info("The run is started again: train.log goes on below what was written before.")
     return logging.getLogger()
 
 

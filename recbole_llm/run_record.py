@@ -19,6 +19,16 @@ from recbole_llm.transfer import eval_config_of
 UNUSED = ("fake_loss", "dummy_param")
 
 
+def at_start(config: LLMConfig) -> dict[str, Any]:
+    """What a run was started with, asked before any work: code and data may be changed while it goes on.
+
+    Returns:
+        ``machine``, which ``env.json`` holds, and ``data``, the hashes of the data's files that ``result.json`` holds.
+    """
+    hashes = {"data_hash": data_hash(eval_config_of(config)), "training_data_hash": data_hash(config)}
+    return {"machine": environment(), "data": hashes}
+
+
 def save_run(
     folder: Path,
     config: LLMConfig,
@@ -28,6 +38,7 @@ def save_run(
     result: dict[str, Any],
     costs: dict[str, Any],
     samples: list[dict[str, Any]],
+    began: dict[str, Any],
 ) -> None:
     """Write everything but the checkpoint; ``result.json`` last, because it says that the run is whole.
 
@@ -35,21 +46,21 @@ def save_run(
         protocol: what was trained on.
         asked: what was tested on; another data set's where ``eval_dataset`` is given.
         costs: ``timings`` (seconds) and ``peak_memory_bytes``.
+        began: of ``at_start``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    record = _record(config, protocol, asked, trainer, result, costs)
+    record = _record(config, protocol, asked, trainer, result, costs | began["data"])
     try:
-        machine = environment()
-        write_json(folder / "env.json", machine)
+        write_json(folder / "env.json", began["machine"])
         write_table(folder / "per_user.csv.gz", trainer.per_user)
         protocol.valid.save(folder / "candidates-valid.jsonl.gz")
         asked.test.save(folder / "candidates-test.jsonl.gz")
         if samples:
             lines = [json.dumps(plain(sample), ensure_ascii=False) for sample in samples]
             write_text(folder / "generated.jsonl", "\n".join(lines) + "\n")
-        write_text(folder / "README.md", model_card(config, record, machine, folder))
+        write_text(folder / "README.md", model_card(config, record, began["machine"], folder))
         write_json(folder / "result.json", record)
     except OSError as error:
         raise UserError(
@@ -64,9 +75,9 @@ def _record(
     asked: Protocol,
     trainer: Any,
     result: dict[str, Any],
-    costs: dict[str, Any],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ``result.json`` holds; arguments as of ``save_run``."""
+    """What ``result.json`` holds; arguments as of ``save_run``, ``measured`` are costs and hashes of the data."""
     parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
     trainable = sum(p.numel() for name, p in parameters if name not in UNUSED)
     trainable += getattr(trainer, "aligned_parameters", 0)
@@ -80,8 +91,6 @@ def _record(
         "valid_metric": config["valid_metric"].lower(),
         "candidate_hash": asked.candidate_hash,
         "valid_candidate_hash": protocol.valid.digest,
-        "data_hash": data_hash(ranked),
-        "training_data_hash": data_hash(config),
         "seed": config["seed"],
         "candidate_seed": ranked["candidate_seed"],
         "few_shot": config["few_shot"],
@@ -92,12 +101,13 @@ def _record(
         "mask_history": config["mask_history"],
         "next_items": config["next_items"],
         "rows": len(asked.test),
+        "test_users": len(set(asked.test.users.tolist())),
         "repeated_targets": asked.test.repeated(),
         "training_users": None if protocol.train_users is None else len(protocol.train_users),
         "training_interactions": sum(protocol.item_counter.values()),
         "trainable_parameters": trainable,
         "device": str(config["device"]),
-        **costs,
+        **measured,
         "versions": versions(),
         **getattr(trainer, "facts", {}),
     }

@@ -12,12 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 
-from recbole_llm import cli, run_log, run_record
+from recbole_llm import cli, files, run_log, run_record
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
-from recbole_llm.files import write_table, write_text
+from recbole_llm.files import write_table, write_tensors, write_text
 from recbole_llm.llm import adapter
+from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
 
@@ -324,7 +326,7 @@ def test_disk_full_while_writing(
     assert left_over(toy["checkpoint_dir"]) == []
 
 
-@pytest.mark.parametrize(("module", "name"), [(adapter, "save_file"), (LLMTrainer, "_log_step")])
+@pytest.mark.parametrize(("module", "name"), [(files, "save_file"), (LLMTrainer, "_log_step")])
 def test_disk_full_in_training(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
@@ -382,17 +384,48 @@ def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(file.name for file in tmp_path.iterdir()) == ["table.csv.gz", "table.md"]
 
 
-def test_a_table_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``result.json`` follows it, and says that the run is whole."""
-    order: list[tuple[str, int]] = []
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is forced to the disk and what gets its name from now on, with its inode."""
+    done: list[tuple[str, int]] = []
     rename = os.replace
 
     def named(*names: Any) -> None:
-        order.append(("named", os.stat(names[0]).st_size))
+        done.append(("named", os.stat(names[0]).st_ino))
         rename(*names)
 
-    monkeypatch.setattr(os, "fsync", lambda number: order.append(("fsync", os.fstat(number).st_size)))
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(("fsync", os.fstat(number).st_ino)))
     monkeypatch.setattr(os, "replace", named)
+    return done
+
+
+def test_a_table_is_on_the_disk_before_it_has_its_name(tmp_path: Path, order: list[tuple[str, int]]) -> None:
+    """``result.json`` follows it, and says that the run is whole."""
     file = tmp_path / "a.csv.gz"
     write_table(file, pd.DataFrame({"a": range(1000)}))
-    assert order == [("fsync", file.stat().st_size), ("named", file.stat().st_size)]
+    assert order == [("fsync", file.stat().st_ino), ("named", file.stat().st_ino)]
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(tmp_path: Path, order: list[tuple[str, int]]) -> None:
+    """``stage.json`` follows it, and says that the stage is whole."""
+    adapter.save_adapter(load_llm(llm="tiny", device=torch.device("cpu"), seed=0), tmp_path)
+    kept = {file.stat().st_ino for file in tmp_path.iterdir()}
+    assert len(kept) == 3
+    assert all(order.index(("fsync", file)) < order.index(("named", file)) for file in kept)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o027, 0o640), (0o002, 0o664)])
+def test_weights_can_be_read_by_who_may_read_all_else(tmp_path: Path, umask: int, mode: int) -> None:
+    """By the group that shares a folder: safetensors makes files for their owner alone. A killed process's too."""
+    file = tmp_path / "a.safetensors"
+    file.with_name("a.safetensors.tmp").touch(0o600)
+    before = os.umask(umask)
+    try:
+        write_tensors(file, {"a": torch.arange(3)}, {"sha256": "b"})
+        adapter.save_adapter(load_llm(llm="tiny", device=torch.device("cpu"), seed=0), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    made = [file, *(tmp_path / "adapter").iterdir()]
+    assert [file.stat().st_mode & 0o777 for file in made] == [mode] * 4
+    with safe_open(file, framework="pt") as stored:
+        assert stored.metadata() == {"sha256": "b"} and stored.get_tensor("a").tolist() == [0, 1, 2]

@@ -55,6 +55,18 @@ def row(card: str, metric: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+# ---- what it cost
+
+
+def test_cost_is_in_all_where_the_run_did_all(tiny: dict[str, Any]) -> None:
+    """Also where it was given again; a stage that another run did is named as such."""
+    first, again = (card_of(run_recbole_llm(config_dict={**tiny, **FEW})) for _ in range(2))
+    other = card_of(run_recbole_llm(config_dict={**tiny, **FEW, "loss": "DMPO", "rejected_num": 2}))
+    for card in (first, again):
+        assert re.search(r"SFT \d+ s, test [\d.]+ s, [\d.]+ CPU min in all,", card)
+    assert re.search(r"SFT \d+ s \(in another run\), DMPO \d+ s, .* CPU min beside what was found done,", other)
+
+
 # ---- the adapter, loaded as the card says
 
 
@@ -115,6 +127,23 @@ def test_all_weights_load_as_told(tiny: dict[str, Any], scored: list[Any], monke
     run = run_recbole_llm(config_dict={**tiny, **FEW, "finetune": "full"})
     card = ModelCard.load(Path(run["run_folder"]) / "README.md")
     assert card.data.library_name == "transformers" and "All weights of tiny, trained by SFT." in card.text
+    model = loaded(run, monkeypatch)
+    prompt, (history, *_), items, scores = scored[0]
+    before = prompt.trunk([int(i) for i in history])
+    expected = [title_logp(model, before, prompt.answers[i]) for i in items[0].tolist()]
+    torch.testing.assert_close(scores[0].cpu(), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("llm", ["mod/x", "~/mod/x"])
+def test_a_base_that_lies_here_loads_as_told(
+    tiny: dict[str, Any], scored: list[Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: str
+) -> None:
+    """Typed as in the folder where the run was started, or from home; the lines are for the run's own folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mod").mkdir()
+    folder.rename(tmp_path / "mod/x")
+    run = run_recbole_llm(config_dict={**tiny, **FEW, "llm": llm})
+    assert "## Load\n\nIn this folder:\n\n```python\n" in card_of(run)
     model = loaded(run, monkeypatch)
     prompt, (history, *_), items, scores = scored[0]
     before = prompt.trunk([int(i) for i in history])
@@ -340,14 +369,31 @@ def test_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: s
         ("qwen2.5-coder-0.5b", "where = embedded_folder('qwen2.5-coder-0.5b')"),
         ("Qwen/Qwen2.5-0.5B", "where = 'Qwen/Qwen2.5-0.5B'"),
         ("/m/x.gguf", "where = gguf_folder(Path('/m/x.gguf'))"),
+        ("~/x.gguf", "where = gguf_folder(Path('~/x.gguf').expanduser())"),
+        ("m/x.gguf", "where = gguf_folder(Path('../../m/x.gguf'))"),
+        ("./here", "where = Path('../../here')"),
         ("it's\n\"", "where = 'it\\'s\\n\"'"),
     ],
 )
-def test_code_for_other_bases(tmp_path: Path, llm: str, told: str) -> None:
-    (tmp_path / "adapter_model.safetensors").touch()
-    code = loading_code(llm, "bfloat16", tmp_path)
+def test_code_for_other_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: str, told: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    run = Path("saved/run")
+    run.mkdir(parents=True)
+    (run / "adapter_model.safetensors").touch()
+    code = loading_code(llm, "bfloat16", run)
     compile(code, "card", "exec")
     assert told in code.splitlines() and 'from_pretrained(where, dtype="bfloat16")' in code
+
+
+@pytest.mark.parametrize(("eval_users", "sample"), [(None, False), (12, True), (1000, False)])
+def test_a_sample_of_users_is_told_where_it_is_one(toy: dict[str, Any], eval_users: int | None, sample: bool) -> None:
+    """Of 40 users, each with 2 test rows."""
+    split = {"split": {"RS": [0.7, 0.1, 0.2]}, **toy["eval_args"]}
+    run = run_recbole_llm("Pop", config_dict={**toy, "eval_args": split, "eval_users": eval_users})
+    asked, rows = (12, 24) if sample else (40, 80)
+    assert (record_of(run)["test_users"], record_of(run)["rows"]) == (asked, rows)
+    assert card_of(run).count("A sample of users was asked") == card_of(run).count(f"was asked: {rows} rows.") == sample
 
 
 def test_config_is_not_changed_by_the_card(toy: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ import torch
 
 from recbole_llm import costs, quick_start
 from recbole_llm.costs import Clock, Peak, TokenCount, waiting
+from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.plot_data import run_seconds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +82,39 @@ def test_a_stage_that_was_there_counts_its_tokens(tiny: dict[str, Any]) -> None:
     first = record_of({**tiny, **FEW})
     second = record_of({**tiny, **FEW, "loss": "DMPO", "rejected_num": 2})
     assert second["train_tokens"] == first["train_tokens"] + second["stages"][1]["tokens"]
+
+
+def test_a_stage_of_an_earlier_process_is_the_runs_own(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off after SFT, and given again when it was whole, a run took what its stages took; each counted once."""
+    settings = {**tiny, **FEW, "loss": "DMPO", "rejected_num": 2}
+    real = LLMTrainer._run_stage
+
+    def dies(self: LLMTrainer, stage: Any, *args: Any) -> Any:
+        if stage.loss == "DMPO":
+            raise KeyboardInterrupt
+        return real(self, stage, *args)
+
+    monkeypatch.setattr(LLMTrainer, "_run_stage", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm(config_dict=settings)
+    monkeypatch.setattr(LLMTrainer, "_run_stage", real)
+    for _ in range(2):
+        run = record_of(settings)
+        assert not any("reused" in stage for stage in run["stages"])
+        for train, total, seconds in (
+            ("train_s", "total_s", "seconds"),
+            ("train_cpu_s", "total_cpu_s", "cpu_seconds"),
+        ):
+            took = sum(stage[seconds] for stage in run["stages"])
+            assert took <= run["timings"][train] <= run["timings"][total]
+            assert run_seconds(run, cpu="cpu" in total) == run["timings"][total]
+
+
+def test_a_stage_of_a_trial_is_not_the_runs(tiny: dict[str, Any]) -> None:
+    """Its seconds are among those of the search."""
+    run_recbole_llm(config_dict={**tiny, **FEW}, saved=False)
+    (stage,) = record_of({**tiny, **FEW})["stages"]
+    assert stage["reused"] and stage["run"].startswith("trials/")
 
 
 def test_count_ends_with_its_block() -> None:

@@ -30,6 +30,7 @@ from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.errors import UserError
 from recbole_llm.llm.logps import base_model
 from recbole_llm.llm.sampling import Written
+from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.plan import plan
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.plot_data import run_seconds
@@ -196,6 +197,29 @@ def test_what_others_did_is_counted(small: dict[str, Any]) -> None:
     for cpu, name in ((False, "seconds"), (True, "cpu_seconds")):
         parts = sum(part[name] for part in again["found"])
         assert run_seconds(again, cpu) == again["timings"]["total_cpu_s" if cpu else "total_s"] + parts > parts > 0
+
+
+def test_stages_of_an_earlier_process_are_the_runs_own(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off in the alignment, and given again when it was whole: recommenders and alignment are in its seconds."""
+    settings, real, steps = {**small, "iterations": 1, "save_every": 1e-9}, LLMTrainer._step, []
+
+    def slow_then_dead(self: LLMTrainer, *args: Any) -> Any:
+        steps.append(args)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        time.sleep(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(LLMTrainer, "_step", slow_then_dead)
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm("DPO4Rec", None, None, settings)
+    monkeypatch.setattr(LLMTrainer, "_step", real)
+    for _ in range(2):
+        run = run_recbole_llm("DPO4Rec", None, None, settings)
+        record = json.loads((Path(run["run_folder"]) / "result.json").read_text(encoding="utf-8"))
+        assert not {"recommender", "alignment"} & {part["what"] for part in record["found"]}
+        took = sum(one["train_s"] for one in record["iterations"]) + record["iterations"][0]["align"]["seconds"]
+        assert record["timings"]["train_s"] > took > 2
 
 
 # ---- several at a time

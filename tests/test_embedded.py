@@ -187,6 +187,17 @@ def test_gguf_file_of_the_user(small: tuple[Path, dict], tmp_path: Path) -> None
     assert torch.equal(found, torch.from_numpy(small[1]["model.norm.weight"]).half())
 
 
+def test_a_shared_cache_can_be_read_by_all_its_users(small: tuple[Path, dict], tmp_path: Path) -> None:
+    """Weights too, which safetensors writes for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        folder = gguf_folder(small[0], tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_llm import guards
+from recbole_llm import files, guards
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window
 from recbole_llm.data.template import load_template
@@ -89,7 +89,7 @@ def test_an_adapter_that_never_moved_is_not_evaluated(
 
 def test_what_is_saved_is_read_back(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The file of an adapter that is sound and another one: what an earlier run left, say."""
-    real = adapter.save_file
+    real = files.save_file
 
     def other(state: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         state = {name: tensor * 0.5 for name, tensor in state.items()}
@@ -99,7 +99,7 @@ def test_what_is_saved_is_read_back(tiny: dict[str, Any], monkeypatch: pytest.Mo
 
     def late(model: Any, windows: Any, folder: Path) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(adapter, "save_file", other)
+            patched.setattr(files, "save_file", other)
             adapter.save_adapter(model.llm, folder)
         before = adapter.digest(adapter.adapter_state(model.llm))
         try:

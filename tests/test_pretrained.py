@@ -25,6 +25,7 @@ from transformers import (
     T5Config,
 )
 
+from recbole_llm import files
 from recbole_llm.errors import UserError
 from recbole_llm.llm import adapter, half_precision, logps
 from recbole_llm.llm.adapter import adapter_state, load_adapter, save_adapter, set_adapter_state
@@ -496,7 +497,7 @@ def test_nothing_trained_is_not_saved(tmp_path: Path) -> None:
 
 def test_adapter_that_comes_out_empty_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = trained()
-    monkeypatch.setattr(adapter, "save_file", lambda state, file, metadata: save_file({}, file, metadata))
+    monkeypatch.setattr(files, "save_file", lambda state, file, metadata: save_file({}, file, metadata))
     with refused("is damaged"):
         save_adapter(llm, tmp_path)
     monkeypatch.setattr(adapter, "get_peft_model_state_dict", lambda *args, **options: {})
@@ -513,7 +514,7 @@ def test_failed_save_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with refused(f"could not be saved in {tmp_path}.*No space left"):
         save_adapter(load(), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3

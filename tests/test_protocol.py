@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,12 +20,13 @@ from recbole.data import data_preparation
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer, init_seed
 
-from recbole_llm import quick_start
+from recbole_llm import environment, quick_start
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.run_folder import data_hash
 from recbole_llm.settings import PROPERTIES, read_yamls
 from tests.conftest import Event, accuracy, prepared, random_events, started, write_dataset, write_events
 
@@ -358,6 +360,43 @@ def test_what_cannot_be_ranked_is_told_first(
 
 
 # Runs and their folders
+
+
+def test_code_and_data_of_a_run_are_those_of_its_start(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who commits, or changes a file of the data, while it goes on changes nothing of what it ran with."""
+    file, real = Path(toy["data_path"]) / "toy/toy.item", quick_start.fit
+    monkeypatch.setattr(environment, "git_commit", lambda: "before")
+    before = data_hash(LLMConfig("Pop", config_dict=toy))
+
+    def changed_meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(environment, "git_commit", lambda: "after")
+        file.write_text(file.read_text(encoding="utf-8") + "i99\tlate film\t2030\n", encoding="utf-8")
+        return real(*args)
+
+    monkeypatch.setattr(quick_start, "fit", changed_meanwhile)
+    folder = Path(run_recbole_llm("Pop", config_dict=toy)["run_folder"])
+    record, machine = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("result.json", "env.json"))
+    assert record["data_hash"] == record["training_data_hash"] == before != data_hash(LLMConfig("Pop", config_dict=toy))
+    assert machine["git_commit"] == "before" and "commit before)" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_log_of_a_run_that_is_given_again_goes_on(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process that was cut off had told stays, and it is said where the next one begins."""
+    real = quick_start.fit
+
+    def dies(*_: Any) -> Any:
+        logging.getLogger().info("told before the kill")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quick_start, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_recbole_llm("Pop", config_dict=toy)
+    monkeypatch.setattr(quick_start, "fit", real)
+    folder = Path(run_recbole_llm("Pop", config_dict=toy)["run_folder"])
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    first, second = log.split("The run is started again")
+    assert "told before the kill" in first and "test result:" not in first
+    assert "test result:" in second and "told before the kill" not in second
 
 
 def test_run_folder_is_whole(toy: dict[str, Any]) -> None:

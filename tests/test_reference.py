@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_written(settings: dict[str, Any], monkeypatch: 
         raise OSError(28, "No space left on device")
 
     trainer, stage = preference(settings)
-    monkeypatch.setattr(reference, "save_file", no_room)
+    monkeypatch.setattr(reference, "write_tensors", no_room)
     with pytest.raises(UserError, match="--checkpoint_dir: reference log-probs could not be kept.*Free some space"):
         filled(trainer, stage)
 

@@ -238,7 +238,7 @@ def test_full_disk(long: dict[str, Any], monkeypatch: pytest.MonkeyPatch, case: 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("recbole_llm.resume.save_file", full)
+    monkeypatch.setattr("recbole_llm.resume.write_tensors", full)
     with pytest.raises(UserError, match="--checkpoint_dir: where the stage is could not be saved .*Free some space"):
         run_recbole_llm(config_dict=long)
     assert not [f for name in FILES for f in Path(long["checkpoint_dir"]).glob(f"**/{name}*")]

@@ -262,9 +262,9 @@ def test_what_says_nothing_about_the_values_is_no_trial(
 @pytest.mark.parametrize(
     ("where", "what"),
     [
-        ("recbole_llm.llm.adapter.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
-        ("recbole_llm.resume.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
-        ("recbole_llm.reference.save_file", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.llm.adapter.write_tensors", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.resume.write_tensors", SafetensorError("Error while serializing: I/O error: No space left")),
+        ("recbole_llm.reference.write_tensors", SafetensorError("Error while serializing: I/O error: No space left")),
         ("recbole_llm.trainer.torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0")),
         ("recbole_llm.llm_trainer.load_adapter", OSError(24, "Too many open files")),
     ],

@@ -152,7 +152,7 @@ class AlignmentTrainer(LLMTrainer):
 
 def align(
     config: LLMConfig, reasoner: Reasoner, protocol: Protocol, windows: Sequence[Window], folder: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], tuple[float, float]]:
     """Train the LLM on windows; its reference is the LLM as it is before, frozen.
 
     Args:
@@ -160,7 +160,7 @@ def align(
         folder: where the adapter and the stage's record go.
 
     Returns:
-        The stage's record.
+        The stage's record, and which of its wall and processor seconds are of a process before, which was cut off.
     """
     epochs, rate = config["align_epochs"], config["align_learning_rate"]
     stage = Stage(config["alignment"], epochs, rate, folder, lambda: (list(windows), {}))
@@ -169,4 +169,4 @@ def align(
     with closing(trainer.tensorboard):  # RecBole leaves its thread and file open
         trainer.fit(protocol.train_data, None, show_progress=config["show_progress"])
     (record,) = trainer.facts["stages"]
-    return record
+    return record, trainer.earlier

@@ -215,15 +215,23 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
                 "epochs": len(self.train_loss_dict),
                 "train_loss": list(self.train_loss_dict.values()),
                 "rows": len(loader._dataset),
+                "run": self.run_name,
                 **dict(zip(("train_s", "train_cpu_s"), clock.spent(), strict=True)),
             }
 
         record, found = found_or_made(folder, trained)
         if found:
             self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
-            self.facts["found"].append(found_done("recommender", record["train_s"], record["train_cpu_s"]))
+            self._count_found("recommender", record, record["train_s"], record["train_cpu_s"])
         self._take(folder)
         return folder, record
+
+    def _count_found(self, what: str, record: dict[str, Any], seconds: float, cpu_seconds: float) -> None:
+        """Seconds of a stage that was found done: this run's own, which was cut off or is given again, or another's."""
+        if record["run"] == self.run_name:
+            self.count_earlier(seconds, cpu_seconds)
+        else:
+            self.facts["found"].append(found_done(what, seconds, cpu_seconds))
 
     def _row_fields(self) -> tuple[str, str, str]:
         dataset = self.protocol.dataset
@@ -271,11 +279,17 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         keys = ALIGN_KEYS + moves_draws
         trains = {key: reasoner.config[key] for key in OF_POLICY}
         folder = self._folder("align", keys, [reasoner.author, reasoner.texts, trains])
-        stage, found = found_or_made(folder, lambda: align(self.config, reasoner, self.protocol, windows, folder))
+
+        def aligned() -> dict[str, Any]:
+            record, earlier = align(self.config, reasoner, self.protocol, windows, folder)
+            self.count_earlier(*earlier)
+            return record | {"run": self.run_name}
+
+        stage, found = found_or_made(folder, aligned)
         if found:
             self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
             load_adapter(reasoner.llm, folder)
-            self.facts["found"].append(found_done("alignment", stage["seconds"], stage["cpu_seconds"]))
+            self._count_found("alignment", stage, stage["seconds"], stage["cpu_seconds"])
         self.facts["found"] += stage["found"]
         return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
 

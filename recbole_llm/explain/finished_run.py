@@ -236,4 +236,4 @@ class FinishedRun(LLMEvaluation):
 
 def _comparable(stage: dict[str, Any]) -> dict[str, Any]:
     """A stage's record without what changes when the same stage is trained again."""
-    return {key: value for key, value in stage.items() if key not in ("seconds", "cpu_seconds", "reused")}
+    return {key: value for key, value in stage.items() if key not in ("run", "seconds", "cpu_seconds", "reused")}

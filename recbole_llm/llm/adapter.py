@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from recbole_llm.distributed import from_first
 from recbole_llm.errors import MachineError, UserError
+from recbole_llm.files import to_disk, write_tensors
 from recbole_llm.llm.identity import check_identity, identity
 from recbole_llm.llm.types import LLM
 
@@ -63,10 +63,11 @@ def save_adapter(llm: LLM, folder: Path) -> None:
             (work / "adapter_base.json").write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
             _save_config(llm, work)
             # No second key: safetensors writes keys in any order, and equal weights shall give equal files.
-            save_file(state, work / _file(llm), metadata={"sha256": digest(state)})
+            write_tensors(work / _file(llm), state, {"sha256": digest(state)})
             _read(work / _file(llm))
             # The weights last: the other files are the same each time, so a kill in between leaves a pair.
             for file in sorted(work.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                to_disk(file)  # the stage's record, which says that it is whole, is on the disk after it
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise MachineError(

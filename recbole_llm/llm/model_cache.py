@@ -90,7 +90,10 @@ def _build(asked: str, folder: Path, source: dict, fill: Fill) -> None:
             f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(made.iterdir())
         }
         about = json.dumps({**source, "files": files}, indent=2)
-        (made / "SOURCE.json").write_text(about + "\n", encoding="utf-8")
+        told = made / "SOURCE.json"
+        told.write_text(about + "\n", encoding="utf-8")
+        for name in files:
+            (made / name).chmod(told.stat().st_mode)  # safetensors lets the owner alone read its own
         if folder.exists():
             say(f"{asked}: {folder} is damaged or from an older version; it is replaced.")
             shutil.rmtree(folder)

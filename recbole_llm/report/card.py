@@ -14,7 +14,7 @@ from recbole_llm.read_keys import reranks
 from recbole_llm.report.command import command_of
 from recbole_llm.report.hub import front_matter, loading_code
 from recbole_llm.report.markdown import fenced, inline
-from recbole_llm.report.runs import name_of, stood_still
+from recbole_llm.report.runs import done_before, name_of, stood_still
 
 GIB = 2**30
 VERSIONS = ("recbole", "torch", "transformers", "peft", "python")
@@ -39,7 +39,7 @@ def model_card(config: LLMConfig, record: Mapping[str, Any], machine: Mapping[st
         *(f"## Prompt: {inline(config[key])}\n\n" + fenced(_template(config, key), "yaml") for key in _prompts(config)),
     ]
     if code := loading_code(record["llm"], record["dtype"], folder) if _has_llm(record) else None:
-        sections.append("## Load\n\n" + fenced(code, "python"))
+        sections.append("## Load\n\nIn this folder:\n\n" + fenced(code, "python"))
     sections += [
         "## Run again\n\n" + fenced(command_of(config), "sh"),
         "Every setting stands in `config.yaml`, every number in `result.json`, every test row in `per_user.csv.gz`.",
@@ -129,9 +129,13 @@ def _model(config: LLMConfig, record: Mapping[str, Any]) -> str:
 
 def _cost(record: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     timings = record["timings"]
-    stages = [f"{stage['loss']} {stage['seconds']:.0f} s" for stage in record.get("stages", [])]
+    stages = [
+        f"{stage['loss']} {stage['seconds']:.0f} s" + (" (in another run)" if stage.get("reused") else "")
+        for stage in record.get("stages", [])
+    ]
     told = [*(stages or [f"training {timings['train_s']:.0f} s"]), f"test {timings['test_s']:.1f} s"]
-    told.append(f"{timings['total_cpu_s'] / 60:.1f} CPU min in all")
+    beside = "beside what was found done" if done_before(record) else "in all"
+    told.append(f"{timings['total_cpu_s'] / 60:.1f} CPU min {beside}")
     for name in ("train", "test"):
         if record.get(f"{name}_tokens"):
             told.append(f"{record[f'{name}_tokens']:,} tokens in {'training' if name == 'train' else 'the test'}")
@@ -179,7 +183,7 @@ def _limits(config: LLMConfig, record: Mapping[str, Any]) -> list[str]:
         mixed = "" if weight == 1 else f", mixed with its scores (share of the LLM {weight})"
         told = f"The LLM reorders the top {config['rerank_topk']} of {base}{mixed}"
         limits.append(f"{told}; what {base} misses it cannot find.")
-    if record["eval_users"]:
+    if record["eval_users"] and record["test_users"] >= record["eval_users"]:  # else there were not so many
         limits.append(f"A sample of users was asked: {record['rows']:,} rows.")
     if record["few_shot"]:
         limits.append(f"Trained on {record['training_users']} users alone.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _has_adapter(folder: Path) -> bool:
 
 
 def loading_code(llm: str, dtype: str, folder: Path) -> str | None:
-    """Python that makes ``model`` of the folder's weights; None where nothing was trained."""
+    """Python that makes ``model`` of the folder's weights, to be run in the folder; None where nothing was trained."""
     if not _has_adapter(folder):
         if not (folder / "model.safetensors").is_file():
             return None
@@ -81,10 +82,19 @@ def loading_code(llm: str, dtype: str, folder: Path) -> str | None:
         if llm in PACKAGED:
             name = "" if llm == "embedded" else repr(llm)
             where, imported = f"embedded_folder({name})", ["from recbole_llm.llm.embedded import embedded_folder"]
-        elif llm.endswith(".gguf"):
-            where = f"gguf_folder(Path({llm!r}))"
-            imported = ["from pathlib import Path", "from recbole_llm.llm.embedded import gguf_folder"]
+        elif llm.endswith(".gguf") or Path(llm).expanduser().is_dir():
+            where, imported = _path_from(folder, llm), ["from pathlib import Path"]
+            if llm.endswith(".gguf"):
+                where = f"gguf_folder({where})"
+                imported += ["from recbole_llm.llm.embedded import gguf_folder"]
         lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", *imported, "", f"where = {where}"]
         lines += [f'base = AutoModelForCausalLM.from_pretrained(where, dtype="{dtype}")']
         lines += ["tokenizer = AutoTokenizer.from_pretrained(where)"]
     return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, ".").eval()  # "." is this folder'])
+
+
+def _path_from(folder: Path, llm: str) -> str:
+    """Python of the path to a model of this machine as it is named in a folder; it was typed in another."""
+    if llm.startswith("~") or Path(llm).is_absolute():
+        return f"Path({llm!r})" + (".expanduser()" if llm.startswith("~") else "")
+    return f"Path({os.path.relpath(Path(llm).resolve(), folder.resolve())!r})"

@@ -13,6 +13,7 @@ import pandas as pd
 
 from recbole_llm.report.frames import intervals, setting_columns
 from recbole_llm.report.results import Line, Results, merit, user_traits
+from recbole_llm.report.runs import done_before
 from recbole_llm.report.significance import LEVEL
 from recbole_llm.report.stats import bootstrap_interval
 
@@ -87,18 +88,10 @@ def on_cpu(every: Sequence[Results]) -> bool:
 def run_seconds(run: dict[str, Any], cpu: bool) -> float:
     """Processor seconds (else those of the clock) that the result took; NaN where no one measured.
 
-    A stage that was found finished, because another loss shares it, is counted with what it took there; so is what
-    else was found done: reference log-probs, texts and alignments of DPO4Rec, and, once each, recommenders that serve
-    the run and are not among these seconds.
+    What was found done (``done_before``) is counted with what it took where it was done.
     """
     total = run.get("timings", {}).get("total_cpu_s" if cpu else "total_s", np.nan)
-    stages, seconds = run.get("stages", ()), "cpu_seconds" if cpu else "seconds"
-    shared = [stage for stage in stages if stage.get("reused")] + run.get("found", [])
-    shared += [part for stage in stages for part in stage.get("found", [])]
-    served = [one for part in (run, *stages) for one in part.get("recommenders", [])]
-    made = {one["where"] for one in served if one["made"]}  # by the run, or by a stage whose seconds hold it
-    shared += {one["where"]: one for one in served if one["where"] not in made}.values()
-    return total + sum(part.get(seconds, np.nan) for part in shared)
+    return total + sum(part.get("cpu_seconds" if cpu else "seconds", np.nan) for part in done_before(run))
 
 
 def costs(results: Results, metric: str, resamples: int, cpu: bool) -> pd.DataFrame:

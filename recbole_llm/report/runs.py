@@ -63,6 +63,20 @@ def stood_still(stage: dict[str, Any]) -> bool:
     return stage.get("standstill", {}).get("stood_still", False)
 
 
+def done_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a run needs and found done, which is not among the seconds of its ``timings``; each with its own seconds.
+
+    Stages that another run finished, because another loss shares them, reference log-probs, texts and alignments of
+    DPO4Rec, and, once each, recommenders that serve the run.
+    """
+    stages = run.get("stages", ())
+    shared = [stage for stage in stages if stage.get("reused")] + run.get("found", [])
+    shared += [part for stage in stages for part in stage.get("found", [])]
+    served = [one for part in (run, *stages) for one in part.get("recommenders", [])]
+    made = {one["where"] for one in served if one["made"]}  # by the run, or by a stage whose seconds hold it
+    return [*shared, *{one["where"]: one for one in served if one["where"] not in made}.values()]
+
+
 def _dataset(run: dict[str, Any]) -> str:
     trained, ranked = run.get("training_dataset", run["dataset"]), run["dataset"]
     return ranked if trained == ranked else f"{trained} -> {ranked}"
