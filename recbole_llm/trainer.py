@@ -61,9 +61,7 @@ class ProtocolEvaluation(_Trainer):
         """Where the data come from and where the checkpoint goes."""
         self.protocol = protocol
         self.saved_model_file = str(run_folder / f"{self.config['model']}.pth")
-        self.run_name = Path(
-            os.path.relpath(run_folder, self.config["checkpoint_dir"])
-        ).as_posix()  # a trial's is another
+        self.run_name = os.path.relpath(run_folder, self.config["checkpoint_dir"])  # a trial of the run has another
         self.earlier = (0.0, 0.0)  # wall and processor seconds of stages that processes of this run before this one did
         self.per_user_evaluator = PerUserEvaluator(self.config)
         self.wandblogger = RunLogger(self.config)

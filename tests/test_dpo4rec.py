@@ -14,6 +14,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
+from recbole_llm.dpo4rec.iterations import best_iteration, fell
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
 from recbole_llm.dpo4rec.places import Places, check_placebo, draw_places, train_rows_of, trained_rows, training_loader
 from recbole_llm.dpo4rec.work import Work, others_in_place
@@ -53,6 +54,24 @@ def trainer_of(settings: dict[str, Any], **changes: Any) -> tuple[DPO4RecTrainer
     folder.mkdir(parents=True, exist_ok=True)
     trainer.start(protocol, folder)
     return trainer, protocol
+
+
+@pytest.mark.parametrize(
+    ("scores", "bigger", "falls", "kept"),
+    [
+        ([0.3], True, False, 0),
+        ([0.3, 0.4], True, False, 1),
+        ([0.4, 0.3], True, True, 0),
+        ([0.4, 0.3], False, False, 1),
+        ([0.3, 0.4], False, True, 0),
+        ([0.3, 0.3], True, False, 0),
+        ([0.3, 0.5, 0.4], True, True, 1),
+        ([None, None], True, False, 1),
+        ([None], False, False, 0),
+    ],
+)
+def test_iterations(scores: list[float | None], bigger: bool, falls: bool, kept: int) -> None:
+    assert fell(scores, bigger) is falls and best_iteration(scores, bigger) == kept
 
 
 # ---- places

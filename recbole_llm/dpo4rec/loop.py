@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,18 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.dpo4rec.align import Reasoner, align
+from recbole_llm.dpo4rec.iterations import best_iteration, fell
 from recbole_llm.dpo4rec.places import draw_places, training_loader
 from recbole_llm.dpo4rec.reward import reward_lists
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
+from recbole_llm.dpo4rec.stage_folder import ALIGN_KEYS, OF_POLICY, RECOMMENDER_KEYS, stage_folder
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
-from recbole_llm.environment import versions
 from recbole_llm.files import content_hash, found_or_made, write_json, write_text
 from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
 from recbole_llm.llm.sampling import Sampling
-from recbole_llm.run_folder import data_hash
 from recbole_llm.stages import split_of
 from recbole_llm.trainer import ProtocolEvaluation
-
-# What determines a trained recommender, besides data, texts and rows.
-RECOMMENDER_KEYS = tuple(
-    """
-    recommender_model recommender_config epochs stopping_step train_batch_size learning_rate learner weight_decay
-    clip_grad_norm eval_step seed valid_metric metrics topk metric_decimal_place MAX_ITEM_LIST_LENGTH
-    knowledge item_knowledge adaptor adaptor_width adaptor_hidden adaptor_dropout shared_experts own_experts
-    mask_history shuffle transform enable_amp enable_scaler
-""".split()
-)
-ALIGN_KEYS = tuple(
-    """
-    alignment beta align_epochs align_batch_size align_learning_rate lr_scheduler warmup_ratio seed lora_r lora_alpha
-    lora_dropout lora_target_modules quantization
-""".split()
-)
-OF_POLICY = ("learner", "weight_decay", "clip_grad_norm")  # LLMRanker's, which alignment takes
 
 
 class DPO4RecTrainer(ProtocolEvaluation, Trainer):
@@ -98,10 +80,13 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             records.append(record)
             folders.append(folder)
             self.logger.info(f"DPO4Rec iteration {iteration}: validation {record['best_valid_score']}.")
-            if iteration == last or self._fell(records):
+            if iteration == last:
+                break
+            if fell(self._scores(records), self.valid_metric_bigger):
+                self.logger.info("DPO4Rec: validation fell, so no further iteration.")
                 break
             record |= self._align(iteration)
-        chosen = self._chosen(records)
+        chosen = best_iteration(self._scores(records), self.valid_metric_bigger)
         self.facts["selected_iteration"] = chosen
         self._take(folders[chosen])
         super()._save_checkpoint(chosen, verbose=verbose)
@@ -139,25 +124,10 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             f"{self.config['alignment']} on their best and worst."
         )
 
-    def _fell(self, records: list[dict[str, Any]]) -> bool:
-        """Whether the last iteration is worse on validation than the one before."""
-        if len(records) < 2 or self._no_choice(records):
-            return False
-        now, before = (r["best_valid_score"] for r in (records[-1], records[-2]))
-        fell = now < before if self.valid_metric_bigger else now > before
-        if fell:
-            self.logger.info("DPO4Rec: validation fell, so no further iteration.")
-        return fell
-
-    def _no_choice(self, records: list[dict[str, Any]]) -> bool:
-        """Whether the last iteration counts: because it shall, or because none was validated (``eval_step`` 0)."""
-        return self.config["select_iteration"] == "last" or records[-1]["best_valid_score"] is None
-
-    def _chosen(self, records: list[dict[str, Any]]) -> int:
-        if self._no_choice(records):
-            return len(records) - 1
-        sign = 1 if self.valid_metric_bigger else -1
-        return max(range(len(records)), key=lambda i: (sign * records[i]["best_valid_score"], -i))
+    def _scores(self, records: list[dict[str, Any]]) -> list[float | None]:
+        """Validation scores that choose among the iterations; None where the last one is kept in any case."""
+        chooses = self.config["select_iteration"] != "last"
+        return [record["best_valid_score"] if chooses else None for record in records]
 
     @property
     def aligned_parameters(self) -> int:
@@ -203,7 +173,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         dataset = self.protocol.dataset
         sizes = [dataset.item_num, dataset.user_num]  # `load_col` moves them, whatever the rows
         others = [read, rows, sizes, split_of(self.config), self.protocol.valid.digest]
-        folder = self._folder("recommender", RECOMMENDER_KEYS, others)
+        folder = stage_folder(self.config, "recommender", RECOMMENDER_KEYS, others)
         train = super().fit
 
         def trained() -> dict[str, Any]:
@@ -278,7 +248,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         moves_draws = ("attention", "token_budget") if self.config["lora_dropout"] else ()
         keys = ALIGN_KEYS + moves_draws
         trains = {key: reasoner.config[key] for key in OF_POLICY}
-        folder = self._folder("align", keys, [reasoner.author, reasoner.texts, trains])
+        folder = stage_folder(self.config, "align", keys, [reasoner.author, reasoner.texts, trains])
 
         def aligned() -> dict[str, Any]:
             record, earlier = align(self.config, reasoner, self.protocol, windows, folder)
@@ -300,9 +270,3 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             load_adapter(self.work.reasoner.llm, Path(adapters[-1]))
         else:
             self.work.reasoner = Reasoner(self.config)
-
-    def _folder(self, kind: str, keys: Sequence[str], others: list[Any]) -> Path:
-        """``<checkpoint_dir>/stages/DPO4Rec-<kind>-<hash of settings and others>``."""
-        settings = {key: self.config[key] for key in keys}
-        what = content_hash([settings, others, data_hash(self.config), versions()])
-        return Path(self.config["checkpoint_dir"]) / "stages" / f"DPO4Rec-{kind}-{what[:12]}"
