@@ -105,9 +105,8 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self.facts["stages"].append(record)
             self.clock = Clock()
         self.facts["train_tokens"] = sum(stage["tokens"] for stage in self.facts["stages"])
-        if valid_data and (
-            not self.facts["stages"] or lacks_metrics(self.config, best[1])
-        ):  # zero-shot, or another's record
+        unvalidated = not self.facts["stages"] or lacks_metrics(self.config, best[1])  # zero-shot, or another's record
+        if valid_data and unvalidated:
             best = self._valid_epoch(valid_data, show_progress)
         if self.config["rerank_weight"] == "auto" and self.model.base is not None and valid_data:
             best = self._choose_weight(valid_data)
