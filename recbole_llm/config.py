@@ -16,7 +16,7 @@ from recbole_llm.errors import ConfigError, problems_of
 from recbole_llm.key_checks import file_name
 from recbole_llm.model import model_class
 from recbole_llm.processes import world_size
-from recbole_llm.settings import PROPERTIES, SettingsLoader, laid_over, read_yamls
+from recbole_llm.settings import PROPERTIES, SettingsLoader, at_home, laid_over, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
 
 
@@ -64,7 +64,7 @@ class LLMConfig(Config):
 
     def _load_variable_config_dict(self, config_dict: dict[str, Any] | None) -> dict[str, Any]:
         # RecBole adds lists to lists; it knows a tuple of GPUs alone.
-        given = copy.deepcopy(config_dict or {})  # RecBole fills tables in place
+        given = at_home(copy.deepcopy(config_dict or {}))  # RecBole fills tables in place
         given |= {k: "none" for k in keys.NONE_IS_A_CHOICE if k in given and given[k] is None}
         return {k: list(v) if isinstance(v, tuple) and k != "gpu_id" else v for k, v in given.items()}
 

@@ -47,7 +47,8 @@ def wrong_data(settings: Mapping[str, Any], dataset: str, properties: Path) -> l
         problems += _wrong_columns(settings, dataset) + _wrong_intervals(settings, dataset)
         problems += _needs_ratings(settings, dataset, properties)
         problems += _wrong_features(settings, dataset)
-        for suffix in settings["load_col"] or {}:
+        beside = ("item", "user", "kg", "link") if settings["load_col"] is None else settings["load_col"]
+        for suffix in beside:
             if suffix != "inter" and _columns_read(settings, dataset, suffix):
                 problems += problems_of(partial(check_text, settings, dataset, suffix))
     if settings.get("knowledge", "none") != "none":

@@ -116,7 +116,7 @@ def _twice(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
     inner = [] if isinstance(node, yaml.ScalarNode) else node.value
     for entry in inner:
         key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
-        if isinstance(key, yaml.ScalarNode):
+        if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):  # of which several may stand
             if key.value in seen:
                 yield key
             seen.add(key.value)

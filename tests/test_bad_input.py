@@ -137,7 +137,9 @@ def test_empty_files(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('i7\t"Quoted\t1957', "line 9: a field begins with a quote and has no other that closes it"),
+        ('i7\t"Quoted\t1957', "line 9: a field begins with a quote and does not end with its pair"),
+        ('i7\t"Weird Al" Yankovic\t1957', "line 9: a field begins with a quote and does not end with its pair"),
+        ('i7\t"a" and "b"\t1957', "line 9: a field begins with a quote and does not end with its pair"),
         ("i7\ta title", "line 9: 2 fields where the header has 3"),
         ("i7\ta title\t1957\tmore", "line 9: 4 fields where the header has 3"),
         ("i7\ti\udce9\t1957", "line 9: not UTF-8 text"),
@@ -154,6 +156,7 @@ def test_files_beside_the_interactions_that_recbole_would_misread(
     file.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape", newline="\n")
     reads = argv(toy, model="FDSA", selected_features=["release_year"])
     assert f"{file}, {told}" in refused(capsys, reads)
+    assert f"{file}, {told}" in refused(capsys, argv(toy, model="Pop", load_col=None))  # every file and column
     assert LLMConfig("Pop", config_dict=toy)["dataset"] == "toy"  # which does not read it
     assert not Path(toy["checkpoint_dir"]).exists()
 
@@ -170,6 +173,17 @@ def test_titles_that_cannot_be_read_are_told_before_the_llm_is_loaded(
         assert "in the configuration" in told and "no/such-model" not in told
     file.write_text(text, encoding="utf-8")  # a mended file is read again
     assert LLMConfig(config_dict=tiny)["dataset"] == "toy"
+
+
+@pytest.mark.parametrize("title", ['"Weird Al"', '"Weird ""Al"" Yankovic"', '5" disk', 'say "x"', '""'])
+def test_quotes_that_recbole_reads(toy: dict[str, Any], title: str) -> None:
+    """Every item has its line, whatever RecBole makes of the title."""
+    file = Path(toy["data_path"], "toy", "toy.item")
+    lines = file.read_text(encoding="utf-8").split("\n")
+    lines[8] = f"i7\t{title}\t1957"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    features = prepare_data(LLMConfig("Pop", config_dict={**toy, "load_col": None})).dataset.item_feat
+    assert len(features) == 61
 
 
 def test_items_without_a_row_keep_their_interactions(toy: dict[str, Any]) -> None:

@@ -244,8 +244,9 @@ def test_a_key_that_stands_twice(tmp_path: Path, text: str, told: str) -> None:
 
 def test_tables_laid_over_others_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text("a: {b: &x {c: 1}, d: &y {<<: *x, c: 2}}\ne: {<<: *y, c: 3}\n", encoding="utf-8")
-    assert read_yaml(str(file)) == {"a": {"b": {"c": 1}, "d": {"c": 2}}, "e": {"c": 3}}
+    text = "a: {b: &x {c: 1}, d: &y {<<: *x, c: 2}}\ne: {<<: *y, c: 3}\nf: {<<: *x, <<: &z {g: 4}}\n"
+    file.write_text(text, encoding="utf-8")
+    assert read_yaml(str(file)) == {"a": {"b": {"c": 1}, "d": {"c": 2}}, "e": {"c": 3}, "f": {"c": 1, "g": 4}}
 
 
 @pytest.mark.parametrize("key", ["config_file", "config_files"])
@@ -254,7 +255,7 @@ def test_files_that_nothing_would_read(toy: dict[str, Any], key: str) -> None:
     assert len(told) == 1 and told[0].startswith(f"--{key}='a.yaml': ") and '--config_files="a.yaml b.yaml"' in told[0]
 
 
-def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves `~` in --key=~/x, and a file has no shell."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("checkpoint_dir: ~/runs\nitem_text: ~/no path\n", encoding="utf-8")
@@ -267,6 +268,7 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "search": "a~b",
         "prompt": "~no one/z",
     }
+    assert LLMConfig("Pop", config_dict={**toy, "checkpoint_dir": "~/x"})["checkpoint_dir"] == f"{tmp_path}/x"
 
 
 def test_all_wrong_files_are_told(toy: dict[str, Any], tmp_path: Path) -> None:

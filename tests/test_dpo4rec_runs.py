@@ -135,9 +135,12 @@ def test_nothing_to_select_by(small: dict[str, Any]) -> None:
     assert (record_of(run)["selected_iteration"], run["best_valid_result"]) == (2, None)
 
 
-def test_no_pairs(small: dict[str, Any]) -> None:
+def test_no_pairs(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A gap that no pair has: the LLM stays, its texts too, and the run says so."""
+    earlier: list[Any] = []
+    monkeypatch.setattr(DPO4RecTrainer, "count_earlier", lambda self, *seconds: earlier.append(seconds))
     run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 1, "reward_gap": 1.5, "state": "WARNING"})
+    assert not earlier and not record_of(run)["found"]  # the one recommender of both iterations counts once
     record = record_of(run)["iterations"][0]
     assert record["judged"]["pairs"] == 0
     assert "align" not in record

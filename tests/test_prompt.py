@@ -180,6 +180,14 @@ def test_a_chat_template_that_tells_the_day_asks_the_same_every_day() -> None:
     assert asked[0] == asked[1] and "Jul 2024" in TOKENIZER.decode(asked[0])
 
 
+@pytest.mark.parametrize("told", ["{% set f = '%d %b' %}{{ strftime_now(f) }}", "{{ strftime_now(format='%Y') }}"])
+def test_a_chat_template_whose_day_cannot_be_set(told: str) -> None:
+    dated = copy.deepcopy(TOKENIZER)
+    dated.chat_template = told + TOKENIZER.chat_template
+    with pytest.raises(UserError, match="tells today's date, so .*use --prompt=stream"):
+        Prompt(load_template("instruct", PROPERTIES), TITLES, dated)
+
+
 def test_several_chat_templates() -> None:
     several = copy.deepcopy(TOKENIZER)
     template = load_template("instruct", PROPERTIES)

@@ -7,6 +7,7 @@ swallows rows, and a film called "None" loses its title. Titles are therefore re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,7 @@ MISSING = {
     "nan",
     "null",
 }
+QUOTED = re.compile('"([^"]|"")*"')  # a field in quotes, as pandas knows it
 PADDING = "[PAD]"  # RecBole's own name of id 0
 KINDS = {"USER_ID_FIELD": "token", "ITEM_ID_FIELD": "token", "TIME_FIELD": "float", "RATING_FIELD": "float"}
 
@@ -151,8 +153,8 @@ def _wrong_text(fields: Sequence[str]) -> str | None:
     """What pandas, and so RecBole, would read past, whichever column it stands in."""
     if any("\r" in field or "\0" in field for field in fields):
         return "RecBole ends a line or a field at a carriage return or NUL inside it"
-    if any(field.startswith('"') and field.count('"') % 2 for field in fields):
-        return "a field begins with a quote and has no other that closes it"
+    if any(field.startswith('"') and not QUOTED.fullmatch(field) for field in fields):
+        return "a field begins with a quote and does not end with its pair, so RecBole would read past it or stop there"
     return None
 
 

@@ -192,10 +192,16 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 def _of_no_day(chat_template: str) -> str:
-    """A chat template that tells ``DAY`` where it would tell today: a prompt must be the same tomorrow."""
-    return re.sub(
-        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda asked: repr(DAY.strftime(asked.group(2))), chat_template
-    )
+    """A chat template that tells ``DAY`` where it would tell today: a prompt must be the same tomorrow.
+
+    Raises:
+        ValueError: it asks in another way than for a form in quotes.
+    """
+    asks = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    told = re.sub(asks, lambda asked: repr(DAY.strftime(asked.group(2))), chat_template)
+    if "strftime_now(" in told:
+        raise ValueError("it tells today's date, so the prompt would be another one tomorrow")
+    return told
 
 
 def chat_parts(question: str, holes: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -218,7 +224,7 @@ def chat_parts(question: str, holes: Sequence[str], tokenizer: Any) -> list[list
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except (TemplateError, ValueError) as error:  # the latter: several templates, and none is the default
+        except (TemplateError, ValueError) as error:  # the latter: no default among several, or today's date
             raise UserError(
                 f"--prompt: the LLM's chat template refuses a question ({error}); use --prompt=stream."
             ) from error

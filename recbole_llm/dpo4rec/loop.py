@@ -54,6 +54,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
             self.facts |= {"llm_revision": llm.revision, "dtype": llm.dtype, "kernels": llm.kernels}
         self.facts |= {"readers": len(self.places.readers), "pair_users": len(self.places.pairs), "iterations": []}
         self.facts["found"] = self.work.found if self.work else []
+        self.counted: set[Path] = set()  # folders of stages whose seconds are in the record
 
     # ---- the loop
 
@@ -192,12 +193,18 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         record, found = found_or_made(folder, trained)
         if found:
             self.logger.info(f"DPO4Rec: reusing the recommender in {folder}.")
-            self._count_found("recommender", record, record["train_s"], record["train_cpu_s"])
+            self._count_found("recommender", folder, record, record["train_s"], record["train_cpu_s"])
+        self.counted.add(folder)
         self._take(folder)
         return folder, record
 
-    def _count_found(self, what: str, record: dict[str, Any], seconds: float, cpu_seconds: float) -> None:
-        """Seconds of a stage that was found done: this run's own, which was cut off or is given again, or another's."""
+    def _count_found(self, what: str, folder: Path, record: dict[str, Any], seconds: float, cpu_seconds: float) -> None:
+        """Seconds of a stage that was found done: this run's own, which was cut off or is given again, or another's.
+
+        A stage of two iterations (an alignment that changed no text) counts once.
+        """
+        if folder in self.counted:
+            return
         if record["run"] == self.run_name:
             self.count_earlier(seconds, cpu_seconds)
         else:
@@ -259,7 +266,8 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         if found:
             self.logger.info(f"DPO4Rec: reusing the aligned LLM in {folder}.")
             load_adapter(reasoner.llm, folder)
-            self._count_found("alignment", stage, stage["seconds"], stage["cpu_seconds"])
+            self._count_found("alignment", folder, stage, stage["seconds"], stage["cpu_seconds"])
+        self.counted.add(folder)
         self.facts["found"] += stage["found"]
         return {**record, "align_s": time.perf_counter() - clock, "align": stage, "adapter": str(folder)}
 

@@ -68,6 +68,7 @@ class Work:
         llm = self.reasoner.llm if self.reasoner else None
         texts = described_items(config, protocol.dataset, llm.tokenizer if llm else None)
         self.found: list[dict[str, Any]] = []  # what was found done, and the seconds that it took
+        self.counted: set[tuple[str, Sampling]] = set()  # texts whose seconds are in the record, by whom and how
         self.question = Question(config, texts, llm.tokenizer if llm else None, llm.context if llm else 0)
 
     @property
@@ -98,8 +99,10 @@ class Work:
             apart=self.reasoner is None,
             show_progress=config["show_progress"],
         )
-        if any(written.found):
+        texts = (self.author, sampling)
+        if any(written.found) and texts not in self.counted:
             self.found.append(found_done(what, *written.found))
+        self.counted.add(texts)
         return written.texts
 
     def judge(self, judge: ReadsTexts, pairs: dict[int, int]) -> Judged:

@@ -141,7 +141,7 @@ def dtype_of(dtype: str, device: torch.device, finetune: str) -> str:
 def add_lora(model: CausalLM, options: dict[str, Any]) -> PeftModel:
     """LoRA adapters over a model, by peft's ``LoraConfig``; ``UserError`` names layers that are not there."""
     named = options["target_modules"]
-    if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w.]+", named):
+    if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"\w+(\.\w+)*", named):
         named = [named]  # to peft text is a pattern for whole paths
     try:
         if missing := _no_layers(model, named):
