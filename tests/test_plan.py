@@ -338,7 +338,7 @@ EXPERTS = MixtralConfig(
         (EXPERTS, "none"),
         (FalconConfig(vocab_size=1100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "lora"),
         (GPTNeoConfig(vocab_size=1100, hidden_size=32, num_layers=2, num_heads=2,
-                      attention_types=[[["global", "local"], 1]]), "lora"),
+                      attention_types=[[["global"], 2]]), "lora"),  # local layers are refused
     ],
 )  # fmt: skip
 def test_an_llm_whose_passes_the_meta_device_refuses(

@@ -69,7 +69,7 @@ def _hollow_base(name: str, dtype: torch.dtype) -> tuple[CausalLM, object, str, 
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=NAMES["blocks"])
-        except KeyError:  # Falcon, GPT-Neo: their layers know the kernels of transformers alone
+        except KeyError:  # Falcon: its layers know the kernels of transformers alone
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="eager")
     folder = Path(cached_file(where, "config.json", local_files_only=offline)).parent
     has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
