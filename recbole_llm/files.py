@@ -136,18 +136,23 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def finished_stage(folder: Path) -> dict[str, Any] | None:
+    """The record of the stage in a folder, by this run or another; None where it is not finished."""
+    done = folder / "stage.json"
+    return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
+
+
 def found_or_made(folder: Path, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     """The record of a stage, which lies in its folder when the stage is finished, and whether it lay there.
 
     Args:
         make: does the stage and gives its record; meanwhile no other process works there.
     """
-    done = folder / "stage.json"
     with only_here(folder):
-        if done.is_file():
-            return json.loads(done.read_text(encoding="utf-8")), True
+        if (finished := finished_stage(folder)) is not None:
+            return finished, True
         record = make()
-        write_json(done, record)
+        write_json(folder / "stage.json", record)
         return record, False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import from_first, is_first, same_everywhere
 from recbole_llm.evaluator import lacks_metrics
-from recbole_llm.files import content_hash, only_here, write_json, write_text
+from recbole_llm.files import content_hash, finished_stage, only_here, write_json, write_text
 from recbole_llm.guards import Standing, check_moved, check_saved, standstill
 from recbole_llm.llm.adapter import load_adapter, save_adapter
 from recbole_llm.llm.identity import prompt_hash
@@ -92,7 +91,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         self.clock = Clock()
         for stage in self.stages():
             with only_here(stage.folder):
-                if (finished := from_first(partial(_finished, stage))) is not None:
+                if (finished := from_first(partial(finished_stage, stage.folder))) is not None:
                     record = self._found(finished)
                     self.logger.info(f"Stage {stage.loss}: reusing {stage.folder} (same data, model and settings).")
                     load_adapter(self.model.llm, stage.folder)
@@ -289,9 +288,3 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
     def _load_checkpoint(self, model_file: str | None) -> None:
         if self.config["finetune"] != "none":
             load_adapter(self.model.llm, Path(model_file) if model_file else self.run_folder)
-
-
-def _finished(stage: Stage) -> dict[str, Any] | None:
-    """The record of a stage that was trained before, by this run or another."""
-    done = stage.folder / "stage.json"
-    return json.loads(done.read_text()) if done.is_file() else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from recbole_llm.data.prompt import Window
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.dpo4rec.plan import plan_of_dpo4rec
 from recbole_llm.evaluator import lacks_metrics
+from recbole_llm.files import finished_stage
 from recbole_llm.llm.hollow import hollow_llm
 from recbole_llm.llm.types import LLM
 from recbole_llm.machine import machine_bytes
@@ -118,8 +118,8 @@ def _all_work(
         if pools:
             parts.insert(0, pass_work(config, catalogue.prompt, f"{stage.loss}: self_hard", pools))
         last = None
-        if (done := stage.folder / "stage.json").is_file():
-            last = json.loads(done.read_text(encoding="utf-8"))["best_valid_result"]
+        if (finished := finished_stage(stage.folder)) is not None:
+            last = finished["best_valid_result"]
             for part in parts:
                 part.cached = True
         elif config["eval_step"] > 0:

@@ -205,13 +205,15 @@ def read_items(settings: Mapping[str, Any], dataset: str) -> tuple[list[str], di
 
 
 def check_items(settings: Mapping[str, Any], dataset: str) -> None:
-    """Whether ``read_items`` will read the file; raises as it does."""
-    item_columns(settings, dataset)
+    """Whether ``read_items`` will read the rows of a file whose columns are fine (``item_columns``); raises as it does.
+
+    Each file is read once, however many configurations ask.
+    """
     file = atomic_file(settings, dataset, "item")
     _check_rows(file, settings["field_separator"], settings["ITEM_ID_FIELD"], stamp(file))
 
 
-@lru_cache(maxsize=8)  # as for ``.inter``
+@lru_cache(maxsize=8)
 def _check_rows(file: Path, separator: str, item_field: str, changed: tuple[int, int]) -> None:
     _item_rows(file, separator, item_field)
 
