@@ -78,10 +78,10 @@ class ExactRanking:
         if self.kind == "exact_topk":
             check_search(config, model)
         else:
-            self._log.warning(
-                f"--full_ranking=exact: {len(self.trie.inner)} tokens of titles go through the LLM for every user. "
-                "--full_ranking=exact_topk gives the same metrics for a fraction of them, once the LLM is trained."
-            )
+            told = f"--full_ranking=exact: {len(self.trie.inner)} tokens of titles go through the LLM for every user."
+            if self.goes_on:
+                told += " --full_ranking=exact_topk gives the same metrics for a fraction, once the LLM is trained."
+            self._log.warning(told)
 
     def rank(self, histories: Sequence[Sequence[int]], hidden: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores of all items ``[B, n_items]``, on the CPU.

@@ -316,10 +316,16 @@ def test_a_back_end_that_auto_fell_back_to_is_refused_before_training(
     ranker({**full(tiny, "exact_topk"), "eval_args": {"mode": "uni9"}})
 
 
-def test_a_kept_prompt_is_tried_when_the_llm_is_loaded(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """exact_topk is refused before training; exact and candidates beyond a pass take no such way."""
+def test_a_kept_prompt_is_tried_when_the_llm_is_loaded(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """exact_topk is refused before training; exact, which does not advise it then, and candidates beyond a pass take
+    no such way.
+    """
     history = histories([3, 4, 5])
     expected = ranker(full(tiny, "exact", finetune="none")).full_sort_predict(history)
+    assert "--full_ranking=exact_topk gives the same metrics" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(NodeCache, "move_to_front", lambda *_: None)
     with pytest.raises(UserError, match=r"there --llm=tiny is off by .* nats a title.*set --full_ranking=exact\."):
         ranker(full(tiny, "exact_topk"))
@@ -327,6 +333,7 @@ def test_a_kept_prompt_is_tried_when_the_llm_is_loaded(tiny: dict[str, Any], mon
     for module in (full_ranking, scoring):
         monkeypatch.setattr(module, "exact_scores", lambda *args, **kwargs: 1 / 0)
     torch.testing.assert_close(model.full_sort_predict(history), expected, atol=1e-4, rtol=0)
+    assert "--full_ranking=exact: " in caplog.text and "exact_topk gives" not in caplog.text
     items = list(range(1, model.n_items))
     for budget in (64, 4096):
         (logps,) = candidate_logps(model.policy, model.prompt, [[3, 4, 5]], [items], token_budget=budget)

@@ -21,7 +21,7 @@ from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report import trials as tuning
 from recbole_llm.report.trials import Trial
-from recbole_llm.report.tune import Tuned, check_search, tune, tuned_frame
+from recbole_llm.report.tune import Tuned, check_search, trials_frame, tune, tuned_frame
 from recbole_llm.trainer import ProtocolEvaluation
 from recbole_llm.validation import validate
 
@@ -421,3 +421,12 @@ def test_appendix_by_hand() -> None:
         ["KNN", "toy", 1, 1, "NDCG@10", None, None, 0.0, "as given: no trial succeeded"],
     ]
     pd.testing.assert_frame_equal(frame, pd.DataFrame(expected, columns=columns))
+    columns = ["model", "data set", "trial", "values", "valid metric", "score", "error"]
+    expected = [
+        ["ItemKNN", "toy", 0, "k=100", "NDCG@10", 0.25, ""],
+        ["ItemKNN", "toy", 1, "k=7", "NDCG@10", 0.5, ""],
+        ["ItemKNN", "toy", 2, "k=9", "NDCG@10", None, "ValueError: no"],
+        ["Pop", "toy", 0, "", "NDCG@10", 0.125, ""],
+    ]
+    every = trials_frame([("ItemKNN", "toy", tuned), ("Pop", "toy", pop)])
+    pd.testing.assert_frame_equal(every, pd.DataFrame(expected, columns=columns))

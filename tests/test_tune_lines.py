@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from recbole_llm.errors import ConfigError
@@ -58,6 +59,10 @@ def test_a_line_takes_what_was_chosen_for_another(toy: dict[str, Any], searched:
     assert [c["epochs"] for c in configs] == [2, 1, 1]
     assert "BPR[epochs=2] takes the values chosen for BPR[learning_rate=0.02]." in result["markdown"]
     assert "gone" not in result["markdown"]
+    told = pd.read_csv("out/trials.csv")
+    assert Path("out/trials.csv") in result["files"]
+    assert told["score"].tolist() == pytest.approx([t.score for line in lines for t in searched[line][1].trials])
+    assert told["model"].value_counts(sort=False).tolist() == [len(searched[line][1].trials) for line in lines]
 
 
 def test_a_line_says_which_search_it_is(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, check_resamples, comparisons
 from recbole_llm.report.summary import Comparison
 from recbole_llm.report.table import Table, costs_table, frame_table, harm_table, results_table, significance_table
-from recbole_llm.report.tune import Tuned, tuned_frame
+from recbole_llm.report.tune import Tuned, trials_frame, tuned_frame
 from recbole_llm.report.tune_lines import builds_on, check_tuned_from, tune_all
 from recbole_llm.transfer import eval_config_of
 
@@ -147,9 +147,11 @@ def write_comparison(
     tests = [comparisons(results, against, options) for results in every]
     tables = _tables(every, tests, against, options)
     costs = [costs_table(every)]
+    searched = {}
     if tuned:
         chosen, minutes = _searches(tuned, options)
         tables, costs = [*tables, chosen], [*costs, minutes]
+        searched = {"trials.csv": frames.spreadsheet_csv(trials_frame(tuned))}
     told = "\n".join(markdown(table) for table in tables)
     folder = _out(grid, options)
     tested = frames.tests_frame(every, tests)
@@ -161,6 +163,7 @@ def write_comparison(
         "tests.csv": frames.spreadsheet_csv(tested),
         "table.html": page("Comparison", [html_table(t) for t in tables]),
         "costs.md": spent,
+        **searched,
     }
     comparison = Comparison(grid, records, every, tests, against, options)
     try:

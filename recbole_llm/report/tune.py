@@ -187,6 +187,32 @@ def tuned_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def trials_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
+    """One line a trial, in the order in which they were tried: what the choice stood on.
+
+    Args:
+        found: label, data set, and what tuning found.
+
+    Returns:
+        Columns ``model``, ``data set``, ``trial`` (0 is the configuration as given), ``values`` of the searched keys,
+        ``valid metric``, ``score`` (none where it failed) and ``error``.
+    """
+    lines = [
+        {
+            "model": label,
+            "data set": dataset,
+            "trial": trial.number,
+            "values": _pairs(trial.values),
+            "valid metric": tuned.metric,
+            "score": trial.score,
+            "error": trial.error or "",
+        }
+        for label, dataset, tuned in found
+        for trial in tuned.trials
+    ]
+    return pd.DataFrame(lines)
+
+
 def _chosen(tuned: Tuned) -> str:
     if not tuned.space:
         return "nothing to search" + (f", {_given(tuned.source)}" if tuned.source else "")
