@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from recbole_llm.data.prompt import Window
-from recbole_llm.distributed import anywhere, gathered, is_first, own_share, sum_gradients
+from recbole_llm.distributed import anywhere, from_first, gathered, is_first, own_share, sum_gradients
+from recbole_llm.files import write_text
 from recbole_llm.guards import refuse_loss
 from recbole_llm.llm.sharded import even_passes
 from recbole_llm.llm.token_tree import batches_by_budget
@@ -75,6 +78,14 @@ class WindowSteps(_Trainer):
             "than under the reference, on average over the last steps. The margin may grow all the same, and the "
             f"ranking suffer: {self.against_collapse}."
         )
+
+    def _tell_standstill(self, stage: Stage, still: dict[str, Any]) -> None:
+        if still["stood_still"]:
+            self.logger.warning(
+                f"Stage {stage.loss}: at its end the loss is still what it is before any training, to "
+                f"{still['loss_from_start']:.1g} nats a pair: the preference stage changed next to nothing. Raise "
+                f"--{self.rate_key()} ({stage.learning_rate:g}), or train more steps."
+            )
 
     def _step(self, windows: list[Window], epoch: int, number: int) -> tuple[float, int, dict[str, float]]:
         """One optimizer step; returns the loss summed, its count, and sums of what is logged."""
@@ -140,6 +151,17 @@ class WindowSteps(_Trainer):
             self.tensorboard.add_scalar(f"{self.stage.loss}/{name}", value, self.global_step)
         self.wandblogger.log_metrics(values, head=self.stage.loss)
         self.global_step += 1
+
+    def _take_steps(self, file: Path) -> None:
+        """The steps of a stage that was trained before, as if it had been now."""
+        self.global_step = from_first(partial(self._copy_steps, file))
+
+    def _copy_steps(self, file: Path) -> int:
+        if not file.is_file():
+            return self.global_step
+        told = file.read_text(encoding="utf-8")
+        write_text(self.metrics_file, told)
+        return len(told.splitlines())
 
 
 def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:

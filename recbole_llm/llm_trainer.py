@@ -242,25 +242,6 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         write_json(stage.folder / "stage.json", record)
         self.progress.drop()
 
-    def _tell_standstill(self, stage: Stage, still: dict[str, Any]) -> None:
-        if still["stood_still"]:
-            self.logger.warning(
-                f"Stage {stage.loss}: at its end the loss is still what it is before any training, to "
-                f"{still['loss_from_start']:.1g} nats a pair: the preference stage changed next to nothing. Raise "
-                f"--{self.rate_key()} ({stage.learning_rate:g}), or train more steps."
-            )
-
-    def _take_steps(self, file: Path) -> None:
-        """The steps of a stage that was trained before, as if it had been now."""
-        self.global_step = from_first(partial(self._copy_steps, file))
-
-    def _copy_steps(self, file: Path) -> int:
-        if not file.is_file():
-            return self.global_step
-        told = file.read_text(encoding="utf-8")
-        write_text(self.metrics_file, told)
-        return len(told.splitlines())
-
     def _fill_reference(self, stage: Stage, show_progress: bool) -> dict[str, Any]:
         """Reference log-probs of every pair, before the first update: the policy is the reference, once."""
         counts = fill_reference(
