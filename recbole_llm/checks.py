@@ -78,7 +78,12 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
         ]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
-    return []
+    weights = {k: v for k, v in settings.items() if k.endswith("_path") and k != "data_path" and isinstance(v, str)}
+    return [  # of weights that a model begins with (NeuMF, NAIS, ...)
+        f"--{key}={path}: there is no such file; name one that RecBole saved, or leave it out."
+        for key, path in weights.items()
+        if path and not Path(path).is_file()
+    ]
 
 
 def wrong_together(settings: Mapping[str, Any]) -> list[str]:

@@ -135,7 +135,8 @@ def check_list_lengths(settings: Any, parts: Sequence[Any]) -> None:
         parts: ``EvalRows`` of validation and test.
     """
     asked = _of_items(settings["metrics"])
-    answers = [len(rows.item_tokens) - 1 - len(h) for rows in parts if rows.mode == "full" for h in rows.hidden]
+    lists = [(len(rows.item_tokens) - 1 - len(rows.unmet), rows.hidden) for rows in parts if rows.mode == "full"]
+    answers = [count - len(items) for count, hidden in lists for items in hidden]
     if asked and answers and max(settings["topk"]) > min(answers):
         raise UserError(
             f"--metrics: {', '.join(asked)} would count empty places, for a user has {min(answers)} items to be ranked "

@@ -127,7 +127,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def to_disk(file: Path) -> None:
     """Force a written file to the disk: what is renamed or written after it is there after it."""
-    with open(file, "rb") as written:
+    with open(file, "rb+") as written:  # Windows forces to the disk what is open for writing alone
         os.fsync(written.fileno())
 
 

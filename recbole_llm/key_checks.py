@@ -97,6 +97,11 @@ def flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
 
+def off(value: Any) -> str | None:
+    """False, of what would give one model other data than another."""
+    return None if value is False else "must be False, for it takes interactions from some models alone; leave it out"
+
+
 def text_or_list(value: Any) -> str | None:
     """Text, or a list of texts."""
     texts = [value] if isinstance(value, str) else value

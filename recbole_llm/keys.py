@@ -21,6 +21,7 @@ from recbole_llm.key_checks import (
     mixed,
     negatives,
     number,
+    off,
     one_of,
     optional_file_name,
     optional_text,
@@ -183,6 +184,7 @@ RECBOLE_KEYS: dict[str, Check] = {
     "relation_kg_num_interval": interval,
     "user_inter_num_interval": interval,
     "item_inter_num_interval": interval,
+    "filter_inter_by_user_or_item": off,
 }
 # RecBole's keys that say how a model trains, not what it is trained on or asked.
 TRAINING_KEYS = {

@@ -147,7 +147,7 @@ def _negatives(rows: EvalRows, row: int, seed: int) -> list[int]:
     relevant = rows.relevant[row]
     if rows.candidates is not None:
         return [int(i) for i in rows.candidates[row] if i not in relevant]
-    met = np.concatenate([rows.history[row], relevant, rows.hidden[row]])
+    met = np.concatenate([rows.history[row], relevant, rows.hidden_of(row)])
     free = np.setdiff1d(np.arange(1, len(rows.item_tokens)), met)
     rng = np.random.default_rng([seed, int(rows.users[row])])
     return [int(i) for i in rng.choice(free, min(FULL_MODE_NEGATIVES, len(free)), replace=False)]

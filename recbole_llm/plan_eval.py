@@ -37,7 +37,7 @@ def eval_work(
     groups = list(rows.batches_by_history(LLMRanker.users_at_once, config["MAX_ITEM_LIST_LENGTH"]))
     if rows.mode == "full" and config["full_ranking"] != "rerank":
         search = config["full_ranking"] == "exact_topk"
-        seen = [tuple(sorted(map(int, items))) if search else () for items in rows.hidden]
+        seen = [tuple(sorted(map(int, rows.hidden_of(row)))) if search else () for row in range(len(rows))]
         batches = [[(fitted[row], seen[row]) for row in group] for group in groups]
         found = _catalogue_work(config, prompt, name, batches, rounds, search=search)
     else:
@@ -170,4 +170,4 @@ def _histories(config: Config, prompt: Prompt | PairPrompt, rows: EvalRows, cont
 def _most_popular(config: Config, rows: EvalRows, popularity: np.ndarray) -> list[list[int]]:
     order = np.argsort(-popularity[1:], kind="stable") + 1
     count = min(config["rerank_topk"], len(order))
-    return [order[~np.isin(order, hidden)][:count].tolist() for hidden in rows.hidden]
+    return [order[~np.isin(order, rows.hidden_of(row))][:count].tolist() for row in range(len(rows))]

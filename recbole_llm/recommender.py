@@ -82,6 +82,8 @@ def check_recommenders(config: LLMConfig) -> None:
                     f"--{key}={name}: it must score items after any history; name a sequential model of RecBole, such "
                     "as SASRec."
                 )
+            elif found.full_sort_predict is AbstractRecommender.full_sort_predict:
+                problems.append(f"--{key}={name}: it scores single pairs alone; name a model that scores all items.")
             elif not fixed:
                 recommender_config(config, name)
         except ConfigError as error:

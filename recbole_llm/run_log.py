@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from recbole.utils import init_logger
 
@@ -31,11 +32,13 @@ def explained(config: LLMConfig, folder: Path | None, step: str) -> Iterator[Non
         ArithmeticError,
         AssertionError,
         AttributeError,
+        EOFError,
         ImportError,
         LookupError,
         RuntimeError,
         TypeError,
         ValueError,
+        UnpicklingError,
     ) as error:
         where = ""
         if folder is not None:

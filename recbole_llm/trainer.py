@@ -125,7 +125,7 @@ class ProtocolEvaluation(_Trainer):
             items = torch.as_tensor(data.candidates[rows], device=self.device)
             return self._of_candidates(visible, items), items
         items = torch.arange(self.protocol.dataset.item_num, device=self.device).expand(len(rows), -1)
-        hidden = [data.hidden[r] for r in rows]
+        hidden = [data.hidden_of(r) for r in rows]
         scores = self._of_all(visible, items, hidden).clone()
         scores[:, 0] = -torch.inf  # RecBole's padding item
         for row, answers_not in enumerate(hidden):

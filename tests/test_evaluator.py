@@ -291,6 +291,17 @@ def test_beyond_accuracy_runs(toy: dict[str, Any]) -> None:
         run_recbole_llm("BPR", config_dict={**settings, "topk": [10, 60]})
 
 
+def test_repeated_items_leave_a_list(toy: dict[str, Any], tmp_path: Path) -> None:
+    """An item that a user met twice is one that is no answer."""
+    once = random_events([12] * 20)
+    again = [(user, item, rating, time + 1000 * n) for n in range(1, 6) for user, item, rating, time in once]
+    write_events(tmp_path / "data", [*once, *again])
+    settings = {**toy, "metrics": ["ItemCoverage", "NDCG"], "eval_args": {"mode": "full"}, "topk": [10]}
+    _, protocol = prepared(settings, "Pop")
+    assert all(len(items) == len(set(items)) for items in protocol.test.hidden)
+    assert 0 < run_recbole_llm("Pop", config_dict=settings)["test_result"]["itemcoverage@10"] <= 1
+
+
 # Rows
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
@@ -21,7 +23,6 @@ COLUMNS = {"inter": ["user_id", "item_id", "timestamp", "rating"], "item": ["ite
 READ_COLUMNS = ("FDSA", "GRU4RecF", "SASRecF")
 OF_GRAPHS = ("CFKG", "CKE", "KGAT", "KGCN", "KGIN", "KGNNLS", "KTUP", "MCCLK", "MKR", "RippleNet")
 LACKS = {
-    "S3Rec": "class",
     **dict.fromkeys(OF_GRAPHS, r"\.kg"),
     "GRU4RecKG": r"\.ent",
 }
@@ -71,6 +72,40 @@ def test_a_failure_in_training_is_told(toy: dict[str, Any]) -> None:
     given = {**toy, "train_neg_sample_args": None}
     with pytest.raises(UserError, match="--model=BPR --dataset=toy: training failed: KeyError.*traceback.txt says"):
         run_recbole_llm("BPR", config_dict=given)
+
+
+def test_items_that_share_an_entity(graph: dict[str, Any]) -> None:
+    """The first of them that was met has it, an item's last entity counts, and the others are as without one."""
+    file = Path(graph["data_path"], "toy", "toy.link")
+    header, first, second, *others, nobody = file.read_text(encoding="utf-8").splitlines()
+    (one, entity), two = first.split("\t"), second.split("\t")[0]
+    links = [f"unmet\t{entity}", f"{one}\tm.other", first, f"{two}\t{entity}", *others, nobody]
+    file.write_text("\n".join([header, *links]) + "\n", encoding="utf-8")
+    _, protocol = prepared(graph, "CKE")
+    items, entities = (protocol.dataset.field2token_id[field] for field in ("item_id", "head_id"))
+    assert items[one] == entities[entity] and items[two] == entities[f"[item] {two}"]
+    assert sorted(items.values()) == list(range(protocol.dataset.item_num))
+    result = run_recbole_llm("CKE", config_dict={**graph, "encoder": "none"})
+    assert result["candidate_hash"] == prepared(graph, "BPR")[1].candidate_hash
+
+
+def test_few_users_are_an_epoch(toy: dict[str, Any]) -> None:
+    """Of models that learn from users; RecBole's loader goes over all of them."""
+    for few_shot, expected in ((5, 5), (None, prepared(toy, "BPR")[1].dataset.user_num)):
+        _, protocol = prepared({**toy, "few_shot": few_shot}, "MultiVAE")
+        seen = torch.cat([batch["user_id"] for batch in protocol.train_data])
+        assert len(seen) == len(set(seen.tolist())) == expected
+        if few_shot:
+            assert set(seen.tolist()) == set(map(int, protocol.train_users))
+
+
+def test_weights_to_begin_with_that_are_not_there(toy: dict[str, Any], tmp_path: Path) -> None:
+    missing = str(tmp_path / "gone.pth")
+    with pytest.raises(ConfigError, match=r"--pretrain_path=.*gone\.pth: there is no such file"):
+        run_recbole_llm("NAIS", config_dict={**toy, "pretrain_path": missing})
+    (tmp_path / "gone.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="building the model failed: "):
+        run_recbole_llm("NAIS", config_dict={**toy, "pretrain_path": missing})
 
 
 @pytest.mark.parametrize("model", UNFIT)

@@ -209,6 +209,13 @@ def test_lists_of_one_user_and_history_are_ranked_apart(mixed: dict[str, Any]) -
     assert (both[1].sort()[0] == one[0].sort()[0]).all()  # two in front, the others behind, as in every list
 
 
+def test_a_base_that_scores_pairs_alone_is_told_at_once(mixed: dict[str, Any]) -> None:
+    """Where validation is not re-ranked it would fail in the test, after all training."""
+    settings = {**mixed, "rerank_candidates": False, "eval_args": {"mode": {"valid": "uni9", "test": "full"}}}
+    with pytest.raises(ConfigError, match="--rerank_model=NeuMF: it scores single pairs alone; name a model"):
+        run_recbole_llm(config_dict={**settings, "rerank_model": "NeuMF"})
+
+
 def test_a_base_that_cannot_be_built_is_told(mixed: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="training --rerank_model=SASRec failed"):
         run_recbole_llm(config_dict={**mixed, "recommender_config": {"n_heads": 3}})

@@ -38,7 +38,8 @@ class EvalRows:
         users: internal ids ``[R]``.
         relevant: internal ids of the next P items by time; one that the user met twice stands twice ``[R, P]``.
         candidates: internal item ids in an order that says nothing ``[R, N + P]``; None for "full".
-        hidden: items that are no answers in "full" mode, for each row; those of the vocabulary that nobody met, too.
+        hidden: items of the user that are no answers in "full" mode, for each row, each once.
+        unmet: items of the vocabulary that nobody met, no answers of any row in "full" mode.
         digest: SHA-256 over users, targets, candidates (by token) and the masking rule.
         history: items of the user before each row, oldest first, uncut; for measures, not for models.
     """
@@ -54,6 +55,7 @@ class EvalRows:
     item_tokens: np.ndarray
     digest: str = ""
     history: list[np.ndarray] = field(default_factory=list)
+    unmet: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def targets(self) -> np.ndarray:
@@ -62,6 +64,10 @@ class EvalRows:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def hidden_of(self, row: int) -> np.ndarray:
+        """All items that are no answers of a row in "full" mode."""
+        return np.append(self.hidden[row], self.unmet)
 
     def repeated(self) -> int:
         """Rows with a relevant item that the user met before; of the other answers none is, unless history is kept."""
@@ -127,10 +133,9 @@ def freeze_rows(
     rows.history = [events.items_of(u)[:p] for u, p in zip(users, positions, strict=True)]
     if mode == "full":
         masked = config["mask_history"]
-        rows.hidden = [h[~np.isin(h, r)] if masked else h[:0] for h, r in zip(rows.history, relevant, strict=True)]
-        # What a model's `load_col` brings along and nobody met is no answer: others do not have it.
-        unmet = np.setdiff1d(np.arange(1, part.item_num), events.catalogue)
-        rows.hidden = [np.append(h, unmet) for h in rows.hidden]
+        rows.hidden = [np.setdiff1d(h, r) if masked else h[:0] for h, r in zip(rows.history, relevant, strict=True)]
+        # What a model's `load_col` brings along is no answer: others do not have it.
+        rows.unmet = np.setdiff1d(np.arange(1, part.item_num), events.catalogue)
     else:
         rows.candidates = _draw(config, rows, positions, events, train_ends)
     rows.digest = _digest(rows.records(), split, mode, config["mask_history"])

@@ -156,10 +156,29 @@ class ProtocolGraph(ProtocolDataset):
     such a model would be asked about other items than all others.
     """
 
+    item2entity: dict[str, str]
+    entity2item: dict[str, str]
+
     def _filter_link(self) -> None:
         everything = self.inter_feat.copy()
+        self._one_item_an_entity()
         super()._filter_link()
         self.inter_feat = everything
+
+    def _one_item_an_entity(self) -> None:
+        """RecBole merges an item with its entity, and fails where another has the same: the first that was met has it,
+        and the others count as items without one.
+        """
+        met, linked = self._get_rec_item_token(), dict[str, str]()
+        for item in sorted(self.item2entity, key=lambda item: item not in met):
+            linked.setdefault(self.item2entity[item], item)
+        if others := [item for item, entity in self.item2entity.items() if linked[entity] != item]:
+            self.logger.warning(
+                f"{self.dataset_name}.link: RecBole knows one item an entity; {len(others)} items share theirs with "
+                f"another one, such as {others[0]}, and learn nothing from the graph."
+            )
+        self.entity2item = linked
+        self.item2entity = {item: entity for entity, item in linked.items()}
 
     def _merge_item_and_entity(self) -> None:
         """RecBole's, with an entity of its own, which no triple names, for each item that has none."""

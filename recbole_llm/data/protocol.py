@@ -6,9 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataloader.user_dataloader import UserDataLoader
 from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.sampler import KGSampler
 from recbole.utils import ModelType
@@ -100,6 +103,17 @@ def _check_ids(sequences: Dataset, dataset: Dataset) -> None:
             )
 
 
+class TrainingUsers(UserDataLoader):
+    """RecBole's loader of users (MultiVAE, CDAE, ...), of those alone who train: of the others there is nothing to
+    learn, and what an epoch is would hang on how many they are.
+    """
+
+    def _init_batch_size_and_step(self) -> None:
+        super()._init_batch_size_and_step()
+        self.user_list = Interaction({self.uid_field: torch.unique(self._dataset.inter_feat[self.uid_field])})
+        self.sample_size = len(self.user_list)
+
+
 def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:
     """RecBole's training loader, as its ``data_preparation`` makes it.
 
@@ -109,6 +123,8 @@ def _train_loader(config: Config, dataset: Dataset) -> AbstractDataLoader:
     train = parts[0]  # alone, for what is popular is read off the parts
     sampler, _, _ = create_samplers(config, train, [train] * len(parts))
     loader = get_dataloader(config, "train")
+    if loader is UserDataLoader and dataset.train_users is not None:
+        loader = TrainingUsers
     if config["MODEL_TYPE"] != ModelType.KNOWLEDGE:
         return loader(config, train, sampler, shuffle=config["shuffle"])
     negatives = config["train_neg_sample_args"]

@@ -20,6 +20,8 @@ UNFIT = {
     "SASRecCPR": "it reads the answer before it scores, which no model may see here",
     "KSR": "it keeps vectors of relations in float64, which its float32 layers refuse",
     "RaCT": "it trains in stages of its own, whose files could only be read by running what is in them",
+    "S3Rec": "it is pre-trained into a file that could only be read by running what is in it",
+    "SHAN": "it learns from the history turned round, and where it scores all items reads it as it is",
 }
 # Not RecBole's get_model: for a name that it does not find it imports lightgbm, which need not be there.
 PACKAGES = (

@@ -249,7 +249,11 @@ def _files(folder: Path, files: Iterable[str], plots: Sequence[Plot]) -> str:
 
 
 def _folder_link(run_folder: Path, folder: Path) -> str:
-    return _link(os.path.relpath(run_folder, folder) + "/", run_folder.name)
+    try:
+        path = Path(os.path.relpath(run_folder, folder)).as_posix()
+    except ValueError:  # another drive of Windows
+        return escape(str(run_folder))
+    return _link(path + "/", run_folder.name)
 
 
 def _link(path: str, text: str) -> str:
