@@ -13,7 +13,7 @@ from recbole_llm import __version__
 from recbole_llm.errors import ConfigError, UserError, plain
 from recbole_llm.keys import LOSSES
 from recbole_llm.processes import rank, world_size
-from recbole_llm.settings import PROPERTIES, TEXT_FLAGS, at_home, laid_over, parse_value, read_yamls, unlike_settings
+from recbole_llm.settings import PROPERTIES, at_home, laid_over, parse_flag, read_yamls, unlike_settings
 
 USAGE = f"""recbole-llm {__version__}: LLM rankers head to head with RecBole's recommenders
 
@@ -121,7 +121,7 @@ def parse_flags(argv: Sequence[str], takes: str | None = None) -> dict[str, Any]
             else:
                 problems.append(f"{name}: give it a value, for example {name}=...")
                 continue
-        parsed: Any = value if key in TEXT_FLAGS else parse_value(value)
+        parsed = parse_flag(key, value)
         problems += unlike_settings(parsed, name)
         if key in settings and settings[key] != parsed:
             problems.append(f"{name}: given twice with different values, {settings[key]!r} and {parsed!r}.")

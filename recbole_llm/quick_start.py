@@ -24,10 +24,10 @@ from recbole_llm.generation import generated_answers
 from recbole_llm.harm import title_embeddings, title_vectors
 from recbole_llm.llm.sharded import even_passes
 from recbole_llm.processes import world_size
-from recbole_llm.read_keys import reranks, unread
+from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import check_recommenders, train_recommender, try_recommenders
 from recbole_llm.run_folder import make_run_folder, run_folder_of, trial_folder_of
-from recbole_llm.run_log import explained, start_log
+from recbole_llm.run_log import explained, start_log, tell_run
 from recbole_llm.run_record import at_start, save_run
 from recbole_llm.stages import check_pairs
 from recbole_llm.trainer import trainer_class
@@ -116,7 +116,7 @@ def _run(config: LLMConfig, folder: Path, saved: bool) -> dict[str, Any]:
         with explained(test_config, told, "reading the data to be ranked"):
             asked = prepare_data(test_config)
     same_everywhere("evaluation rows", lambda: f"{protocol.candidate_hash} {asked.candidate_hash}")
-    _tell(logger, config, protocol, asked, folder)
+    tell_run(logger, config, protocol, asked, folder)
     trainer = build_trainer(config, protocol, folder, told)
     recommender = trainer.model
     title_embeddings(asked.dataset)  # kept for the evaluation
@@ -235,22 +235,3 @@ def trainer_for(config: LLMConfig, recommender: Any) -> Any:
     """Our model's own trainer class where it names one, else RecBole's with our evaluation."""
     own = getattr(recommender, "trainer_class", None)
     return (own or trainer_class(config["MODEL_TYPE"], config["model"]))(config, recommender)
-
-
-def _tell(logger: logging.Logger, config: LLMConfig, protocol: Protocol, asked: Protocol, folder: Path) -> None:
-    logger.info(config)
-    logger.info(protocol.dataset)
-    if idle := sorted(unread(config.final_config_dict) & set(config.external_config_dict)):
-        logger.info(f"Given, but read by nothing under the other settings: {', '.join(idle)}")
-    if (again := asked.test.repeated()) and (asked.test.mode != "full" or config["mask_history"]):
-        logger.info(
-            f"Protocol: in {again} of {len(asked.test)} test rows the target is among the user's earlier items, where "
-            "no other answer is: that favours models that repeat the history."
-        )
-    users = "all" if protocol.train_users is None else f"{len(protocol.train_users)} (few-shot)"
-    logger.info(
-        f"Protocol: training users {users}, training interactions {sum(protocol.item_counter.values())}, "
-        f"valid {len(protocol.valid)} rows {protocol.valid.mode}, test {len(asked.test)} rows {asked.test.mode}"
-        f"{'' if asked is protocol else ' of ' + config['eval_dataset']}, "
-        f"candidate hash {asked.candidate_hash[:12]}, run folder {folder}"
-    )

@@ -9,8 +9,7 @@ from recbole_llm import keys
 
 LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 FINETUNE_KEYS = {"learning_rate", "lr_scheduler", "warmup_ratio", "sft_positions", "epochs", "train_batch_size"}
-# Read by preference losses alone. Not here: `rejected` and `rejected_num`, for SFT on pairs of titles draws too, and
-# switches that are refused where nothing reads them.
+# Read by preference losses alone. Not here: switches that are refused where nothing reads them.
 PREFERENCE_KEYS = {
     "beta",
     "sft_weight",
@@ -18,6 +17,7 @@ PREFERENCE_KEYS = {
     "preference_learning_rate",
     "preference_positions",
 }
+REJECTED_KEYS = {"rejected", "rejected_num"}  # SFT on pairs of titles draws too
 POOL_STRATEGIES = {"self_hard", "semantic", "from_model"}  # draw from ``rejected_pool`` items
 ORACLE_KEYS = {"oracle_model", "oracle_folds", "smoothing_max"}
 BASE_KEYS = {"rerank_model", "rerank_topk"}
@@ -49,6 +49,8 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
         found |= FINETUNE_KEYS
     if not prefers:
         found |= PREFERENCE_KEYS
+        if settings["prompt"] in ("stream", "instruct") or settings["finetune"] == "none":
+            found |= REJECTED_KEYS
     if not prefers or settings["loss"] != "RosePO":
         found |= ORACLE_KEYS | {"smoothing"}
     elif settings["smoothing"] != "oracle":

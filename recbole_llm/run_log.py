@@ -1,4 +1,4 @@
-"""A run's log, and RecBole's failures told in words."""
+"""A run's log: what it reads and is asked, what may not be meant so, and RecBole's failures told in words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pickle import UnpicklingError
 from recbole.utils import init_logger
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.files import write_text
+from recbole_llm.read_keys import reranks, unread
 
 
 @contextmanager
@@ -92,3 +94,34 @@ def _end_at_failure(handler: logging.Handler) -> None:
         raise  # what was raised while the line was written
 
     handler.handleError = fail  # type: ignore[method-assign]  # of this handler alone
+
+
+def tell_run(logger: logging.Logger, config: LLMConfig, protocol: Protocol, asked: Protocol, folder: Path) -> None:
+    """What the run reads and is asked, and what in it may not be meant so."""
+    logger.info(config)
+    logger.info(protocol.dataset)
+    if idle := sorted(unread(config.final_config_dict) & set(config.external_config_dict)):
+        logger.warning(f"Given, but read by nothing under the other settings: {', '.join(idle)}")
+    if (again := asked.test.repeated()) and (asked.test.mode != "full" or config["mask_history"]):
+        logger.info(
+            f"Protocol: in {again} of {len(asked.test)} test rows the target is among the user's earlier items, where "
+            "no other answer is: that favours models that repeat the history."
+        )
+    if asked.test.mode == "full" and "full_ranking" not in config.external_config_dict and reranks(config, "full"):
+        logger.warning(
+            f"--full_ranking=rerank, which was not typed: in mode full the LLM reorders {config['rerank_model']}'s top "
+            f"{config['rerank_topk']} and finds nothing else; --full_ranking=exact_topk ranks the whole catalogue."
+        )
+    items = len(asked.events.catalogue)
+    if config["encoder"] != "none" and config["look_alikes"] * 10 > items:
+        logger.warning(
+            f"--look_alikes={config['look_alikes']}: of {items} items most will look like any history, and "
+            "hallucination say nothing; a tenth of them is the most that makes sense."
+        )
+    users = "all" if protocol.train_users is None else f"{len(protocol.train_users)} (few-shot)"
+    logger.info(
+        f"Protocol: training users {users}, training interactions {sum(protocol.item_counter.values())}, "
+        f"valid {len(protocol.valid)} rows {protocol.valid.mode}, test {len(asked.test)} rows {asked.test.mode}"
+        f"{'' if asked is protocol else ' of ' + config['eval_dataset']}, "
+        f"candidate hash {asked.candidate_hash[:12]}, run folder {folder}"
+    )

@@ -62,6 +62,7 @@ TEXT_FLAGS = {
 # Files and folders, in which a leading ~ is the home folder: a shell leaves it in --key=~/x.
 PATHS = {"checkpoint_dir", "data_path", "html", "out", "prompt", "reasoning_prompt", "run_folder", "search"}
 WORDS = re.compile(r"\[([\w.@+-]+(?:\s*,\s*[\w.@+-]+)*)\]")  # a list as a shell leaves it: [NDCG,Hit]
+LISTS = {"metrics", "lora_target_modules", "selected_features"}  # which may be typed without brackets
 
 
 def parse_value(text: str) -> Any:
@@ -82,6 +83,14 @@ def parse_value(text: str) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return text if isinstance(value, (set, bytes, complex)) or value is ... else value
+
+
+def parse_flag(key: str, text: str) -> Any:
+    """A value as typed for this key: some stay text, and lists of words need no brackets."""
+    if key in TEXT_FLAGS:
+        return text
+    listed = f"[{text}]"
+    return parse_value(listed if key in LISTS and "," in text and WORDS.fullmatch(listed) else text)
 
 
 class SettingsLoader(yaml.SafeLoader):
@@ -195,7 +204,11 @@ def read_yamls(files: list[str]) -> dict[str, Any]:
     problems = []
     for file in files:
         try:
-            settings = laid_over(settings, read_yaml(file))
+            own = read_yaml(file)
+            if "MODEL_TYPE" in own:
+                told = "is the record of a run, with what followed from its settings; its README.md has its command"
+                raise ConfigError([f"--config_files: `{file}` {told}."])
+            settings = laid_over(settings, own)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -9,6 +9,7 @@ from typing import Any
 
 from recbole_llm.key_checks import flag, number
 from recbole_llm.keys import CHECKS, REFUSED
+from recbole_llm.settings import PROPERTIES, read_yaml
 
 # RecBole's YAML writes these real numbers, switches and texts as whole numbers.
 _LOOSE = {
@@ -46,9 +47,11 @@ def unknown_keys(
                 f"--{key}: {model} does not read it; it is a key of {told}. Leave it out, or in "
                 f"a comparison give it to that model alone: {models[0]}[{key}={value}]."
             )
+        elif key == "models" or key in read_yaml(str(PROPERTIES / "comparison.yaml")):
+            problems.append(f"--{key}: a key of `recbole-llm compare`, not of a run; leave it out.")
         else:
-            hint = closest(key, known, "`recbole-llm ls --keys` lists those there are")
-            problems.append(f"--{key}: no such key; {hint}")
+            listed = "`recbole-llm ls --keys` lists ours, RecBole's documentation its own"
+            problems.append(f"--{key}: no such key; {closest(key, known, listed)}")
     return problems
 
 

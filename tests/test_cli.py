@@ -59,11 +59,26 @@ def flags(given_settings: dict[str, Any], **changes: Any) -> list[str]:
         (["--keys"], {"keys": True}),
         (["--seed=1", "--seed=1"], {"seed": 1}),
         (["-k", "5", "--item=007"], {"k": 5, "item": "007"}),
+        (["--metrics=NDCG,Hit"], {"metrics": ["NDCG", "Hit"]}),
+        (
+            ["--metrics=['NDCG','Hit']", "--lora_target_modules=q_proj, v_proj"],
+            {"metrics": ["NDCG", "Hit"], "lora_target_modules": ["q_proj", "v_proj"]},
+        ),
+        (
+            ["--lora_target_modules=.*_(q|v){1,2}", "--item_text={title},{genre}"],
+            {"lora_target_modules": ".*_(q|v){1,2}", "item_text": "{title},{genre}"},
+        ),
         ([], {}),
     ],
 )
 def test_flags(words: list[str], found: dict[str, Any]) -> None:
     assert cli.parse_flags(words) == found
+
+
+def test_the_record_of_a_run_is_no_file_of_settings(toy: dict[str, Any]) -> None:
+    folder = Path(quick_start.run_recbole_llm("Pop", config_dict=toy)["run_folder"])
+    with pytest.raises(ConfigError, match=r"config.yaml` is the record of a run.*its README.md has its command"):
+        LLMConfig("Pop", config_file_list=[str(folder / "config.yaml")])
 
 
 @pytest.mark.parametrize("words", [["a/b", "--user=1"], ["--user=1", "a/b"], ["--user", "1", "a/b"]])

@@ -18,6 +18,7 @@ from scipy import stats as scipy_stats
 from recbole_llm import cli
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.report import jobs
+from recbole_llm.report.caption import caption
 from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import TYPED, Entry, Options, parse_models, split_options
 from recbole_llm.report.grid import cells
@@ -453,6 +454,17 @@ def test_different_candidates_share_no_table(toy: dict[str, Any], monkeypatch: p
     file.write_text(json.dumps({**record, "candidate_hash": "b" * 64}))
     with pytest.raises(UserError, match="different candidates.*Pop .*BPR bbbbbbbbbbbb.*candidate_seed"):
         compare("Pop,BPR", None, toy)
+
+
+def test_a_caption_names_lines_that_reorder(toy: dict[str, Any]) -> None:
+    """They share the leanings of the model whose top they order; in modes without re-ranking none is named."""
+    asked = {"eval_users": 5, "modes": "uni9,full", "plots": False}
+    asked["per_model"] = {"LLMRanker": {"llm": "tiny", "finetune": "none"}}
+    models = ["Pop", "LLMRanker[full_ranking=rerank,rerank_topk=7]", "LLMRanker[full_ranking=exact]"]
+    sampled, full = compare(models, None, {**toy, **asked})["results"]
+    told = caption(full, ["ndcg@10"], pd.DataFrame(), [], Options(), {})
+    assert f"Reordering the top 7 of Pop, and what that misses cannot be found: {models[1]}." in told
+    assert "Reordering" not in caption(sampled, ["ndcg@10"], pd.DataFrame(), [], Options(), {})
 
 
 def test_a_damaged_record_is_a_failed_run(toy: dict[str, Any]) -> None:

@@ -351,7 +351,9 @@ def test_values_as_typed(text: str, value: Any) -> None:
     [
         ("LLMRanker", {"few_short": 3}, "--few_short: no such key; did you mean `few_shot`?"),
         ("LLMRanker", {"Learning_Rate": 3}, "did you mean `learning_rate`?"),
-        ("LLMRanker", {"qqqqqq": 3}, "--qqqqqq: no such key; `recbole-llm ls --keys` lists those there are."),
+        ("LLMRanker", {"qqqqqq": 3}, "--qqqqqq: no such key; `recbole-llm ls --keys` lists ours, RecBole's"),
+        ("LLMRanker", {"tune": 3}, "--tune: a key of `recbole-llm compare`, not of a run; leave it out."),
+        ("SASRec", {"models": "Pop"}, "--models: a key of `recbole-llm compare`, not of a run"),
         ("LLMRanker", {"saved": False}, "--saved: no such key"),
         ("SASRec", {"loss": "DMPO"}, "--loss: SASRec does not read it; it is a key of LLMRanker."),
         ("SASRec", {"beta": 0.5}, "it is a key of LLMRanker, "),

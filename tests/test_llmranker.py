@@ -431,3 +431,19 @@ def test_every_schedule_warms_up(tiny: dict[str, Any], schedule: str, monkeypatc
     assert (np.allclose(rates[half:], 0.01)) == (schedule == "constant")
     lines = (Path(result["run_folder"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["learning_rate"] for line in lines] == rates  # of the step, not of the next one
+
+
+def test_what_may_not_be_meant_is_warned_of(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Full ranking that is another model's top, keys that change nothing, a share of look-alikes that says nothing."""
+    settings = {**tiny, "finetune": "none", "eval_users": 5, "eval_args": {"mode": "full"}}
+    run_recbole_llm(config_dict={**settings, "rejected": "semantic", "rerank_topk": 7})
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("the LLM reorders Pop's top 7 and finds nothing else; --full_ranking=exact_topk" in t for t in told)
+    (idle,) = [t for t in told if t.startswith("Given, but read by nothing under the other settings: ")]
+    assert "rejected" in idle and "rerank_topk" not in idle
+    assert any(t.startswith("--look_alikes=50: of 60 items most will look like any history") for t in told)
+    caplog.clear()
+    run_recbole_llm(config_dict={**settings, "full_ranking": "exact", "look_alikes": 6})
+    assert not [
+        r for r in caplog.records if "--full_ranking=rerank" in r.getMessage() or "look_alikes=" in r.getMessage()
+    ]

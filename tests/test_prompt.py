@@ -233,6 +233,8 @@ def test_window_size_is_what_is_fed() -> None:
         ("family: stream\nline: '{title}\n\n'", "wrong or missing header; a stream template has header, line"),
         ("family: stream\nheader: 3\nline: '{title}\n\n'", "wrong or missing header"),
         ("family: stream\nheader: a\nline: '{titel}\n\n'", "wrong or missing line"),
+        ("family: stream\nheader: 'for {user}'\nline: '{title}\n\n'", "nothing fills {user} of `header`"),
+        ("family: instruct\nquestion: '{history}'\nline: '{title} ({genre})'", "nothing fills {genre} of `line`"),
         ("family: stream\nheader: a\nline: '{title}{title}\n\n'", "wrong or missing line"),
         ("family: stream\nheader: a\nline: '{title}'", "`line` must go on after {title}"),
         ("family: stream\nheader: a\nline: '{title}\n\n'\nfooter: b\n3: 4", "wrong or missing footer, 3"),

@@ -20,6 +20,7 @@ from recbole_llm.read_keys import (
     NEVER_READ,
     ORACLE_KEYS,
     PREFERENCE_KEYS,
+    REJECTED_KEYS,
     unread,
 )
 from recbole_llm.run_folder import _hash_of, data_hash, run_folder_of
@@ -42,6 +43,8 @@ OTHER: dict[str, Any] = {
     "train_batch_size": 5,
     "eval_batch_size": 7,
     "train_neg_sample_args": {"distribution": "popularity", "sample_num": 2},
+    "rejected": "popularity",
+    "rejected_num": 2,
     "rejected_pool": 17,
     "popularity_exponent": 0.5,
     "beta": 3.0,
@@ -64,9 +67,9 @@ OTHER: dict[str, Any] = {
 RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "zero-shot": (
         {"finetune": "none"},
-        LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS,
+        LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | REJECTED_KEYS | SINGLE | BASE_KEYS,
     ),
-    "SFT": ({}, PREFERENCE_ALONE | SINGLE | BASE_KEYS),
+    "SFT": ({}, PREFERENCE_ALONE | REJECTED_KEYS | SINGLE | BASE_KEYS),
     "SFT on pairs": (
         {
             "prompt": "pair",
@@ -77,7 +80,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
         },
         PREFERENCE_ALONE | SINGLE | BASE_KEYS,
     ),
-    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS),
+    "full weights": ({"finetune": "full"}, LORA_KEYS | PREFERENCE_ALONE | REJECTED_KEYS | SINGLE | BASE_KEYS),
     "DPO": (
         {"loss": "DPO", "rejected_num": 1, "eval_step": 0},
         PREFERENCE_ALONE - PREFERENCE_KEYS | SINGLE | BASE_KEYS,
@@ -90,7 +93,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 def test_every_key_that_may_be_unread_is_tried() -> None:
-    assert set(OTHER) == LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | SINGLE | BASE_KEYS
+    assert set(OTHER) == LORA_KEYS | FINETUNE_KEYS | PREFERENCE_ALONE | REJECTED_KEYS | SINGLE | BASE_KEYS
 
 
 @pytest.mark.parametrize("name", RUNS)

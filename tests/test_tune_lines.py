@@ -39,7 +39,9 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
     return read_yaml(Path(record["run_folder"]) / "config.yaml")
 
 
-def test_a_line_takes_what_was_chosen_for_another(toy: dict[str, Any], searched: dict[str, Any]) -> None:
+def test_a_line_takes_what_was_chosen_for_another(
+    toy: dict[str, Any], searched: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """What it states stays its own, what nothing settles is searched; lines may stand before those they build on."""
     lines = ["BPR[epochs=2]", "BPR[learning_rate=0.02]", "BPR"]
     toy |= {"tune": 4, "out": "out", "plots": False, "train_batch_size": 64}
@@ -47,6 +49,7 @@ def test_a_line_takes_what_was_chosen_for_another(toy: dict[str, Any], searched:
     toy["per_model"] = {"BPR": {"epochs": 1}}
     table = {"BPR[epochs=2]": "BPR[learning_rate=0.02]", "BPR[learning_rate=0.02]": "BPR", "Pop[x=1]": "gone"}
     result = compare(lines, None, {**toy, "tuned_from": table})
+    assert "--tuned_from: none of --models is called Pop[x=1]; passed over." in capsys.readouterr().out
     assert list(searched) == ["BPR", "BPR[learning_rate=0.02]", "BPR[epochs=2]"]
     chosen = searched["BPR"][1].settings
     assert set(chosen) == {"learning_rate", "embedding_size", "weight_decay"} and len(searched["BPR"][1].trials) == 4

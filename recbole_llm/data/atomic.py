@@ -96,7 +96,8 @@ def inter_columns(settings: Mapping[str, Any], dataset: str) -> list[str]:
     lacks = [f"--{key}={name}" for key, name in needed.items() if name not in found]
     if lacks:
         raise UserError(
-            f"{', '.join(lacks)}: {file} has no such column; it has {', '.join(found)}. Name the one that is meant."
+            f"{', '.join(lacks)}: {file} has no such column; it has {', '.join(found)}. Name the one that is meant; "
+            "users, items and times are needed."
         )
     rating = settings["RATING_FIELD"]
     used = needed | ({"RATING_FIELD": rating} if rating in found else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ REQUIRED: dict[str, dict[str, type]] = {
     "pair": {"question": str, "line": str, "answer": str},
     "reasoning": {"question": str, "line": str},  # DPO4Rec's question about a user, which no title answers
 }
+HOLE = re.compile(r"\{(\w+)\}")
 FAMILIES = {"prompt": ("stream", "instruct", "pair"), "reasoning_prompt": ("reasoning",)}  # by configuration key
 
 
@@ -59,6 +61,12 @@ def load_template(name: str, folder: Path, key: str = "prompt") -> dict[str, Any
             f"--{key}={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
             f"{', '.join(REQUIRED[family])}, and holds once, in this order: {told}."
         )
+    for k in REQUIRED[family]:
+        if foreign := set(HOLE.findall(str(template.get(k)))) - set(holes.get(k, ())):
+            raise UserError(
+                f"--{key}={name}: {file}: nothing fills {{{min(foreign)}}} of `{k}`, so that it would stand in every "
+                "prompt. Leave it out; columns of items go into --item_text."
+            )
     if family == "stream" and template["line"].endswith("{title}"):
         raise UserError(
             f"--{key}={name}: {file}: `line` must go on after {{title}}, for example with \\n: the answer is "

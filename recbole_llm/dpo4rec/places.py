@@ -65,7 +65,8 @@ def draw_places(config: Config, protocol: Protocol) -> Places:
     if config["knowledge"] != "none" and len(reading) < (config["text_users"] or 2):
         raise UserError(
             f"--text_users={config['text_users']}, --pair_users={config['pair_users']}: {len(sequences)} training "
-            f"users leave {len(reading)} whose rows can read texts. Ask for fewer, or raise --few_shot."
+            f"users leave {len(reading)} whose rows can read texts. Lower --pair_users (to a third of them, say) or "
+            "raise --few_shot."
         )
     asked = sorted({int(u) for rows in (protocol.valid, protocol.test) for u in rows.users})
     few = sum(protocol.train_ends[u] == 0 for u in asked)

@@ -39,7 +39,8 @@ def caption(
     """
     if not results.records:
         return "No run finished."
-    parts = [f"{results.title}.", *protocol_sentences(results), *_unlike(results), _seeds(results)]
+    parts = [f"{results.title}.", *protocol_sentences(results), *_unlike(results), *_reordering(results)]
+    parts.append(_seeds(results))
     if options.tune:
         parts.append(f"Every line tuned on validation by {options.tune} trials at most.")
     shown = tests if tests.empty else tests[tests["metric"].isin(columns)]
@@ -72,6 +73,13 @@ def _unlike(results: Results) -> list[str]:
         named = [f"{', '.join(label for label, v in values.items() if v == value)} {value}" for value in found[1:]]
         told += [f"{sentence.format(found[0])}; {'; '.join(named)}."] if named else []
     return told
+
+
+def _reordering(results: Results) -> list[str]:
+    """Which lines order what another model found, and so share its leanings."""
+    found = {line.label: line.reads["reorders"] for line in results.finished if "reorders" in line.reads}
+    named = {top: ", ".join(label for label, v in found.items() if v == top) for top in dict.fromkeys(found.values())}
+    return [f"Reordering {top}, and what that misses cannot be found: {labels}." for top, labels in named.items()]
 
 
 def _marks(against: Sequence[str], letters: dict[str, str]) -> str:

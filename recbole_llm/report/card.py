@@ -41,7 +41,8 @@ def model_card(config: LLMConfig, record: Mapping[str, Any], machine: Mapping[st
     if code := loading_code(record["llm"], record["dtype"], folder) if _has_llm(record) else None:
         sections.append("## Load\n\nIn this folder:\n\n" + fenced(code, "python"))
     sections += [
-        "## Run again\n\n" + fenced(command_of(config), "sh"),
+        "## Run again\n\nIn the folder where it was run, to which paths are relative:\n\n"
+        + fenced(command_of(config), "sh"),
         "Every setting stands in `config.yaml`, every number in `result.json`, every test row in `per_user.csv.gz`.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -57,10 +58,11 @@ def _has_llm(record: Mapping[str, Any]) -> bool:
 
 def _what(config: LLMConfig, record: Mapping[str, Any]) -> str:
     if record["model"] == "DPO4Rec":
+        chosen = record["selected_iteration"]
+        writer = "the LLM that wrote its texts" if chosen else "the LLM that wrote its texts, which is as it came"
         return (
             f"{record['recommender_model']} that reads an LLM's texts about users (knowledge: {record['knowledge']}). "
-            f"DPO4Rec.pth holds the recommender of iteration {record['selected_iteration']}; the adapter, where there "
-            "is one, is the LLM that wrote its texts."
+            f"DPO4Rec.pth holds the recommender of iteration {chosen}; the adapter, where there is one, is {writer}."
         )
     if not keys.ranks_titles(config.final_config_dict):
         return f"RecBole's {record['model']}, trained and evaluated by RecBole-LLM."

@@ -14,11 +14,14 @@ import pandas as pd
 from recbole.evaluator.register import metrics_dict, smaller_metrics
 from recbole.utils import ModelType
 
+from recbole_llm import keys
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
+from recbole_llm.read_keys import reranks
 from recbole_llm.report.grid import Cell, Setting
+from recbole_llm.transfer import eval_config_of
 
 GENERATED = "generation/"  # metrics of free answers, which only some models give
 TRAITS = ("history", "target_popularity")  # of a row, whoever ranks it; runs of older versions lack them
@@ -150,6 +153,9 @@ def _reads(config: LLMConfig) -> dict[str, str]:
     found = {"valid_users": "all" if selecting is None else f"{selecting:,}"}
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         found["MAX_ITEM_LIST_LENGTH"] = str(config["MAX_ITEM_LIST_LENGTH"])
+    asked = eval_config_of(config)
+    if keys.ranks_titles(asked.final_config_dict) and reranks(asked, asked["eval_args"]["mode"]["test"]):
+        found["reorders"] = f"the top {asked['rerank_topk']} of {asked['rerank_model']}"
     return found
 
 

@@ -139,6 +139,8 @@ def check_tuned_from(entries: Sequence[Entry], options: Options) -> None:
             problems.append(f"{start} builds on {label} in turn; leave one of them out.")
     if problems:
         raise ConfigError(problems)
+    if options.tune and (others := [label for label in sources if label not in model]):
+        print(f"[tune] --tuned_from: none of --models is called {', '.join(others)}; passed over.", flush=True)
 
 
 def _chain(label: str, sources: dict[str, str]) -> list[str]:
