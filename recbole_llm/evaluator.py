@@ -215,3 +215,14 @@ class PerUserEvaluator(Evaluator):
         total = np.concatenate([np.zeros((1, deepest)), np.cumsum(by_place[:deepest], axis=0)])
         first, last = np.minimum(above, deepest), np.minimum(above + tied, deepest)
         return {name: (total[last] - total[first]) / tied[:, None]}
+
+
+def top_table(rows: EvalRows, top: np.ndarray) -> pd.DataFrame:
+    """What was recommended: columns ``row`` (its number, from 0), ``user``, ``place`` (1 is the best) and ``item``.
+
+    Args:
+        top: of ``Ranking`` ``[R, K]``.
+    """
+    row, place = np.nonzero(top)
+    user, item = rows.user_tokens[rows.users[row]], rows.item_tokens[top[row, place]]
+    return pd.DataFrame({"row": row, "user": user, "place": place + 1, "item": item})

@@ -55,6 +55,7 @@ def save_run(
     try:
         write_json(folder / "env.json", began["machine"])
         write_table(folder / "per_user.csv.gz", trainer.per_user)
+        write_table(folder / "top.csv.gz", trainer.top)
         protocol.valid.save(folder / "candidates-valid.jsonl.gz")
         asked.test.save(folder / "candidates-test.jsonl.gz")
         if samples:

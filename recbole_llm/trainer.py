@@ -28,7 +28,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import MachineError, UserError
-from recbole_llm.evaluator import PerUserEvaluator, Ranking
+from recbole_llm.evaluator import PerUserEvaluator, Ranking, top_table
 from recbole_llm.harm import harm_metrics, title_embeddings
 from recbole_llm.llm.budget import in_halves
 from recbole_llm.progress import bar
@@ -51,6 +51,7 @@ class ProtocolEvaluation(_Trainer):
 
     protocol: Protocol
     per_user: pd.DataFrame | None = None
+    top: pd.DataFrame | None = None
 
     def __init__(self, config: Config, model: torch.nn.Module) -> None:
         # RecBole opens a TensorBoard file in every process; only the first one writes.
@@ -86,7 +87,7 @@ class ProtocolEvaluation(_Trainer):
 
         Returns:
             Metric name -> mean, with harm metrics after those of RecBole for the test rows. ``self.per_user`` holds
-            the rows.
+            the rows, ``self.top`` the best items of the test rows.
         """
         if load_best_model:
             self._load_checkpoint(model_file)
@@ -102,6 +103,7 @@ class ProtocolEvaluation(_Trainer):
             harm, by_row = harm_metrics(self.config, eval_data, top, popularity, embeddings, catalogue)
             result.update(harm)
             self.per_user = self.per_user.join(by_row).assign(**_traits(eval_data, popularity))
+            self.top = top_table(eval_data, top)
             self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 

@@ -289,6 +289,7 @@ def left_over(folder: str) -> list[str]:
         ("Pop", "Pop.pth"),
         ("Pop", "env.json"),
         ("Pop", "per_user.csv.gz"),
+        ("Pop", "top.csv.gz"),
         ("Pop", "candidates-valid.jsonl.gz"),
         ("Pop", "candidates-test.jsonl.gz"),
         ("Pop", "README.md"),

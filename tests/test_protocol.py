@@ -408,6 +408,7 @@ def test_run_folder_is_whole(toy: dict[str, Any]) -> None:
         "train.log",
         "SASRec.pth",
         "per_user.csv.gz",
+        "top.csv.gz",
         "candidates-valid.jsonl.gz",
         "candidates-test.jsonl.gz",
         "README.md",
@@ -435,7 +436,15 @@ def test_run_folder_is_whole(toy: dict[str, Any]) -> None:
     assert json.loads((folder / "env.json").read_text())["versions"] == record["versions"]
     with gzip.open(folder / "candidates-test.jsonl.gz", "rt") as lines:
         assert len(list(lines)) == 40
-    assert len(pd.read_csv(folder / "per_user.csv.gz")) == 40
+    users = pd.read_csv(folder / "per_user.csv.gz")
+    assert len(users) == 40
+    top = pd.read_csv(folder / "top.csv.gz").pivot(index="row", columns="place", values="item")
+    with gzip.open(folder / "candidates-test.jsonl.gz", "rt") as lines:
+        asked = [json.loads(line) for line in lines]
+    assert top.shape == (40, 10)
+    for row, question in enumerate(asked):  # 10 of 10 are ranked
+        assert set(top.loc[row]) == set(question["candidates"])
+        assert top.loc[row, users["rank"][row]] == question["target"]
 
 
 def test_same_run_same_result(toy: dict[str, Any], tmp_path: Path) -> None:
