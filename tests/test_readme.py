@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from recbole_llm.cli import COMMANDS, TAKES, parse_flags
 from recbole_llm.config import LLMConfig
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.report.tune_lines import check_tuned_from
 from recbole_llm.settings import read_yaml, read_yamls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +62,15 @@ def test_quick_comparison_is_accepted() -> None:
     entries = parse_models(settings.pop("models"))
     options, shared = split_options(settings)
     assert len(cells(entries, options, shared)) == 5 * 2
+
+
+def test_example_of_tuned_from_is_accepted() -> None:
+    (text,) = re.findall(r"```yaml\n(  models: .*?)```", (ROOT / "docs" / "tuning.md").read_text("utf-8"), re.DOTALL)
+    settings = yaml.safe_load(text)
+    entries = parse_models(settings.pop("models"))
+    options, shared = split_options({**settings, "tune": 2})
+    check_tuned_from(entries, options)
+    assert set(options.tuned_from or {}) == {entries[2].label} and len(cells(entries, options, shared, "ml-100k")) == 3
 
 
 @pytest.mark.slow
