@@ -14,7 +14,7 @@ from recbole_llm.data.atomic import dataset_folder, inter_columns
 from recbole_llm.data_checks import READ_WITH, wrong_data
 from recbole_llm.errors import ConfigError, problems_of
 from recbole_llm.key_checks import file_name
-from recbole_llm.model import model_class
+from recbole_llm.model import YOUR_OWN, model_class
 from recbole_llm.processes import world_size
 from recbole_llm.settings import PROPERTIES, SettingsLoader, at_home, laid_over, read_yamls
 from recbole_llm.wrong_keys import unknown_keys, wrong_values
@@ -83,7 +83,8 @@ class LLMConfig(Config):
             if not value:
                 problems.append(f"--{key}: name one, for example --{key}={example}.")
             elif not isinstance(value, str):
-                problems.append(f"--{key}={value!r}: must be text, for example --{key}={example}.")
+                own = f" {YOUR_OWN}." if key == "model" and isinstance(value, type) else ""
+                problems.append(f"--{key}={value!r}: must be text, for example --{key}={example}.{own}")
             elif key == "dataset" and (told := file_name(value)):
                 folder = "--data_path is the folder that holds the data set's folder"
                 problems.append(f"--dataset={value!r}: {told}; {folder}.")

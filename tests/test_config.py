@@ -551,13 +551,15 @@ def test_what_recbole_takes_is_taken(toy: dict[str, Any], settings: dict[str, An
         ("sasrec", "did you mean `SASRec`?"),
         ("llmranker", "did you mean `LLMRanker`?"),
         ("Qqqq", "`recbole-llm ls` lists them."),
+        ("Qqqq", ". A model of your own is recbole_llm/model/<lower-case name>.py and properties/model/<Name>.yaml"),
         ("foo.bar", "no such model"),
         ("../SASRec", "no such model"),
         ("__init__", "no such model"),
         ("xgboost", "decision trees"),
         ("FM", "it predicts clicks"),
         ("", "--model: name one"),
-        (5, "--model=5: must be text"),
+        (5, "--model=5: must be text, for example --model=LLMRanker."),
+        (dict, "--model=<class 'dict'>: must be text, for example --model=LLMRanker. A model of your own is"),
     ],
 )
 def test_unknown_model(toy: dict[str, Any], name: Any, told: str) -> None:

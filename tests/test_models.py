@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import recbole_llm.model
+from recbole_llm import config
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import OWN_MODELS, UNFIT, model_names
@@ -113,3 +116,44 @@ def test_what_cannot_rank_is_told_and_not_named(toy: dict[str, Any], model: str)
     assert model not in model_names()
     with pytest.raises(ConfigError, match=f"--model={model}: it "):
         run_recbole_llm(model, config_dict=toy)
+
+
+MY_MODEL = """
+import torch
+from recbole.model.abstract_recommender import GeneralRecommender
+from recbole.model.loss import BPRLoss
+from recbole.utils import InputType
+
+
+class MyModel(GeneralRecommender):
+    input_type = InputType.PAIRWISE
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.user, self.item = (torch.nn.Embedding(n, config["my_size"]) for n in (self.n_users, self.n_items))
+
+    def score(self, interaction, item):
+        return (self.user(interaction[self.USER_ID]) * self.item(interaction[item])).sum(-1)
+
+    def calculate_loss(self, interaction):
+        return BPRLoss()(self.score(interaction, self.ITEM_ID), self.score(interaction, self.NEG_ITEM_ID))
+
+    def predict(self, interaction):
+        return self.score(interaction, self.ITEM_ID)
+"""
+
+
+def test_a_model_of_ones_own_is_two_files(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CONTRIBUTING.md says, the folders being others."""
+    shutil.copytree(config.PROPERTIES, tmp_path / "properties")
+    monkeypatch.setattr(config, "PROPERTIES", tmp_path / "properties")
+    monkeypatch.setattr(recbole_llm.model, "__path__", [*recbole_llm.model.__path__, str(tmp_path)])
+    (tmp_path / "mymodel.py").write_text(MY_MODEL, encoding="utf-8")
+    (tmp_path / "properties" / "model" / "MyModel.yaml").write_text("my_size: 8   # (int)\n", encoding="utf-8")
+    settings = {**toy, "encoder": "none"}
+    result = run_recbole_llm("MyModel", config_dict={**settings, "my_size": 4})
+    assert np.isfinite(result["test_result"]["ndcg@10"]) and "MyModel-toy-" in result["run_folder"]
+    full = run_recbole_llm("MyModel", config_dict={**settings, "eval_args": {"mode": "full"}})
+    assert np.isfinite(full["test_result"]["ndcg@10"])
+    with pytest.raises(ConfigError, match="--my_siz: no such key; did you mean `my_size`"):
+        LLMConfig("MyModel", config_dict={**settings, "my_siz": 4})

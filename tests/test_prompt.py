@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_window_size_is_what_is_fed() -> None:
         ("family: stream\nheader: a\nline: '{title}{title}\n\n'", "wrong or missing line"),
         ("family: stream\nheader: a\nline: '{title}'", "`line` must go on after {title}"),
         ("family: stream\nheader: a\nline: '{title}\n\n'\nfooter: b\n3: 4", "wrong or missing footer, 3"),
-        ("family: instruct\nquestion: a\nline: '{title}'", "wrong or missing question"),
+        ("family: instruct\nquestion: a\nline: '{title}'", "wrong or missing question; an instruct template has"),
         ("family: instruct\nquestion: '{history} {history}'\nline: '{title}'", "wrong or missing question"),
         ("family: pair\nquestion: '{history} {first} {second}'\nline: '{title}'", "wrong or missing answer; a pair"),
         (
@@ -269,6 +270,18 @@ def test_a_template_of_the_users_own(tiny: dict[str, Any], tmp_path: Path) -> No
     prompt = Prompt(load_template(str(file), PROPERTIES), TITLES, TOKENIZER)
     assert TOKENIZER.decode(prompt.trunk([1, 2])) == "Seen:\n* red cat;\n* dog;\n"
     assert LLMConfig(config_dict={**tiny, "prompt": str(file)})["prompt"] == str(file)
+
+
+def test_the_templates_of_the_page_are_whole(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "llmranker.md").read_text(encoding="utf-8")
+    found, file = [], tmp_path / "mine.yaml"
+    for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        file.write_text(text, encoding="utf-8")
+        template = load_template(str(file), PROPERTIES)
+        found.append((template["family"], TOKENIZER.decode(Prompt(template, TITLES, TOKENIZER).trunk([1, 2]))))
+    (stream, lines), (instruct, question) = found
+    assert (stream, instruct) == ("stream", "instruct") and lines.endswith("in order:\n* red cat\n* dog\n")
+    assert "oldest first:\n- red cat\n- dog\n\nWhich song" in question
 
 
 @pytest.mark.parametrize("prompt", ["none", ".", "properties/prompt/none.yaml"])

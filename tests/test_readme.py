@@ -1,17 +1,21 @@
-"""The README's commands are ones that work."""
+"""The README's commands, and the Python of the pages, are ones that work."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from recbole_llm.cli import COMMANDS, TAKES, parse_flags
 from recbole_llm.config import LLMConfig
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import cells
+from recbole_llm.report.tune_lines import check_tuned_from
 from recbole_llm.settings import read_yaml, read_yamls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,3 +62,32 @@ def test_quick_comparison_is_accepted() -> None:
     entries = parse_models(settings.pop("models"))
     options, shared = split_options(settings)
     assert len(cells(entries, options, shared)) == 5 * 2
+
+
+def test_example_of_tuned_from_is_accepted() -> None:
+    (text,) = re.findall(r"```yaml\n(  models: .*?)```", (ROOT / "docs" / "tuning.md").read_text("utf-8"), re.DOTALL)
+    settings = yaml.safe_load(text)
+    entries = parse_models(settings.pop("models"))
+    options, shared = split_options({**settings, "tune": 2})
+    check_tuned_from(entries, options)
+    assert set(options.tuned_from or {}) == {entries[2].label} and len(cells(entries, options, shared, "ml-100k")) == 3
+
+
+@pytest.mark.slow
+def test_python_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reader would: docs/python.md from top to bottom, then the page that goes on from it."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    blocks = {file.name: re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL) for file in files}
+    pages = ("python.md", "full_ranking.md")
+    assert {name for name, found in blocks.items() if found} == set(pages)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for page in pages:
+        for block in blocks[page]:
+            exec(compile(block, page, "exec"), names)
+    table, run, ranked = names["comparison"]["table"].set_index("model"), names["run"], names["ranked"]
+    assert table.loc["LLMRanker", "ndcg@10"] == names["result"]["test_result"]["ndcg@10"]
+    assert ranked.rank(run.rows.relevant[names["row"]].tolist()) == run.stored_rank(names["row"])
+    every = names["every"].numpy()
+    every[list(names["history"])] = -np.inf
+    assert sorted(names["found"][0].items) == sorted(np.argsort(-every)[:10])

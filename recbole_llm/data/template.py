@@ -56,9 +56,10 @@ def load_template(name: str, folder: Path, key: str = "prompt") -> dict[str, Any
     holes = {k: names for k, names in holes.items() if k in REQUIRED[family]}
     wrong += [k for k, names in holes.items() if not _has_holes(str(template.get(k)), names)]
     if wrong:
+        called = f"an {family}" if family == "instruct" else f"a {family}"
         told = "; ".join(f"`{k}` {', '.join(f'{{{n}}}' for n in names)}" for k, names in holes.items())
         raise UserError(
-            f"--{key}={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; a {family} template has "
+            f"--{key}={name}: {file}: wrong or missing {', '.join(dict.fromkeys(wrong))}; {called} template has "
             f"{', '.join(REQUIRED[family])}, and holds once, in this order: {told}."
         )
     for k in REQUIRED[family]:

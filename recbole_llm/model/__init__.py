@@ -12,6 +12,9 @@ from recbole_llm.errors import ConfigError
 from recbole_llm.wrong_keys import closest
 
 OWN_MODELS = ("LLMRanker", "DPO4Rec")
+YOUR_OWN = (
+    "A model of your own is recbole_llm/model/<lower-case name>.py and properties/model/<Name>.yaml (CONTRIBUTING.md)"
+)
 TREES = ("lightgbm", "xgboost")
 # Models of RecBole that cannot rank under the protocol, and why.
 UNFIT = {
@@ -53,7 +56,7 @@ def model_class(name: str) -> type:
                 found = getattr(importlib.import_module(f"{package}.{name.lower()}"), name, None)
                 if isinstance(found, type):
                     return found
-    hint = closest(name, model_names(), "`recbole-llm ls` lists them")
+    hint = closest(name, model_names(), f"`recbole-llm ls` lists them. {YOUR_OWN}")
     raise ConfigError([f"--model={name}: no such model here or in RecBole; {hint}"])
 
 
