@@ -176,9 +176,8 @@ def guessed_seconds(config: Config, with_sft: bool = True) -> float:
         return 10 + training
     if _kind(config) == "dpo4rec":
         return 10 + _dpo4rec_seconds(config, sizes, training)
-    if config["llm"] == "tiny":
-        return 5 + training
-    return 10 + _llm_tokens(config, sizes, with_sft) * FLOPS_PER_TOKEN / _machine_flops()
+    start, share = (2, 0.01) if config["llm"] == "tiny" else (10, 1)
+    return start + share * _llm_tokens(config, sizes, with_sft) * FLOPS_PER_TOKEN / _machine_flops()
 
 
 def _sizes(config: Config) -> dict[str, float]:

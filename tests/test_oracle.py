@@ -89,7 +89,7 @@ def test_what_nobody_met_is_no_negative() -> None:
         relevant=np.array([[3]]),
         candidates=None,
         history=[np.array([1, 2])],
-        hidden=[hidden],
+        hidden_of=[hidden].__getitem__,
         item_tokens=np.arange(1000),
     )
     assert sorted(_negatives(rows, 0, seed=1)) == [4, 5, 6, 7, 8, 9]

@@ -153,9 +153,10 @@ def _reads(config: LLMConfig) -> dict[str, str]:
     found = {"valid_users": "all" if selecting is None else f"{selecting:,}"}
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         found["MAX_ITEM_LIST_LENGTH"] = str(config["MAX_ITEM_LIST_LENGTH"])
-    asked = eval_config_of(config)
-    if keys.ranks_titles(asked.final_config_dict) and reranks(asked, asked["eval_args"]["mode"]["test"]):
-        found["reorders"] = f"the top {asked['rerank_topk']} of {asked['rerank_model']}"
+    if keys.ranks_titles(config.final_config_dict):
+        asked = eval_config_of(config)
+        if reranks(asked, asked["eval_args"]["mode"]["test"]):
+            found["reorders"] = f"the top {asked['rerank_topk']} of {asked['rerank_model']}"
     return found
 
 
