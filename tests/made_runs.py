@@ -66,6 +66,7 @@ class MadeConfig(dict[str, Any]):
 def cell_of(label: str, folder: Path, setting: Setting = NOT_GIVEN, seed: int | None = None) -> Cell:
     """A cell of the grid whose run lies in ``folder``."""
     told = {"valid_users": None, "eval_users": None, "MODEL_TYPE": ModelType.SEQUENTIAL, "MAX_ITEM_LIST_LENGTH": 20}
+    told["valid_metric"] = "NDCG@10"
     config: Any = MadeConfig(dataset="toy", eval_dataset=None, few_shot=setting.few_shot, **told)
     cell = Cell(Entry(label, label.partition("[")[0], {}), setting, seed, {}, config)
     cell.__dict__["folder"] = folder  # else it is asked of the configuration

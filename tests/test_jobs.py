@@ -105,6 +105,20 @@ def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path, case:
         assert (cell.folder / "train.log").stat().st_size == size
 
 
+@pytest.mark.faults
+def test_ctrl_c_ends_the_runs_that_are_on(toy: dict[str, Any], case: Callable[..., None]) -> None:
+    """Where the signal reaches the comparison alone, as ``kill -INT`` sends it."""
+    case("kills survived")
+    long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
+    code = f"from recbole_llm.report.compare import compare; compare('BPR', None, {long!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (cell,) = grid_of(long, "BPR")
+    wait_for(lambda: (cell.folder / "train.log").is_file())
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) != 0
+    FileLock(cell.folder / ".lock").acquire(timeout=10)
+
+
 def wait_for(true: Any, seconds: float = 240) -> None:
     began = time.monotonic()
     while not true():

@@ -317,6 +317,9 @@ def test_what_lines_do_not_share_is_said(tmp_path: Path) -> None:
         cell.config.update(own or {}, valid_users=None if cell.entry.label in ("Pop", "BPR") else 100)
     told = results_table(collect(cells, records, {"DPO": "a loss"})[0], pd.DataFrame(), ["Pop"], Options(), 1).caption
     assert "Histories of up to 20 items; SFT 5. Validation users: 2,000; SFT, a loss 100. One seed (1)." in told
+    cells[-1].config["valid_metric"] = "Hit@10"
+    told = results_table(collect(cells, records)[0], pd.DataFrame(), ["Pop"], Options(), 1).caption
+    assert "Epochs selected by NDCG@10; BPR Hit@10. One seed (1)." in told
 
 
 def test_a_pair_is_said(tmp_path: Path) -> None:
@@ -343,6 +346,9 @@ def test_the_metric_that_selects_is_a_column(tmp_path: Path) -> None:
     results = Results(Setting(None, None, False, None), [Line("A", [run], [])])
     assert accuracy_columns(results, Options()) == ["hit@5", "hit@10", "ndcg@1", "ndcg@5", "ndcg@10"]
     assert primary_metric(results, Options()) == "ndcg@1"
+    others = [record(tmp_path, name, 1, rows, valid_metric="Hit@10") for name in "BC"]
+    results = Results(results.setting, [*results.lines, *(Line(run["label"], [run], []) for run in others)])
+    assert primary_metric(results, Options()) == "hit@10"  # of most, whatever one line selects by
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
@@ -552,6 +558,7 @@ def test_lines_tell_their_own_training(tmp_path: Path) -> None:
     assert [(m["dataset"], m["few_shot"]) for m in told] == [("films → toy", 7), ("toy", None), ("toy", None)]
     tests = frames.tests_frame([results], [comparisons(results, ["B"], Options(resamples=99))])
     assert set(tests["dataset"]) == {"films → toy"}
+    assert '"films → toy",7,' in frames.spreadsheet_csv(tests)  # as in table.csv
 
 
 def test_one_sided_asks_once_of_what_is_best_near_zero(tmp_path: Path) -> None:
@@ -563,6 +570,10 @@ def test_one_sided_asks_once_of_what_is_best_near_zero(tmp_path: Path) -> None:
     assert tests["metric"].value_counts().to_dict() == {"ndcg@10": 2, "popularity_lift@10": 1}
     options = Options(resamples=99, alternative="better", table_metrics=("popularity_lift@10",))
     told = found(results, tests, ["A", "B"], options)
+    assert "one-sided" not in results_table(results, tests, ["A", "B"], options, 1).caption
+    both = Options(resamples=99, alternative="better", table_metrics=("NDCG@10", "popularity_lift@10"))
+    caption = results_table(results, tests, ["A", "B"], both, 1).caption
+    assert "one-sided (is the model better?)" in caption and "What is best near zero is tested two-sided." in caption
     assert "one-sided" not in told and ("A is a baseline itself" in told or "not told apart" in told)
     table = significance_table(results, tests, options, 1)
     assert table.rows[0][-1].text == "not told apart" and "(two-sided)" in table.caption
@@ -610,3 +621,12 @@ def test_json_says_which_run_another_machine_did(tmp_path: Path) -> None:
     first, second = told["models"][0]["runs"]
     assert told["versions"]["torch"] == "2" and "versions" not in first and first["device"] == "cpu"
     assert second["versions"] == other and second["device"] == "cuda"
+
+
+def test_what_trials_trained_is_said_to_be_missing(tmp_path: Path) -> None:
+    """No row of the table of costs counts it."""
+    stages = [{"loss": "SFT", "run": "run-1", "reused": True}, {"loss": "DPO", "run": "trials/LLMRanker-toy-1"}]
+    for stage, missing in zip(stages, (False, True), strict=True):
+        run = record(tmp_path, "A", 1, {"ndcg@10": [0.1, 0.2]}, stages=[stage])
+        told = costs_table([Results(Setting("toy", None, False, None), [Line("A", [run], [])])]).caption
+        assert ("Stages that a trial of the search trained" in told) == missing

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors import SafetensorError
 
+from recbole_llm.costs import waiting
 from recbole_llm.errors import ConfigError, NotAtHand, UserError
 from recbole_llm.llm_trainer import LLMTrainer
 from recbole_llm.quick_start import run_recbole_llm
@@ -260,6 +263,55 @@ def test_what_says_nothing_about_the_values_is_no_trial(
 
 
 @pytest.mark.parametrize(
+    "what",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_trial_that_lacks_memory_beside_others_is_tried_alone(
+    bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: Exception
+) -> None:
+    """What the machine had left for it says nothing about its values; alone it does."""
+
+    def fails(*_: Any) -> Any:
+        raise UserError("--model=BPR: it failed") from what
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tuning, "validate", fails)
+        settings = {k: v for k, v in bpr.items() if k != "dataset"}
+        assert tuning.trial_once("BPR", bpr["dataset"], settings, {}) is None
+        assert trial_files(bpr) == []
+        assert [trial.error for trial in tune("BPR", None, bpr, 1).trials] == ["--model=BPR: it failed"]
+    assert len(trial_files(bpr)) == 1
+
+
+def test_a_gpu_that_broke_is_no_trial(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that this process would try after it fails."""
+
+    def fails(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(tuning, "validate", fails)
+    with pytest.raises(UserError, match="a trial was stopped by AcceleratorError: CUDA error"):
+        tune("BPR", None, bpr, 2)
+    assert trial_files(bpr) == []
+
+
+def test_a_trial_does_not_count_what_it_waited(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a stage that another trial trains."""
+
+    def waits(*_: Any) -> dict[str, Any]:
+        with waiting():
+            time.sleep(0.5)
+        return {"best_valid_score": 0.5}
+
+    monkeypatch.setattr(tuning, "validate", waits)
+    assert tune("BPR", None, bpr, 1).trials[0].seconds < 0.25
+
+
+@pytest.mark.parametrize(
     ("where", "what"),
     [
         ("recbole_llm.llm.adapter.write_tensors", SafetensorError("Error while serializing: I/O error: No space left")),
@@ -423,10 +475,10 @@ def test_appendix_by_hand() -> None:
     pd.testing.assert_frame_equal(frame, pd.DataFrame(expected, columns=columns))
     columns = ["model", "data set", "trial", "values", "valid metric", "score", "error"]
     expected = [
-        ["ItemKNN", "toy", 0, "k=100", "NDCG@10", 0.25, ""],
-        ["ItemKNN", "toy", 1, "k=7", "NDCG@10", 0.5, ""],
-        ["ItemKNN", "toy", 2, "k=9", "NDCG@10", None, "ValueError: no"],
-        ["Pop", "toy", 0, "", "NDCG@10", 0.125, ""],
+        ["ItemKNN", "toy", 1, "k=100", "NDCG@10", 0.25, ""],
+        ["ItemKNN", "toy", 2, "k=7", "NDCG@10", 0.5, ""],
+        ["ItemKNN", "toy", 3, "k=9", "NDCG@10", None, "ValueError: no"],
+        ["Pop", "toy", 1, "", "NDCG@10", 0.125, ""],
     ]
     every = trials_frame([("ItemKNN", "toy", tuned), ("Pop", "toy", pop)])
     pd.testing.assert_frame_equal(every, pd.DataFrame(expected, columns=columns))

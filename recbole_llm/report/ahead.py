@@ -26,9 +26,9 @@ class Search(NamedTuple):
 def trials_ahead(searches: Sequence[Search], trials: int, space: str | None, jobs: int) -> None:
     """Run what these searches try first in processes of their own.
 
-    Nothing is decided here: a trial that fails is kept as failed, and one whose process was killed is run again by the
-    search itself. So the result is that of searches one after another, to the last digits that the number of threads
-    moves (docs/tuning.md).
+    Nothing is decided here: a trial that fails is kept as failed, and one whose process was killed, or that lacked
+    memory beside the others, is run again by the search itself. So the result is that of searches one after another, to
+    the last digits that the number of threads moves (docs/tuning.md).
 
     Args:
         trials: of each search, as ``tune`` takes them.

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_llm.report.entries import Options
-from recbole_llm.report.results import Results, metric_name, training_data
+from recbole_llm.report.results import Results, direction, metric_name, training_data
 from recbole_llm.report.significance import alternative_of
 
 DRAWN = {
@@ -19,7 +19,11 @@ DRAWN = {
     "low": "that the user rated low",
 }
 # Keys whose values of two lines may differ, as a caption begins to tell them.
-UNLIKE = {"MAX_ITEM_LIST_LENGTH": "Histories of up to {} items", "valid_users": "Validation users: {}"}
+UNLIKE = {
+    "MAX_ITEM_LIST_LENGTH": "Histories of up to {} items",
+    "valid_users": "Validation users: {}",
+    "valid_metric": "Epochs selected by {}",
+}
 TESTS = {"t": "paired t-test", "randomization": "paired sign-flip randomisation test"}
 
 
@@ -46,13 +50,15 @@ def caption(
     shown = tests if tests.empty else tests[tests["metric"].isin(columns)]
     if not shown.empty:
         users = _each(sorted(set(shown["users"])))
-        side = "two-sided" if options.alternative == "two-sided" else "one-sided (is the model better?)"
+        sides = {alternative_of(metric, options) for metric in shown["metric"]}
+        side = "two-sided" if sides == {"two-sided"} else "one-sided (is the model better?)"
         family = shown.groupby("metric").size().max()
         corrected = f"Holm's correction over the {family} comparisons" if family > 1 else "one comparison"
         parts.append(
             f"{TESTS[options.test].capitalize()} on {users} users' means over seeds, {side}, {corrected} of each "
             f"metric, significant below {options.alpha:g}: {_marks(against, letters)}"
         )
+        parts += _two_sided(columns, options)
     parts += [*untested(columns, tests), "Best in bold, second underlined."]
     return " ".join(parts)
 
@@ -145,13 +151,17 @@ def tests_caption(results: Results, metric: str, options: Options) -> str:
 
 def harm_caption(columns: Sequence[str], tests: pd.DataFrame, options: Options) -> str:
     """Where the formulas are, and which of the shown metrics are tested."""
-    side = "" if options.alternative == "two-sided" else " What is best near zero is tested two-sided."
     told = (
         "Popularity bias, long tail, look-alikes of the history, coverage and concentration of the top K; formulas and "
         "caveats: docs/harm.md. Arrows: which values are good. Seeds, tests and marks as in the table of results."
-        + side
     )
-    return " ".join([told, *untested(columns, tests)])
+    return " ".join([told, *_two_sided(columns, options), *untested(columns, tests)])
+
+
+def _two_sided(columns: Sequence[str], options: Options) -> list[str]:
+    """A sentence where what no one-sided test suits is shown beside what it was asked for."""
+    both = options.alternative != "two-sided" and any(direction(c) == "zero" for c in columns)
+    return ["What is best near zero is tested two-sided."] if both else []
 
 
 def _each(values: Iterable[Any]) -> str:

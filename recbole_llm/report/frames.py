@@ -114,7 +114,9 @@ def tests_frame(every: Sequence[Results], tests: Sequence[pd.DataFrame]) -> pd.D
         for name in ("dataset", "few_shot"):
             frame[name] = [own[model][name] for model in frame["model"]]
         frames.append(frame)
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["dataset", "metric", "model"])
+    if not frames:
+        return pd.DataFrame(columns=["dataset", "metric", "model"])
+    return pd.concat(frames, ignore_index=True).astype({"few_shot": "Int64"})
 
 
 def as_json(every: Sequence[Results], tests: Sequence[pd.DataFrame], resamples: int) -> list[dict[str, Any]]:

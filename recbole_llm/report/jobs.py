@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from recbole_llm.report.grid import Cell
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died
 Outcome = tuple[int, "str | None"]  # which cell, and what went wrong
+_children: set[subprocess.Popen[bytes]] = set()  # runs and trials of this process that are on
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) -> list[dict[str, Any]]:
@@ -165,9 +166,11 @@ def apart(asked: dict[str, Any], console: Path) -> str | None:
         with subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
         ) as child:
+            _children.add(child)
             try:
                 child.wait()
             finally:
+                _children.discard(child)
                 child.kill()
         if not outcome.is_file():
             killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
@@ -180,8 +183,13 @@ def threads_each(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
-def in_processes(work: Callable[[Any], str | None], asked: Mapping[int, Any], jobs: int) -> Iterator[Outcome]:
-    """``work`` of each of ``asked``, ``jobs`` of them at a time, as they end."""
+def in_processes(
+    work: Callable[[Any], str | None], asked: Mapping[int, Any], jobs: int
+) -> Generator[Outcome, None, None]:
+    """``work``, which calls ``apart``, of each of ``asked``, ``jobs`` of them at a time, as they end.
+
+    Whoever stops early, by Ctrl-C or an error, ends those that are on: nobody would read them, and the pool waits.
+    """
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(work, one): i for i, one in asked.items()}
         try:
@@ -190,10 +198,14 @@ def in_processes(work: Callable[[Any], str | None], asked: Mapping[int, Any], jo
                     yield futures.pop(done), done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(_children):
+                child.kill()
 
 
 @contextmanager
-def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Iterator[tuple[Iterator[Outcome], int]]:
+def _on_cluster(
+    address: str, cells: Sequence[Cell], todo: Sequence[int]
+) -> Iterator[tuple[Generator[Outcome, None, None], int]]:
     """Runs on the workers of a Dask cluster, as they end, and how many may run at a time.
 
     One whose worker dies is done again by another.
@@ -210,7 +222,7 @@ def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Ite
             "workers with `dask worker <address> --nthreads 1`, or leave --cluster out."
         ) from None
 
-    def ended() -> Iterator[Outcome]:
+    def ended() -> Generator[Outcome, None, None]:
         futures = {}
         for i in todo:
             name = f"run-{cells[i].folder.name}"
@@ -225,9 +237,10 @@ def _on_cluster(address: str, cells: Sequence[Cell], todo: Sequence[int]) -> Ite
         yield ended(), max(1, sum(client.nthreads().values()))
 
 
-def _told(ended: Iterable[Outcome], whole: WholeRun) -> Iterator[Outcome]:
+def _told(ended: Generator[Outcome, None, None], whole: WholeRun) -> Iterator[Outcome]:
     """Passes outcomes on and says how far the whole is."""
     whole.side_by_side()
-    for i, error in ended:
-        whole.ended(i, error)
-        yield i, error
+    with closing(ended):
+        for i, error in ended:
+            whole.ended(i, error)
+            yield i, error

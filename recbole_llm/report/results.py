@@ -150,7 +150,10 @@ def collect(
 
 def _reads(config: LLMConfig) -> dict[str, str]:
     selecting = config["valid_users"] or config["eval_users"]
-    found = {"valid_users": "all" if selecting is None else f"{selecting:,}"}
+    found = {
+        "valid_users": "all" if selecting is None else f"{selecting:,}",
+        "valid_metric": str(config["valid_metric"]),
+    }
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         found["MAX_ITEM_LIST_LENGTH"] = str(config["MAX_ITEM_LIST_LENGTH"])
     if keys.ranks_titles(config.final_config_dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,10 +126,11 @@ def significance_table(results: Results, tests: pd.DataFrame, options: Options, 
 
 def costs_table(every: Iterable[Results]) -> Table:
     """What each model took, mean over its finished runs. Measured by the clock, so apart from the results."""
-    rows = []
+    rows, tried = [], False
     for results in every:
         for line in results.finished:
             rows.append([Value(results.title), Value(line.label), *map(Value, _costs(line.runs))])
+            tried |= any(str(s.get("run")).startswith("trials/") for run in line.runs for s in run.get("stages", []))
     measured = ["Train s", "Test s", "CPU min", "Train tokens", "Test tokens", "Peak GB"]
     header = ["Setting", "Model", "Runs", "Parameters trained", *measured]
     told = (
@@ -136,6 +138,8 @@ def costs_table(every: Iterable[Results]) -> Table:
         "counted where it was run; its train tokens are in each. Seconds are of the machine that did a run, and of "
         "what else it did."
     )
+    if tried:
+        told += " Stages that a trial of the search trained are in the minutes of trials alone, and so missing here."
     return Table("costs", "Costs", told, header, rows, left=2)
 
 
@@ -179,14 +183,14 @@ def accuracy_columns(results: Results, options: Options) -> list[str]:
 
 
 def primary_metric(results: Results, options: Options) -> str | None:
-    """The metric that selects epochs, decided before any test; where it is not shown, the last that is."""
+    """The metric that selects epochs of most runs, decided before any test; where it is not shown, the last that is."""
     columns = accuracy_columns(results, options)
-    selects = _selecting(results)
-    return next((c for c in columns if c in selects), columns[-1] if columns else None)
+    selects = [metric for metric, _ in _selecting(results).most_common() if metric in columns]
+    return next(iter(selects or columns[-1:]), None)
 
 
-def _selecting(results: Results) -> set[str]:
-    return {run.get("valid_metric", "").lower() for run in results.records}
+def _selecting(results: Results) -> Counter[str]:
+    return Counter(run.get("valid_metric", "").lower() for run in results.records)
 
 
 def p_text(p: float) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from recbole_llm.config import LLMConfig
+from recbole_llm.costs import Clock
 from recbole_llm.environment import versions
 from recbole_llm.errors import ConfigError, MachineError, UserError
 from recbole_llm.files import held, make_stage_folder, write_json
@@ -29,7 +31,7 @@ class Trial:
         number: 0 is the configuration as given.
         values: of the searched keys.
         score: of ``valid_metric``; None where it failed.
-        seconds: wall time when it was run, on whatever machine.
+        seconds: wall time when it was run, on whatever machine; without waiting for other processes.
         error: why it failed.
     """
 
@@ -40,11 +42,14 @@ class Trial:
     error: str | None = None
 
 
-def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+def run_trial(
+    number: int, model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any], alone: bool = True
+) -> Trial:
     """Run a trial, or read it where it was run before.
 
     Args:
         settings: as for a run; ``values``, of the searched keys, are laid over them.
+        alone: whether no other trial shares the machine; one that lacks memory beside others is not kept as failed.
 
     Raises:
         UserError: what says nothing about these values: a full disk, a file that cannot be read, weights that cannot
@@ -61,12 +66,14 @@ def run_trial(number: int, model: str, dataset: str, settings: dict[str, Any], v
     locks = make_stage_folder(file.parent / ".locks")  # the trial's own folder is removed in the end
     with held(locks.resolve() / f"{file.stem}.lock", file):
         # Another search may have done it while this one waited.
-        return _kept(file, number, values) or _do(file, number, config, mine, values)
+        return _kept(file, number, values) or _do(file, number, config, mine, values, alone)
 
 
-def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], values: dict[str, Any]) -> Trial:
+def _do(
+    file: Path, number: int, config: LLMConfig, settings: dict[str, Any], values: dict[str, Any], alone: bool
+) -> Trial:
     """Train, score and keep the trial."""
-    clock, found, score, where = time.perf_counter(), {}, None, None
+    clock, found, score, where = Clock(), {}, None, None
     try:
         found = validate(config["model"], config["dataset"], None, settings)
         score = float(found["best_valid_score"])
@@ -80,22 +87,38 @@ def _do(file: Path, number: int, config: LLMConfig, settings: dict[str, Any], va
                 "command again; finished trials are kept."
             ) from failure
         error, where = in_a_line(failure), traceback.format_exc()
-    done = Trial(number, values, None if error else score, time.perf_counter() - clock, error)
+        if not alone and _lacks_memory(failure):
+            return Trial(number, values, None, clock.spent()[0], error)
+    done = Trial(number, values, None if error else score, clock.spent()[0], error)
     _keep(file, config, done, found.get("best_valid_result"), where)
     return done
 
 
 def _is_of_machine(error: BaseException) -> bool:
-    """Whether a failure, or what led to it, says nothing about the values: no room, no weights, no network."""
-    cause = error.__cause__
-    of_machine = isinstance(error, (OSError, SafetensorError, MachineError))
-    return of_machine or (cause is not None and _is_of_machine(cause))
+    """Whether a failure says nothing about the values: no room, no weights, no network, a GPU that no longer works."""
+    kinds = (OSError, SafetensorError, MachineError, torch.AcceleratorError)
+    return any(isinstance(one, kinds) for one in _causes(error))
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether there was too little, of a GPU's or of the machine's; torch has no type for the latter."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return any(isinstance(one, kinds) or "can't allocate memory" in str(one) for one in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """A failure and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def trial_once(model: str, dataset: str, settings: dict[str, Any], values: dict[str, Any]) -> str | None:
-    """Do a trial for whoever reads its file; what stopped it in one line, or None, which a failed trial is too."""
+    """Do a trial beside others for whoever reads its file; what stopped it in one line, or None, which a failed trial
+    is too.
+    """
     try:
-        run_trial(0, model, dataset, settings, values)
+        run_trial(0, model, dataset, settings, values, alone=False)
     except UserError as error:
         return in_a_line(error)
     return None

@@ -81,7 +81,7 @@ def tune(
 ) -> Tuned:
     """Try up to so many configurations and choose the best on validation; test rows are never scored.
 
-    Trial 0 is the configuration as given, so one trial means no tuning, and tuning is never worse on validation. The
+    Trial 1 is the configuration as given, so one trial means no tuning, and tuning is never worse on validation. The
     others come from Optuna's TPE, seeded with the run's ``seed``. Every trial is kept in
     ``<checkpoint_dir>/trials/<Model>-<dataset>-<hash>.json`` by the hash that names runs: what was tried before with
     the same everything is read, so a search that was cut off goes on where it was. A trial that fails counts.
@@ -167,7 +167,7 @@ def tuned_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
 
     Returns:
         Columns ``model``, ``data set``, ``trials``, ``failed`` (of them), ``valid metric``, ``best``, ``as given`` (the
-        score of trial 0), ``min`` (minutes of all trials: the same number of trials is not the same compute) and
+        score of trial 1), ``min`` (minutes of all trials: the same number of trials is not the same compute) and
         ``chosen``.
     """
     lines = [
@@ -194,14 +194,14 @@ def trials_frame(found: Sequence[tuple[str, str, Tuned]]) -> pd.DataFrame:
         found: label, data set, and what tuning found.
 
     Returns:
-        Columns ``model``, ``data set``, ``trial`` (0 is the configuration as given), ``values`` of the searched keys,
+        Columns ``model``, ``data set``, ``trial`` (1 is the configuration as given), ``values`` of the searched keys,
         ``valid metric``, ``score`` (none where it failed) and ``error``.
     """
     lines = [
         {
             "model": label,
             "data set": dataset,
-            "trial": trial.number,
+            "trial": trial.number + 1,
             "values": _pairs(trial.values),
             "valid metric": tuned.metric,
             "score": trial.score,

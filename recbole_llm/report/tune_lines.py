@@ -53,7 +53,9 @@ def tune_all(
             source = names.get(base[key][0], base[key][0]) if key in base else None
             found[key] = tune(model, dataset, settings, options.tune, options.search, label, source=source)
             chosen[key] = taken[key] | found[key].settings
-    told = [(names.get(key[0], key[0]), told_as(first[key]), found[key]) for key in first]
+    # A line with training users of its own has one search, whatever sizes the others have.
+    once = {(key[0], told_as(first[key])): found[key] for key in first}
+    told = [(names.get(label, label), size, tuned) for (label, size), tuned in once.items()]
     return {(cell.entry.label, cell.setting): chosen[_key(cell)] for cell in grid}, told
 
 
