@@ -145,7 +145,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self.protocol,
             model.prompt,
             context=model.llm.context,
-            base=base_hash(model.llm, model.texts),
+            base=base_hash(model.llm, model.texts, model.prompt),
             policy=self._kept_policy,
         )
 
@@ -257,7 +257,8 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         return counts
 
     def _policy_hash(self) -> str:
-        return policy_hash(self.config, self.model.llm, base_hash(self.model.llm, self.model.texts))
+        model = self.model
+        return policy_hash(self.config, model.llm, base_hash(model.llm, model.texts, model.prompt))
 
     # ---- checkpoints: adapters alone
 

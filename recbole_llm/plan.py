@@ -97,7 +97,7 @@ def _all_work(
     pools: list[list[Window]] = []
     work, validations = [], 0
     last: dict[str, float] | None = None  # what the last stage, where it lies finished, was validated by
-    base = base_hash(llm, catalogue.texts)
+    base = base_hash(llm, catalogue.texts, catalogue.prompt)
 
     def policy(windows: Sequence[Window]) -> list[list[list[float]]]:
         pools.append(list(windows))

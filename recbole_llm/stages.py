@@ -20,7 +20,7 @@ from recbole_llm.data.windows import training_windows
 from recbole_llm.environment import versions
 from recbole_llm.files import content_hash
 from recbole_llm.harm import title_vectors
-from recbole_llm.llm.identity import PARTS, identity, local_weights
+from recbole_llm.llm.identity import NAMES_STAGES, identity, local_weights, prompt_hash
 from recbole_llm.llm.types import LLM
 from recbole_llm.oracle import train_oracle
 from recbole_llm.read_keys import SFT_KEYS, needed_recommenders, reranks, unread
@@ -197,10 +197,10 @@ def preference_windows(
     return windows, {**facts, "recommenders": [model.told for model in models]}
 
 
-def base_hash(llm: LLM, texts: list[str]) -> str:
-    """Fingerprint of the base weights, their type, how text becomes tokens, and the item texts."""
+def base_hash(llm: LLM, texts: list[str], prompt: Prompt | PairPrompt) -> str:
+    """Fingerprint of the base weights, their type and configuration, and of the item texts, as letters and tokens."""
     known = identity(llm)
-    return content_hash([llm.dtype, texts, *(known[part] for part in PARTS)])
+    return content_hash([llm.dtype, texts, prompt_hash(prompt), *(known[part] for part in NAMES_STAGES)])
 
 
 def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Window]) -> Path:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.cli import main
 from recbole_llm.config import LLMConfig
-from recbole_llm.dpo4rec import loop
+from recbole_llm.dpo4rec import align, loop
 from recbole_llm.dpo4rec import text_vectors as text_vectors_module
 from recbole_llm.dpo4rec.align import Reasoner, policy_config
 from recbole_llm.dpo4rec.loop import DPO4RecTrainer
@@ -121,9 +121,12 @@ def test_best_iteration_is_kept(small: dict[str, Any], monkeypatch: pytest.Monke
 
     kar = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 0})
     monkeypatch.setattr(DPO4RecTrainer, "teach_recommender", worse)
+    loaded, load = [], align.load_llm
+    monkeypatch.setattr(align, "load_llm", lambda **how: (loaded.append(how), load(**how))[1])
     run = run_recbole_llm("DPO4Rec", None, None, {**small, "iterations": 2})
     record = record_of(run)
     assert (len(record["iterations"]), record["selected_iteration"]) == (2, 0)
+    assert len(loaded) == 1  # there may be no room for a second
     assert run["test_result"] == kar["test_result"]
     mine, theirs = (load_file(Path(r["run_folder"]) / "adapter_model.safetensors") for r in (run, kar))
     assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)

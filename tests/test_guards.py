@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from recbole_llm import files, guards
 from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
-from recbole_llm.data.prompt import Prompt, Window
+from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.template import load_template
 from recbole_llm.data.windows import training_windows
 from recbole_llm.errors import UserError
 from recbole_llm.explain.finished_run import FinishedRun
 from recbole_llm.llm import adapter
-from recbole_llm.llm.identity import check_identity, identity, local_weights
+from recbole_llm.llm.identity import PROBES, check_identity, identity, local_weights
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.token_tree import TokenTree
@@ -201,6 +201,40 @@ def test_weights_at_a_path_name_the_run(tiny: dict[str, Any], folder: Path) -> N
         after = run_folder_of(prepared(where, "LLMRanker")[0])
         (folder / name).write_bytes(data)
         assert after != before
+
+
+def another_configuration(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["rms_norm_eps"] = 0.01
+    file.write_text(json.dumps(config))
+
+
+def other_tokens_of_titles(folder: Path) -> None:
+    """Swaps two tokens that titles have, and none of the probes."""
+    read = (["red cat", "blue owl", "green elk"], list(PROBES))
+    titles, probes = ({i for text in plain_tokens(TOKENIZER, texts) for i in text} for texts in read)
+    a, b = TOKENIZER.convert_ids_to_tokens(sorted(titles - probes)[:2])
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("changed", [another_configuration, other_tokens_of_titles])
+def test_what_an_llm_computes_names_its_stages(
+    tiny: dict[str, Any], folder: Path, tmp_path: Path, changed: Callable[[Path], None]
+) -> None:
+    """The weights at a path are the same, and what was trained over them is another: nothing of it is read."""
+    where = {**tiny, **SMALL, "llm": str(folder), "loss": "DMPO", "rejected": "self_hard"}
+    run_recbole_llm(config_dict=where)
+    changed(folder)
+    after = run_recbole_llm(config_dict=where)
+    fresh = run_recbole_llm(config_dict={**where, "checkpoint_dir": str(tmp_path / "fresh")})
+    stages = json.loads((Path(after["run_folder"]) / "result.json").read_text())["stages"]
+    assert [stage.get("reused", False) for stage in stages] == [False, False]
+    assert after["test_result"] == fresh["test_result"]
 
 
 @pytest.mark.faults

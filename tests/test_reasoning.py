@@ -59,7 +59,7 @@ def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cut", "left"), [(0, 3), (1, 4), (40, 4), (10**6, 5)])
-def test_goes_on_after_a_kill(tmp_path: Path, cut: int, left: int) -> None:
+def test_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, left: int) -> None:
     """Stopped after two batches, the last line cut off anywhere: the rest is written, and all is as if unbroken."""
     unbroken, _ = texts_of(Author(), tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
@@ -68,7 +68,9 @@ def test_goes_on_after_a_kill(tmp_path: Path, cut: int, left: int) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - min(cut, len(whole) - 5)])
     rest = Author()
-    found, _ = texts_of(rest, tmp_path / "b")
+    with monkeypatch.context() as broken:  # a kill in the middle of writing it all again would lose it all
+        broken.setattr(Path, "write_bytes", lambda *_: pytest.fail("the sound lines were written again"))
+        found, _ = texts_of(rest, tmp_path / "b")
     assert found == unbroken
     assert len(rest.calls) == left  # of five batches
 

@@ -19,7 +19,7 @@ from recbole_llm.environment import versions
 from recbole_llm.files import content_hash
 from recbole_llm.llm.adapter import adapter_state, digest
 from recbole_llm.llm.budget import TokenBudget, in_halves
-from recbole_llm.llm.identity import PARTS, identity
+from recbole_llm.llm.identity import NAMES_STAGES, identity
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sampling import Sampling, Written, ends_of, sample_texts
 from recbole_llm.llm_trainer import LLMTrainer
@@ -100,7 +100,7 @@ class Reasoner(WindowPolicy, torch.nn.Module):
         state = adapter_state(self.llm)
         untuned = all(not weight.any() for name, weight in state.items() if "lora_B" in name)
         adapter = "untuned" if untuned else digest(state)
-        known = [identity(self.llm)[part] for part in PARTS]
+        known = [identity(self.llm)[part] for part in NAMES_STAGES]
         return content_hash(
             [known, self.llm.dtype, self.config["quantization"], ends_of(self.llm), adapter, versions()]
         )

@@ -20,7 +20,7 @@ from recbole_llm.costs import Clock, found_done
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.dataset import POSITION
 from recbole_llm.data.protocol import Protocol
-from recbole_llm.dpo4rec.align import Reasoner, align
+from recbole_llm.dpo4rec.align import align
 from recbole_llm.dpo4rec.iterations import best_iteration, fell
 from recbole_llm.dpo4rec.places import draw_places, training_loader
 from recbole_llm.dpo4rec.reward import reward_lists
@@ -29,7 +29,7 @@ from recbole_llm.dpo4rec.stage_folder import ALIGN_KEYS, OF_POLICY, RECOMMENDER_
 from recbole_llm.dpo4rec.text_vectors import text_vectors
 from recbole_llm.dpo4rec.work import Work, judged_facts, judged_lines, others_in_place
 from recbole_llm.files import content_hash, found_or_made, write_json, write_text
-from recbole_llm.llm.adapter import digest, load_adapter, save_adapter
+from recbole_llm.llm.adapter import adapter_state, digest, load_adapter, save_adapter, set_adapter_state
 from recbole_llm.llm.sampling import Sampling
 from recbole_llm.stages import split_of
 from recbole_llm.trainer import ProtocolEvaluation
@@ -52,6 +52,7 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         if self.work and self.work.reasoner:
             llm = self.work.reasoner.llm
             self.facts |= {"llm_revision": llm.revision, "dtype": llm.dtype, "kernels": llm.kernels}
+            self.untuned = {name: tensor.cpu() for name, tensor in adapter_state(llm).items()}
         self.facts |= {"readers": len(self.places.readers), "pair_users": len(self.places.pairs), "iterations": []}
         self.facts["found"] = self.work.found if self.work else []
         self.counted: set[Path] = set()  # folders of stages whose seconds are in the record
@@ -277,4 +278,4 @@ class DPO4RecTrainer(ProtocolEvaluation, Trainer):
         if adapters:
             load_adapter(self.work.reasoner.llm, Path(adapters[-1]))
         else:
-            self.work.reasoner = Reasoner(self.config)
+            set_adapter_state(self.work.reasoner.llm, self.untuned)

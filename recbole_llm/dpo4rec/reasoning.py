@@ -9,6 +9,7 @@ looked up by itself. Of several runs that need the same texts one writes, and th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def _read(file: Path, told: Sequence[str], number: int) -> tuple[list[list[Writt
         whole = file.read_bytes()
         sound = whole[: whole.rfind(b"\n") + 1]
         if len(sound) < len(whole):
-            file.write_bytes(sound)
+            os.truncate(file, len(sound))  # which a kill or a full disk does not leave halfway
         try:
             for line in sound.decode("utf-8").split("\n")[:-1]:
                 record = json.loads(line)

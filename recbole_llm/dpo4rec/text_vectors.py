@@ -41,7 +41,8 @@ def text_vectors(config: Config, texts: Sequence[str]) -> np.ndarray:
             ) from error
     settings = tuple(config[key] for key in ("llm", "dtype", "quantization", "attention"))
     llm = _encoding_llm(config["device"], config["seed"], *settings)
-    revision = [llm.revision, identity(llm)["tokenizer"], llm.dtype, config["quantization"], versions()]
+    known = identity(llm)
+    revision = [llm.revision, known["tokenizer"], known["config"], llm.dtype, config["quantization"], versions()]
     return kept_vectors(revision, texts, lambda: _hidden_means(llm, texts, config["token_budget"]))
 
 

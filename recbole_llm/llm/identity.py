@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_llm.data.prompt import plain_tokens
 from recbole_llm.errors import UserError
+from recbole_llm.files import content_hash
 from recbole_llm.llm.types import LLM
 
 if TYPE_CHECKING:
@@ -31,10 +32,17 @@ PROBES = (
     "def f(x): return {x: [1, 2]}",
 )
 PARTS = {"revision": "weights", "tokenizer": "a tokenizer", "chat_template": "a chat template"}
+# What names stages. The configuration refuses no adapter: another release of transformers writes it otherwise.
+NAMES_STAGES = (*PARTS, "config")
+# Of a configuration: how a model is run, and by whom it was written, not what it computes.
+HOW_IT_RUNS = {"architectures", "attn_implementation", "dtype", "torch_dtype", "pad_token_id", "quantization_config"}
+HOW_IT_RUNS |= {"transformers_version", "use_cache"}
 
 
 def identity(llm: LLM) -> dict[str, str]:
-    """Name of an LLM, and 16 hex digits each over base weights, tokenisation of ``PROBES`` and chat template."""
+    """Name of an LLM, and 16 hex digits each over base weights, tokenisation of ``PROBES``, chat template, and what its
+    configuration says of what it computes.
+    """
     tokenizer, probes = llm.tokenizer, list(PROBES)
     read = [plain_tokens(tokenizer, probes), tokenizer(probes)["input_ids"]]
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)]
@@ -43,7 +51,16 @@ def identity(llm: LLM) -> dict[str, str]:
         "revision": llm.revision,
         "tokenizer": _hash([read, ends]),
         "chat_template": _hash(tokenizer.chat_template),
+        "config": content_hash(_computes(llm.model.config.to_dict()))[:16],
     }
+
+
+def _computes(config: Any) -> Any:
+    """A configuration, its parts too, without ``HOW_IT_RUNS``."""
+    if not isinstance(config, dict):
+        return config
+    named = {str(key): value for key, value in config.items()}
+    return {k: _computes(v) for k, v in named.items() if not k.startswith("_") and k not in HOW_IT_RUNS}
 
 
 def check_identity(found: Mapping[str, str], llm: LLM, what: str, instead: str) -> None:
