@@ -48,6 +48,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,few-shot-games losses-games,losses-games) --data_path=$(DATA)
 	$(call compare,few-shot-games few-shot-games-uni99,few-shot-games-uni99) --data_path=$(DATA)
 	$(call compare,few-shot-games prompts-games,prompts-games) --data_path=$(DATA)
+	$(call compare,few-shot-games rosepo-games,rosepo-games) --data_path=$(DATA)
 	$(call compare,few-shot-ml-100k,few-shot-ml-100k)
 	$(call compare,few-shot-ml-100k losses-ml-100k,losses-ml-100k)
 	$(call compare,few-shot-ml-100k rosepo-ml-100k,rosepo-ml-100k)
