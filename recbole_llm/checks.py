@@ -29,6 +29,9 @@ SWITCHES = {
     "dynamic_beta": ("DMPO", "SDPO", "RosePO"),
 }
 # Models of RecBole that import what RecBole does not require: the module, and the package that has it.
+# Files that models begin with, and where they do not.
+WEIGHTS = ("pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "pre_model_path")
+NO_WEIGHTS = {"use_pretrain": False, "train_method": "no_pretrain"}
 PACKAGES = {
     "NCL": ("faiss", "faiss-cpu"),
     "KGAT": ("dgl", "dgl"),
@@ -78,11 +81,13 @@ def wrong_model(model: str, kind: ModelType, settings: Mapping[str, Any]) -> lis
         ]
     if not keys.ranks_titles(settings) and settings.get("epochs") == 0:
         return ["--epochs=0: must be a whole number >= 1."]
-    weights = {k: v for k, v in settings.items() if k.endswith("_path") and k != "data_path" and isinstance(v, str)}
-    return [  # of weights that a model begins with (NeuMF, NAIS, ...)
+    if any(settings.get(key) == value for key, value in NO_WEIGHTS.items()):
+        return []
+    begins_with = {key: settings.get(key) for key in WEIGHTS}
+    return [
         f"--{key}={path}: there is no such file; name one that RecBole saved, or leave it out."
-        for key, path in weights.items()
-        if path and not Path(path).is_file()
+        for key, path in begins_with.items()
+        if isinstance(path, str) and path and not Path(path).is_file()
     ]
 
 

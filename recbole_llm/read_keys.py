@@ -18,6 +18,7 @@ PREFERENCE_KEYS = {
     "preference_positions",
 }
 REJECTED_KEYS = {"rejected", "rejected_num"}  # SFT on pairs of titles draws too
+CHOSEN_ALONE = {"stream", "stream_games", "instruct", "instruct_games"}  # our prompts that list no pairs
 POOL_STRATEGIES = {"self_hard", "semantic", "from_model"}  # draw from ``rejected_pool`` items
 ORACLE_KEYS = {"oracle_model", "oracle_folds", "smoothing_max"}
 BASE_KEYS = {"rerank_model", "rerank_topk"}
@@ -49,7 +50,7 @@ def unread(settings: Mapping[str, Any]) -> set[str]:
         found |= FINETUNE_KEYS
     if not prefers:
         found |= PREFERENCE_KEYS
-        if settings["prompt"] in ("stream", "instruct") or settings["finetune"] == "none":
+        if settings["prompt"] in CHOSEN_ALONE or settings["finetune"] == "none":
             found |= REJECTED_KEYS
     if not prefers or settings["loss"] != "RosePO":
         found |= ORACLE_KEYS | {"smoothing"}

@@ -17,6 +17,7 @@ from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import is_first
 from recbole_llm.errors import UserError
 from recbole_llm.files import write_text
+from recbole_llm.harm import title_texts
 from recbole_llm.read_keys import reranks, unread
 
 
@@ -112,11 +113,11 @@ def tell_run(logger: logging.Logger, config: LLMConfig, protocol: Protocol, aske
             f"--full_ranking=rerank, which was not typed: in mode full the LLM reorders {config['rerank_model']}'s top "
             f"{config['rerank_topk']} and finds nothing else; --full_ranking=exact_topk ranks the whole catalogue."
         )
-    items = len(asked.events.catalogue)
-    if config["encoder"] != "none" and config["look_alikes"] * 10 > items:
+    near, items = config["look_alikes"], len(asked.events.catalogue)
+    if config["encoder"] != "none" and near * 10 > items and _has_titles(asked):
         logger.warning(
-            f"--look_alikes={config['look_alikes']}: of {items} items most will look like any history, and "
-            "hallucination say nothing; a tenth of them is the most that makes sense."
+            f"--look_alikes={near}: that many of {items} items look like any history, so hallucination tells little; a "
+            "tenth of them is the most that makes sense."
         )
     users = "all" if protocol.train_users is None else f"{len(protocol.train_users)} (few-shot)"
     logger.info(
@@ -125,3 +126,12 @@ def tell_run(logger: logging.Logger, config: LLMConfig, protocol: Protocol, aske
         f"{'' if asked is protocol else ' of ' + config['eval_dataset']}, "
         f"candidate hash {asked.candidate_hash[:12]}, run folder {folder}"
     )
+
+
+def _has_titles(protocol: Protocol) -> bool:
+    """Whether look-alikes can be measured."""
+    try:
+        title_texts(protocol.dataset)
+    except UserError:
+        return False
+    return True

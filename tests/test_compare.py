@@ -465,6 +465,12 @@ def test_a_caption_names_lines_that_reorder(toy: dict[str, Any]) -> None:
     told = caption(full, ["ndcg@10"], pd.DataFrame(), [], Options(), {})
     assert f"Reordering the top 7 of Pop, and what that misses cannot be found: {models[1]}." in told
     assert "Reordering" not in caption(sampled, ["ndcg@10"], pd.DataFrame(), [], Options(), {})
+    asked |= {"modes": "uni9"}
+    for most in (9, 10):  # of ten candidates nothing is missed where all are ordered
+        models = ["Pop", f"LLMRanker[rerank_candidates=True,rerank_topk={most}]"]
+        (found,) = compare(models, None, {**toy, **asked})["results"]
+        told = caption(found, ["ndcg@10"], pd.DataFrame(), [], Options(), {})
+        assert ("Reordering the top 9 of Pop" in told) == (most == 9) and ("Reordering" in told) == (most == 9)
 
 
 def test_a_damaged_record_is_a_failed_run(toy: dict[str, Any]) -> None:

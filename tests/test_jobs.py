@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from filelock import FileLock
 
 from recbole_llm.errors import UserError
-from recbole_llm.report import jobs
+from recbole_llm.report import apart, jobs
 from recbole_llm.report.compare import compare
 from recbole_llm.report.entries import parse_models, split_options
 from recbole_llm.report.grid import Cell, cells
@@ -71,7 +72,7 @@ def test_a_process_that_is_killed_is_a_failed_run(
     (cell,) = grid_of(toy, "Pop")
     command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     real = subprocess.Popen
-    monkeypatch.setattr(jobs.subprocess, "Popen", lambda words, **how: real(command, **how))
+    monkeypatch.setattr(apart.subprocess, "Popen", lambda words, **how: real(command, **how))
     told = jobs.run_apart(jobs._asked(cell, 1))
     assert told is not None and "its process ended by signal 9" in told and "console.log" in told
     assert "error" in jobs._record(cell, told)
@@ -106,17 +107,45 @@ def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path, case:
 
 
 @pytest.mark.faults
-def test_ctrl_c_ends_the_runs_that_are_on(toy: dict[str, Any], case: Callable[..., None]) -> None:
-    """Where the signal reaches the comparison alone, as ``kill -INT`` sends it."""
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_ctrl_c_ends_the_runs_that_are_on(
+    toy: dict[str, Any], case: Callable[..., None], send: Callable[[int, int], None]
+) -> None:
+    """Whether the signal reaches the comparison alone, or all, as a terminal sends it: what was trained is saved."""
     case("kills survived")
-    long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
-    code = f"from recbole_llm.report.compare import compare; compare('BPR', None, {long!r})"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    (cell,) = grid_of(long, "BPR")
-    wait_for(lambda: (cell.folder / "train.log").is_file())
-    parent.send_signal(signal.SIGINT)
+    long = {**toy, "llm": "tiny", "epochs": 100_000, "eval_step": 0, "save_every": 0, "out": "out", "jobs": 2}
+    code = f"""
+import signal
+from recbole_llm.report.compare import compare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+compare("LLMRanker", None, {long!r})
+"""
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    parent = subprocess.Popen([sys.executable, "-c", code], **quiet)
+    (cell,) = grid_of(long, "LLMRanker")
+    log = cell.folder / "train.log"
+    wait_for(lambda: log.is_file() and "Stage SFT" in log.read_text())
+    send(parent.pid, signal.SIGINT)
     assert parent.wait(30) != 0
     FileLock(cell.folder / ".lock").acquire(timeout=10)
+    assert len(list(Path(toy["checkpoint_dir"]).glob("stages/SFT-*/progress-*"))) == 1
+
+
+def test_one_comparison_does_not_end_the_runs_of_another(tmp_path: Path) -> None:
+    """Two at a time in one process."""
+
+    def sleep(seconds: float, children: apart.Children) -> str:
+        with children.start([sys.executable, "-c", f"import time; time.sleep({seconds})"]) as child:
+            child.wait()
+            children.ended(child)
+        return str(child.returncode)
+
+    def all_of(asked: dict[int, float]) -> list[apart.Outcome]:
+        return list(apart.in_processes(sleep, asked, 1))
+
+    with ThreadPoolExecutor() as pool:
+        short, long = pool.submit(all_of, {0: 0.1}), pool.submit(all_of, {0: 2.0})
+        assert (short.result(), long.result()) == ([(0, "0")], [(0, "0")])
 
 
 def wait_for(true: Any, seconds: float = 240) -> None:

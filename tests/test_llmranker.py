@@ -441,7 +441,7 @@ def test_what_may_not_be_meant_is_warned_of(tiny: dict[str, Any], caplog: pytest
     assert any("the LLM reorders Pop's top 7 and finds nothing else; --full_ranking=exact_topk" in t for t in told)
     (idle,) = [t for t in told if t.startswith("Given, but read by nothing under the other settings: ")]
     assert "rejected" in idle and "rerank_topk" not in idle
-    assert any(t.startswith("--look_alikes=50: of 60 items most will look like any history") for t in told)
+    assert any(t.startswith("--look_alikes=50: that many of 60 items look like any history") for t in told)
     caplog.clear()
     run_recbole_llm(config_dict={**settings, "full_ranking": "exact", "look_alikes": 6})
     assert not [

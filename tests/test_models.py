@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recbole.utils import ModelType
 
 import recbole_llm.model
 from recbole_llm import config
+from recbole_llm.checks import wrong_model
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.model import OWN_MODELS, UNFIT, model_names
@@ -106,6 +108,11 @@ def test_weights_to_begin_with_that_are_not_there(toy: dict[str, Any], tmp_path:
     missing = str(tmp_path / "gone.pth")
     with pytest.raises(ConfigError, match=r"--pretrain_path=.*gone\.pth: there is no such file"):
         run_recbole_llm("NAIS", config_dict={**toy, "pretrain_path": missing})
+    neumf = {**toy, "model": "NeuMF", "mf_pretrain_path": missing}
+    assert LLMConfig(config_dict=neumf)["mf_pretrain_path"] == missing  # read with use_pretrain alone
+    with pytest.raises(ConfigError, match="--mf_pretrain_path=.*there is no such file"):
+        LLMConfig(config_dict={**neumf, "use_pretrain": True})
+    assert wrong_model("Mine", ModelType.GENERAL, {"log_path": missing}) == []
     (tmp_path / "gone.pth").write_bytes(b"no weights")
     with pytest.raises(UserError, match="building the model failed: "):
         run_recbole_llm("NAIS", config_dict={**toy, "pretrain_path": missing})

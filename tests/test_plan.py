@@ -224,6 +224,14 @@ def test_a_finished_stage_costs_nothing(tiny: dict[str, Any]) -> None:
     assert "SFT was finished before and is loaded (0 s)." in again["notes"]
 
 
+def test_a_finished_stage_of_an_llm_with_dropout_costs_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A run switches that off, which the plan's LLM without weights has in its configuration."""
+    saved_llm(tmp_path / "gpt2", GPT2Config(vocab_size=1100, n_embd=32, n_layer=1, n_head=2))
+    settings = {**tiny, **FEW, "llm": str(tmp_path / "gpt2"), "loss": "SFT"}
+    run_recbole_llm(config_dict=settings)
+    assert by_name(planned(settings))["SFT"]["cached"]
+
+
 @pytest.mark.parametrize(
     ("changes", "rounds"),
     [({}, None), ({"topk": [1, 10]}, None), ({"topk": [3, 10]}, 1), ({"metrics": ["NDCG", "Recall"]}, 1)],

@@ -37,6 +37,10 @@ def bpr(toy: dict[str, Any]) -> dict[str, Any]:
     return {**toy, "epochs": 6, "train_batch_size": 64}
 
 
+def raised(error: Exception) -> Any:
+    raise error
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Settings of the trials that are run, not read."""
@@ -268,6 +272,8 @@ def test_what_says_nothing_about_the_values_is_no_trial(
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_a_trial_that_lacks_memory_beside_others_is_tried_alone(
@@ -288,15 +294,16 @@ def test_a_trial_that_lacks_memory_beside_others_is_tried_alone(
 
 
 def test_a_gpu_that_broke_is_no_trial(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that this process would try after it fails."""
-
-    def fails(*_: Any) -> Any:
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-
-    monkeypatch.setattr(tuning, "validate", fails)
-    with pytest.raises(UserError, match="a trial was stopped by AcceleratorError: CUDA error"):
-        tune("BPR", None, bpr, 2)
-    assert trial_files(bpr) == []
+    """All that this process would try after it fails; where the values broke it, the next process goes on."""
+    kept = {"CUDA error: unspecified launch failure": 0, "CUDA error: device-side assert triggered": 1}
+    for told, files in kept.items():
+        with monkeypatch.context() as broken:
+            broken.setattr(tuning, "validate", lambda *_: raised(torch.AcceleratorError(told)))  # noqa: B023
+            with pytest.raises(UserError, match=f"a trial was stopped by AcceleratorError: {told}"):
+                tune("BPR", None, bpr, 2)
+        assert len(trial_files(bpr)) == files
+    first, second = tune("BPR", None, bpr, 2).trials
+    assert "device-side assert" in str(first.error) and second.error is None
 
 
 def test_a_trial_does_not_count_what_it_waited(bpr: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

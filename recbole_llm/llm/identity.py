@@ -56,11 +56,11 @@ def identity(llm: LLM) -> dict[str, str]:
 
 
 def _computes(config: Any) -> Any:
-    """A configuration, its parts too, without ``HOW_IT_RUNS``."""
+    """A configuration, its parts too, without ``HOW_IT_RUNS`` and dropout, which is switched off."""
     if not isinstance(config, dict):
         return config
     named = {str(key): value for key, value in config.items()}
-    return {k: _computes(v) for k, v in named.items() if not k.startswith("_") and k not in HOW_IT_RUNS}
+    return {k: _computes(v) for k, v in named.items() if k[:1] != "_" and k not in HOW_IT_RUNS and "drop" not in k}
 
 
 def check_identity(found: Mapping[str, str], llm: LLM, what: str, instead: str) -> None:

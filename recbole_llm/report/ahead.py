@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.report.jobs import apart, in_a_line, in_processes, threads_each
+from recbole_llm.report.apart import Children, apart, in_processes, threads_each
+from recbole_llm.report.jobs import in_a_line
 from recbole_llm.report.trials import trial_file
 from recbole_llm.report.tune import check_search, proposals_of
 
@@ -46,11 +48,12 @@ def trials_ahead(searches: Sequence[Search], trials: int, space: str | None, job
         return
     print(f"[tune] {len(asked)} trials, {jobs} at a time", flush=True)
     clock, done = time.perf_counter(), 0
-    for i, error in in_processes(_trial_apart, dict(enumerate(asked.values())), jobs):
-        done += 1
-        left = (time.perf_counter() - clock) / done * (len(asked) - done)
-        label, ends = list(asked.values())[i]["label"], f"; {error}" if error else ""
-        print(f"[tune {done}/{len(asked)}] {label}, about {left:.0f} s left{ends}", flush=True)
+    with closing(in_processes(_trial_apart, dict(enumerate(asked.values())), jobs)) as ended:
+        for i, error in ended:
+            done += 1
+            left = (time.perf_counter() - clock) / done * (len(asked) - done)
+            label, ends = list(asked.values())[i]["label"], f"; {error}" if error else ""
+            print(f"[tune {done}/{len(asked)}] {label}, about {left:.0f} s left{ends}", flush=True)
 
 
 def _asked(search: Search, dataset: str, values: dict[str, Any], threads: int) -> dict[str, Any] | None:
@@ -71,12 +74,12 @@ def _asked(search: Search, dataset: str, values: dict[str, Any], threads: int) -
     }
 
 
-def _trial_apart(asked: dict[str, Any]) -> str | None:
+def _trial_apart(asked: dict[str, Any], children: Children) -> str | None:
     """Its output is kept beside its file where it failed."""
     console = Path(asked["file"]).with_suffix(".log")
     try:
         console.parent.mkdir(parents=True, exist_ok=True)
-        error = apart(asked, console)
+        error = apart(asked, console, children)
         if error is None:
             console.unlink(missing_ok=True)
     except (UserError, OSError) as wrong:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +13,11 @@ from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.files import make_stage_folder, only_here
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report.apart import Children, Outcome, apart, in_processes, threads_each
 from recbole_llm.report.grid import Cell
 
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died
-Outcome = tuple[int, "str | None"]  # which cell, and what went wrong
-_children: set[subprocess.Popen[bytes]] = set()  # runs and trials of this process that are on
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, cluster: str | None = None) -> list[dict[str, Any]]:
@@ -122,13 +116,14 @@ def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:
     }
 
 
-def run_apart(asked: dict[str, Any]) -> str | None:
+def run_apart(asked: dict[str, Any], children: Children | None = None) -> str | None:
     """Do one run in a process of its own: what it holds in memory, and its folder, it holds no longer than it lives.
 
     Its output goes to ``console.log``.
 
     Args:
         asked: as ``_asked`` gives it.
+        children: which it is stopped with.
 
     Returns:
         What went wrong in one line, or None.
@@ -137,69 +132,9 @@ def run_apart(asked: dict[str, Any]) -> str | None:
     if _finished(folder):
         return None
     try:
-        return apart(asked, make_stage_folder(folder) / "console.log")
+        return apart(asked, make_stage_folder(folder) / "console.log", children or Children())
     except (UserError, OSError, TypeError, ValueError) as error:  # the last two: settings that JSON does not hold
         return in_a_line(error)
-
-
-def apart(asked: dict[str, Any], console: Path) -> str | None:
-    """Do a run or a trial, as ``one_run`` reads it, in a process of its own that ends with this one.
-
-    Args:
-        asked: with ``threads`` and ``cwd`` of the process.
-        console: what it prints is added there.
-
-    Returns:
-        What went wrong in one line, or None.
-
-    Raises:
-        OSError: ``console`` cannot be written.
-    """
-    environment = dict(os.environ)
-    if asked["threads"]:
-        environment.setdefault("OMP_NUM_THREADS", str(asked["threads"]))
-    with open(console, "ab") as log, tempfile.TemporaryDirectory() as between:
-        question, outcome = Path(between) / "asked.json", Path(between) / "outcome.json"
-        question.write_text(json.dumps(asked), encoding="utf-8")
-        words = [sys.executable, "-m", "recbole_llm.report.one_run", str(question), str(outcome)]
-        # The pipe is never written to: the run ends when it closes, so when this process is killed.
-        with subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
-        ) as child:
-            _children.add(child)
-            try:
-                child.wait()
-            finally:
-                _children.discard(child)
-                child.kill()
-        if not outcome.is_file():
-            killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
-            return f"its process ended {killed} ({console} may say why; out of memory is likely)"
-        return json.loads(outcome.read_text(encoding="utf-8"))["error"]
-
-
-def threads_each(jobs: int) -> int:
-    """The cores are shared out between processes."""
-    return max(1, (os.cpu_count() or 1) // jobs)
-
-
-def in_processes(
-    work: Callable[[Any], str | None], asked: Mapping[int, Any], jobs: int
-) -> Generator[Outcome, None, None]:
-    """``work``, which calls ``apart``, of each of ``asked``, ``jobs`` of them at a time, as they end.
-
-    Whoever stops early, by Ctrl-C or an error, ends those that are on: nobody would read them, and the pool waits.
-    """
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(work, one): i for i, one in asked.items()}
-        try:
-            while futures:
-                for done in wait(futures, return_when=FIRST_COMPLETED).done:
-                    yield futures.pop(done), done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(_children):
-                child.kill()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,9 @@ def _reads(config: LLMConfig) -> dict[str, str]:
         found["MAX_ITEM_LIST_LENGTH"] = str(config["MAX_ITEM_LIST_LENGTH"])
     if keys.ranks_titles(config.final_config_dict):
         asked = eval_config_of(config)
-        if reranks(asked, asked["eval_args"]["mode"]["test"]):
+        mode = asked["eval_args"]["mode"]["test"]
+        answers = math.inf if mode == "full" else int(mode[3:]) + asked["next_items"]
+        if reranks(asked, mode) and asked["rerank_topk"] < answers:  # else it orders all
             found["reorders"] = f"the top {asked['rerank_topk']} of {asked['rerank_model']}"
     return found
 

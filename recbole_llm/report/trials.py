@@ -79,16 +79,18 @@ def _do(
         score = float(found["best_valid_score"])
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
-        if _is_of_machine(failure):
+        error, where, lacks = in_a_line(failure), traceback.format_exc(), _lacks_memory(failure)
+        if lacks and not alone:
+            return Trial(number, values, None, clock.spent()[0], error)
+        if _is_of_machine(failure) and not lacks:
+            if "device-side assert" in error:  # the values' fault, but this process can do no more on its GPU
+                _keep(file, config, Trial(number, values, None, clock.spent()[0], error), None, where)
             if isinstance(failure, UserError):
                 raise
             raise MachineError(
                 f"--model={config['model']}: a trial was stopped by {in_a_line(failure)}. Mend that and give the same "
                 "command again; finished trials are kept."
             ) from failure
-        error, where = in_a_line(failure), traceback.format_exc()
-        if not alone and _lacks_memory(failure):
-            return Trial(number, values, None, clock.spent()[0], error)
     done = Trial(number, values, None if error else score, clock.spent()[0], error)
     _keep(file, config, done, found.get("best_valid_result"), where)
     return done
@@ -101,9 +103,9 @@ def _is_of_machine(error: BaseException) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether there was too little, of a GPU's or of the machine's; torch has no type for the latter."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return any(isinstance(one, kinds) or "can't allocate memory" in str(one) for one in _causes(error))
+    """Whether there was too little, of a GPU's or of the machine's; torch has no type for some of it."""
+    kinds, words = (MemoryError, torch.OutOfMemoryError), ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(isinstance(one, kinds) or any(w in str(one) for w in words) for one in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
