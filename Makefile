@@ -46,6 +46,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
 	$(call compare,few-shot-games,few-shot-games) --data_path=$(DATA)
 	$(call compare,few-shot-games losses-games,losses-games) --data_path=$(DATA)
+	$(call compare,few-shot-games losses-games losses-prompt-games,losses-prompt-games) --data_path=$(DATA)
 	$(call compare,few-shot-games few-shot-games-uni99,few-shot-games-uni99) --data_path=$(DATA)
 	$(call compare,few-shot-games prompts-games,prompts-games) --data_path=$(DATA)
 	$(call compare,few-shot-games rosepo-games,rosepo-games) --data_path=$(DATA)
