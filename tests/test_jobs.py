@@ -107,28 +107,69 @@ def test_a_run_ends_with_who_began_it(toy: dict[str, Any], tmp_path: Path, case:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-def test_ctrl_c_ends_the_runs_that_are_on(
-    toy: dict[str, Any], case: Callable[..., None], send: Callable[[int, int], None]
-) -> None:
-    """Whether the signal reaches the comparison alone, or all, as a terminal sends it: what was trained is saved."""
+def test_ctrl_c_ends_the_runs_that_are_on(toy: dict[str, Any], case: Callable[..., None]) -> None:
+    """Where the signal reaches the comparison alone, as ``kill -INT`` sends it."""
     case("kills survived")
-    long = {**toy, "llm": "tiny", "epochs": 100_000, "eval_step": 0, "save_every": 0, "out": "out", "jobs": 2}
+    long = {**toy, "epochs": 100_000, "eval_step": 0, "out": "out", "jobs": 2}
     code = f"""
 import signal
 from recbole_llm.report.compare import compare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
-compare("LLMRanker", None, {long!r})
+compare("BPR", None, {long!r})
 """
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    parent = subprocess.Popen([sys.executable, "-c", code], **quiet)
-    (cell,) = grid_of(long, "LLMRanker")
-    log = cell.folder / "train.log"
-    wait_for(lambda: log.is_file() and "Stage SFT" in log.read_text())
-    send(parent.pid, signal.SIGINT)
-    assert parent.wait(30) != 0
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (cell,) = grid_of(long, "BPR")
+    wait_for(lambda: (cell.folder / "train.log").is_file())
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(90) != 0
     FileLock(cell.folder / ".lock").acquire(timeout=10)
-    assert len(list(Path(toy["checkpoint_dir"]).glob("stages/SFT-*/progress-*"))) == 1
+
+
+# Notes the first signal, as training does, and takes a while to save; the second one would end it at once.
+SAVES = """
+import signal, time
+from pathlib import Path
+asked = []
+def note(*_):
+    asked.append(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGINT, note)
+Path("ready").touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(1)
+Path("saved").touch()
+"""
+COMPARES = f"""
+import signal, sys
+from recbole_llm.report.apart import in_processes
+def work(code, children):
+    with children.start([sys.executable, "-c", code]) as child:
+        child.wait()
+        children.ended(child)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+list(in_processes(work, {{0: {SAVES!r}, 1: {SAVES!r}}}, 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "what"), [(os.kill, signal.SIGINT), (os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_what_is_on_is_stopped_with_a_save(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: Callable[..., None],
+    send: Callable[[int, int], None],
+    what: int,
+) -> None:
+    """Whether one process is told or all are, as a terminal does; what has not begun does not begin."""
+    case("kills survived")
+    monkeypatch.chdir(tmp_path)
+    parent = subprocess.Popen([sys.executable, "-c", COMPARES], stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(Path("ready").is_file)
+    send(parent.pid, what)
+    assert parent.wait(30) != 0
+    assert Path("saved").is_file()
 
 
 def test_one_comparison_does_not_end_the_runs_of_another(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 Outcome = tuple[int, "str | None"]  # which run or trial, and what went wrong
@@ -71,10 +71,10 @@ def in_processes(
 ) -> Generator[Outcome, None, None]:
     """``work``, which calls ``apart``, of each of ``asked``, ``jobs`` of them at a time, as they end.
 
-    Whoever stops early, by Ctrl-C or an error, stops those that are on: nobody would read them.
+    Whoever stops early, by Ctrl-C, SIGTERM or an error, stops those that are on: nobody would read them.
     """
     children = Children()
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, _sigterm_is_ctrl_c():
         futures = {pool.submit(work, one, children): i for i, one in asked.items()}
         try:
             while futures:
@@ -83,6 +83,19 @@ def in_processes(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """What a batch system sends stops as the user does."""
+    if current_thread() is not main_thread():  # signals reach the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def apart(asked: dict[str, Any], console: Path, children: Children) -> str | None:
