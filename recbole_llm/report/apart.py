@@ -95,7 +95,7 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
 
 
 def apart(asked: dict[str, Any], console: Path, children: Children) -> str | None:
