@@ -47,6 +47,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,few-shot-games,few-shot-games) --data_path=$(DATA)
 	$(call compare,few-shot-games losses-games,losses-games) --data_path=$(DATA)
 	$(call compare,few-shot-games losses-games losses-prompt-games,losses-prompt-games) --data_path=$(DATA)
+	$(call compare,few-shot-games losses-games losses-games-uni99,losses-games-uni99) --data_path=$(DATA)
 	$(call compare,few-shot-games few-shot-games-uni99,few-shot-games-uni99) --data_path=$(DATA)
 	$(call compare,few-shot-games prompts-games,prompts-games) --data_path=$(DATA)
 	$(call compare,few-shot-games rosepo-games,rosepo-games) --data_path=$(DATA)
