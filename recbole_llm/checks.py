@@ -28,10 +28,10 @@ SWITCHES = {
     "boundary_negatives": ("DMPO", "SDPO", "RosePO"),
     "dynamic_beta": ("DMPO", "SDPO", "RosePO"),
 }
-# Models of RecBole that import what RecBole does not require: the module, and the package that has it.
 # Files that models begin with, and where they do not.
 WEIGHTS = ("pretrain_path", "mf_pretrain_path", "mlp_pretrain_path", "pre_model_path")
 NO_WEIGHTS = {"use_pretrain": False, "train_method": "no_pretrain"}
+# Models of RecBole that import what RecBole does not require: the module, and the package that has it.
 PACKAGES = {
     "NCL": ("faiss", "faiss-cpu"),
     "KGAT": ("dgl", "dgl"),

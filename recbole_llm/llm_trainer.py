@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self.protocol,
             model.prompt,
             context=model.llm.context,
-            base=base_hash(model.llm, model.texts, model.prompt),
+            base=self._base_hash,
             policy=self._kept_policy,
         )
 
@@ -257,8 +257,11 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         return counts
 
     def _policy_hash(self) -> str:
-        model = self.model
-        return policy_hash(self.config, model.llm, base_hash(model.llm, model.texts, model.prompt))
+        return policy_hash(self.config, self.model.llm, self._base_hash)
+
+    @cached_property  # over all titles' tokens, which training does not change
+    def _base_hash(self) -> str:
+        return base_hash(self.model.llm, self.model.texts, self.model.prompt)
 
     # ---- checkpoints: adapters alone
 

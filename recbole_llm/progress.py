@@ -19,7 +19,7 @@ from tqdm import tqdm as plain_tqdm
 from recbole_llm.data.atomic import atomic_file, read_header, read_items
 from recbole_llm.dpo4rec.setting_checks import alignment_rounds
 from recbole_llm.files import stamp
-from recbole_llm.read_keys import SFT_KEYS, reranks
+from recbole_llm.read_keys import SFT_KEYS, answers_of, reranks
 
 FLOPS_PER_TOKEN = 2 * 135e6  # one pass of the embedded model; others correct themselves after their first run
 TOPK_ANSWERS = 100  # titles that a search for the best ten costs about as much as
@@ -210,7 +210,7 @@ def _llm_tokens(config: Config, sizes: dict[str, float], with_sft: bool) -> floa
     rounds = rounds * (config["eval_step"] > 0) if trains else 1
     asked = 0.0
     for split, mode in config["eval_args"]["mode"].items():
-        answers = len(items) if mode == "full" else int(mode[3:]) + config["next_items"]
+        answers = answers_of(config, mode) or len(items)
         if reranks(config, mode):
             answers = min(answers, config["rerank_topk"])
         elif mode == "full" and config["full_ranking"] == "exact_topk":

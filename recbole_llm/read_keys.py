@@ -93,6 +93,11 @@ def reranks(settings: Mapping[str, Any], mode: str) -> bool:
     return settings["full_ranking"] == "rerank" if mode == "full" else bool(settings["rerank_candidates"])
 
 
+def answers_of(settings: Mapping[str, Any], mode: str) -> int | None:
+    """How many candidates a row has in this mode; None where all items are."""
+    return None if mode == "full" else int(mode[3:]) + settings["next_items"]
+
+
 def asked_modes(settings: Mapping[str, Any]) -> list[Any]:
     """Modes (full, uniN, ...) of validation and test, and those that ``eval_config`` names for another data set."""
     return [*settings["eval_args"]["mode"].values(), *eval_config_modes(settings)]

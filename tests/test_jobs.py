@@ -144,9 +144,8 @@ COMPARES = f"""
 import signal, sys
 from recbole_llm.report.apart import in_processes
 def work(code, children):
-    with children.start([sys.executable, "-c", code]) as child:
+    with children.running([sys.executable, "-c", code]) as child:
         child.wait()
-        children.ended(child)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 list(in_processes(work, {{0: {SAVES!r}, 1: {SAVES!r}}}, 1))
 """
@@ -176,9 +175,8 @@ def test_one_comparison_does_not_end_the_runs_of_another(tmp_path: Path) -> None
     """Two at a time in one process."""
 
     def sleep(seconds: float, children: apart.Children) -> str:
-        with children.start([sys.executable, "-c", f"import time; time.sleep({seconds})"]) as child:
+        with children.running([sys.executable, "-c", f"import time; time.sleep({seconds})"]) as child:
             child.wait()
-            children.ended(child)
         return str(child.returncode)
 
     def all_of(asked: dict[int, float]) -> list[apart.Outcome]:

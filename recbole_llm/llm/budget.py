@@ -41,7 +41,7 @@ class TokenBudget:
             try:
                 return work(self.tokens)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if not self.shrinks:
                     # Nobody shall try again: the others are in the middle of this pass, and end when this process does.
@@ -72,7 +72,7 @@ def in_halves(rows: Any, work: Callable[[Any], Result]) -> Iterator[tuple[Any, R
     try:
         result.append(work(rows))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if len(rows) == 1:
             raise UserError(
@@ -95,5 +95,6 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of a GPU's or of the machine's."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in str(error).lower() for s in SAID)

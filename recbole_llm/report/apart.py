@@ -27,8 +27,9 @@ class Children:
         self._lock, self._stopped = Lock(), False
         self._on: set[subprocess.Popen[bytes]] = set()
 
-    def start(self, words: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        """As ``Popen``.
+    @contextmanager
+    def running(self, words: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """As ``with Popen``; left early, it is killed.
 
         Raises:
             CancelledError: all were stopped meanwhile.
@@ -39,12 +40,13 @@ class Children:
             # Ctrl-C in a terminal would reach them too, and the second signal, from here, stop them without a save.
             child = subprocess.Popen(words, start_new_session=True, **how)
             self._on.add(child)
-            return child
-
-    def ended(self, child: subprocess.Popen[bytes]) -> None:
-        """It needs no stopping any more."""
-        with self._lock:
-            self._on.discard(child)
+        with child:
+            try:
+                yield child
+            finally:
+                child.kill()
+                with self._lock:
+                    self._on.discard(child)
 
     def stop(self) -> None:
         """End them as Ctrl-C does, so that training is saved; those that take longer are killed."""
@@ -120,14 +122,10 @@ def apart(asked: dict[str, Any], console: Path, children: Children) -> str | Non
         question.write_text(json.dumps(asked), encoding="utf-8")
         words = [sys.executable, "-m", "recbole_llm.report.one_run", str(question), str(outcome)]
         # The pipe is never written to: the run ends when it closes, so when this process is killed.
-        with children.start(
+        with children.running(
             words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=asked["cwd"], env=environment
         ) as child:
-            try:
-                child.wait()
-            finally:
-                child.kill()
-                children.ended(child)
+            child.wait()
         if not outcome.is_file():
             killed = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
             return f"its process ended {killed} ({console} may say why; out of memory is likely)"

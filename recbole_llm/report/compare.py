@@ -16,6 +16,7 @@ from recbole_llm.evaluator import accuracy_names
 from recbole_llm.files import content_hash, write_json, write_text
 from recbole_llm.harm import CATALOGUE, HARM
 from recbole_llm.pair_metrics import PAIR_METRICS
+from recbole_llm.read_keys import answers_of
 from recbole_llm.report import frames
 from recbole_llm.report.entries import Entry, Options, parse_models, split_options
 from recbole_llm.report.formats import html_table, latex_file, markdown
@@ -110,7 +111,7 @@ def _metrics_of(config: LLMConfig) -> Iterator[str]:
     """Names of what a run may measure, those of free answers left out."""
     yield from accuracy_names(config)
     mode = config["eval_args"]["mode"]["test"]
-    answers = None if mode == "full" else int(mode[3:]) + config["next_items"]
+    answers = answers_of(config, mode)
     if answers == 2:
         yield from PAIR_METRICS
     topk = [k for k in config["topk"] if answers is None or k < answers]

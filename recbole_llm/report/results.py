@@ -20,7 +20,7 @@ from recbole_llm.config import LLMConfig
 from recbole_llm.data.candidates import check_saved_rows
 from recbole_llm.errors import UserError
 from recbole_llm.harm import HARM
-from recbole_llm.read_keys import reranks
+from recbole_llm.read_keys import answers_of, reranks
 from recbole_llm.report.grid import Cell, Setting
 from recbole_llm.transfer import eval_config_of
 
@@ -160,8 +160,7 @@ def _reads(config: LLMConfig) -> dict[str, str]:
     if keys.ranks_titles(config.final_config_dict):
         asked = eval_config_of(config)
         mode = asked["eval_args"]["mode"]["test"]
-        answers = math.inf if mode == "full" else int(mode[3:]) + asked["next_items"]
-        if reranks(asked, mode) and asked["rerank_topk"] < answers:  # else it orders all
+        if reranks(asked, mode) and asked["rerank_topk"] < (answers_of(asked, mode) or math.inf):  # else it orders all
             found["reorders"] = f"the top {asked['rerank_topk']} of {asked['rerank_model']}"
     return found
 

@@ -18,6 +18,7 @@ from recbole_llm.costs import Clock
 from recbole_llm.environment import versions
 from recbole_llm.errors import ConfigError, MachineError, UserError
 from recbole_llm.files import held, make_stage_folder, write_json
+from recbole_llm.llm.budget import is_out_of_memory
 from recbole_llm.report.jobs import in_a_line
 from recbole_llm.run_folder import trial_folder_of
 from recbole_llm.validation import validate
@@ -80,16 +81,17 @@ def _do(
         error = None if math.isfinite(score) else f"the validation score is {score}"
     except Exception as failure:  # RecBole's models fail in any way
         error, where, lacks = in_a_line(failure), traceback.format_exc(), _lacks_memory(failure)
+        failed = Trial(number, values, None, clock.spent()[0], error)
         if lacks and not alone:
-            return Trial(number, values, None, clock.spent()[0], error)
+            return failed
         if _is_of_machine(failure) and not lacks:
             if "device-side assert" in error:  # the values' fault, but this process can do no more on its GPU
-                _keep(file, config, Trial(number, values, None, clock.spent()[0], error), None, where)
+                _keep(file, config, failed, None, where)
             if isinstance(failure, UserError):
                 raise
             raise MachineError(
-                f"--model={config['model']}: a trial was stopped by {in_a_line(failure)}. Mend that and give the same "
-                "command again; finished trials are kept."
+                f"--model={config['model']}: a trial was stopped by {error}. Mend that and give the same command "
+                "again; finished trials are kept."
             ) from failure
     done = Trial(number, values, None if error else score, clock.spent()[0], error)
     _keep(file, config, done, found.get("best_valid_result"), where)
@@ -103,9 +105,8 @@ def _is_of_machine(error: BaseException) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether there was too little, of a GPU's or of the machine's; torch has no type for some of it."""
-    kinds, words = (MemoryError, torch.OutOfMemoryError), ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return any(isinstance(one, kinds) or any(w in str(one) for w in words) for one in _causes(error))
+    """Whether there was too little, for a pass or, as cuBLAS tells it, to begin with."""
+    return any(is_out_of_memory(one) or "ALLOC_FAILED" in str(one) for one in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
