@@ -17,6 +17,7 @@ from recbole_llm.llm.prompt_cache import cannot_go_on
 from recbole_llm.llm.sharded import is_sharded
 from recbole_llm.llm.title_trie import title_trie
 from recbole_llm.llm.types import CausalLM
+from recbole_llm.read_keys import asked_modes
 from recbole_llm.scoring import candidate_logps
 from recbole_llm.title_scores import TitleScores, title_scores
 from recbole_llm.topk_search import Found, SearchStats
@@ -35,6 +36,11 @@ def users_at_once(token_budget: int, longest: int, device: torch.device) -> int:
         device: of the model.
     """
     return max(1, min(USERS_AT_ONCE["cuda" if device.type == "cuda" else "cpu"], KEPT * token_budget // 2 // longest))
+
+
+def users_together(config: Config) -> int:
+    """Users of a batch of an evaluation: more where searches share passes, and one that ends makes room for others."""
+    return 64 if config["full_ranking"] == "exact_topk" and "full" in asked_modes(config) else 16
 
 
 def check_search(config: Config, model: CausalLM) -> None:

@@ -11,10 +11,9 @@ from recbole_llm.catalogue import MOST_NODES, MOST_SHARE
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.prompt import Prompt, Window
-from recbole_llm.full_ranking import KEPT, users_at_once
+from recbole_llm.full_ranking import KEPT, users_at_once, users_together
 from recbole_llm.llm.logps import TARGETS_AT_ONCE
 from recbole_llm.llm.title_trie import TitleTrie, title_trie
-from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.plan_counts import Work, passes_of, sum_work
 from recbole_llm.read_keys import reranks
 from recbole_llm.scoring import candidate_chunks
@@ -34,7 +33,7 @@ def eval_work(
     """
     name = "validation" if rows.split == "valid" else rows.split
     fitted = _histories(config, prompt, rows, context)
-    groups = list(rows.batches_by_history(LLMRanker.users_at_once, config["MAX_ITEM_LIST_LENGTH"]))
+    groups = list(rows.batches_by_history(users_together(config), config["MAX_ITEM_LIST_LENGTH"]))
     if rows.mode == "full" and config["full_ranking"] != "rerank":
         search = config["full_ranking"] == "exact_topk"
         seen = [tuple(sorted(map(int, rows.hidden_of(row)))) if search else () for row in range(len(rows))]

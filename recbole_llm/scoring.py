@@ -41,11 +41,12 @@ def candidate_logps(
         For each user ``[C]``, nats, in the order of the candidates.
     """
     keys = [_question(prompt, history, items) for history, items in zip(histories, candidates, strict=True)]
+    first = _first_of_equal_answers(prompt, candidates)
     asked: dict[tuple[int, ...], dict[int, int]] = {}  # question -> item -> its place among the answers
     for key, items in zip(keys, candidates, strict=True):
         places = asked.setdefault(key, {})
         for item in items:
-            places.setdefault(item, len(places))
+            places.setdefault(first[item], len(places))
     told = {key: history for key, history in zip(keys, histories, strict=True)}
     goes_on = cannot_go_on(model) is None and not isinstance(prompt, PairPrompt)
     parts: dict[tuple[int, ...], list[torch.Tensor]] = {key: [] for key in asked}
@@ -60,7 +61,16 @@ def candidate_logps(
     for key, logps in zip(owners, completion_logps(model, trees, token_budget=token_budget), strict=True):
         parts[key].append(logps)
     whole = {key: torch.cat(found) for key, found in parts.items()}
-    return [whole[key][[asked[key][i] for i in items]] for key, items in zip(keys, candidates, strict=True)]
+    return [whole[key][[asked[key][first[i]] for i in items]] for key, items in zip(keys, candidates, strict=True)]
+
+
+def _first_of_equal_answers(prompt: Prompt | PairPrompt, candidates: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Item -> the item that is scored in its place: some tokenizers read different titles alike, which then tie."""
+    items = dict.fromkeys(item for asked in candidates for item in asked)
+    if isinstance(prompt, PairPrompt):
+        return {item: item for item in items}
+    first: dict[tuple[int, ...], int] = {}
+    return {item: first.setdefault(tuple(prompt.answers[item]), item) for item in items}
 
 
 def _below_one_prompt(

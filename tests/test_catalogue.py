@@ -340,6 +340,19 @@ def test_a_kept_prompt_is_tried_when_the_llm_is_loaded(
         torch.testing.assert_close(logps, expected[1:], atol=1e-4, rtol=0)
 
 
+def test_titles_that_are_the_same_tokens_tie_among_candidates(tiny: dict[str, Any]) -> None:
+    """Of each user, whoever else is asked for the other; rounding must not order them."""
+    model = ranker(full(tiny, "exact"))
+    model.prompt.answers = [*model.prompt.answers[:7], *[model.prompt.answers[3]] * 3, *model.prompt.answers[10:]]
+    asked = [[8, 1, 2, 3, 9], [1, 9, 2], [7, 5, 3]]
+    for budget in (16, 4096):
+        first, second, third = candidate_logps(
+            model.policy, model.prompt, [[3, 4], [3, 4], [5]], asked, token_budget=budget
+        )
+        assert first[0] == first[3] == first[4] == second[1] and third[0] == third[2]
+        assert len({*first.tolist()}) == 3 and first[1] == second[0]
+
+
 def test_other_attention_scores_the_whole_catalogue_too(tiny: dict[str, Any]) -> None:
     one, other = (
         run_recbole_llm(config_dict=full(tiny, "exact", attention=kind, finetune="none")) for kind in ("auto", "sdpa")

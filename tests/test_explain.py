@@ -23,8 +23,9 @@ from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt
 from recbole_llm.data.template import load_template
 from recbole_llm.errors import ConfigError, UserError
-from recbole_llm.explain import command, faithful_users
-from recbole_llm.explain.explain import _rounding, explain_user
+from recbole_llm.explain import agreement, command, faithful_users
+from recbole_llm.explain.agreement import agrees
+from recbole_llm.explain.explain import explain_user
 from recbole_llm.explain.explanation import Explanation
 from recbole_llm.explain.faithfulness import SIZES, Deletion, deletion_tests, influences, over_users
 from recbole_llm.explain.finished_run import FinishedRun
@@ -783,7 +784,12 @@ def test_wrong_keys_are_told_together(dpo: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranked", "explained_in", "most"),
-    [("float32", "float32", 1e-3), ("bfloat16", "float32", 0.1), ("float32", "bfloat16", 0.1)],
+    [
+        ("float32", "float32", 1e-3),
+        ("bfloat16", "bfloat16", 0.1),
+        ("bfloat16", "float32", 0.5),
+        ("float32", "bfloat16", 0.5),
+    ],
 )
 def test_the_looser_type_says_how_near_scores_must_be(
     finished: FinishedRun, monkeypatch: pytest.MonkeyPatch, ranked: str, explained_in: str, most: float
@@ -791,7 +797,56 @@ def test_the_looser_type_says_how_near_scores_must_be(
     """A GPU's run in half precision may be explained on a CPU."""
     monkeypatch.setitem(finished.record, "dtype", ranked)
     monkeypatch.setattr(finished.model, "llm", replace(finished.model.llm, dtype=explained_in))
-    assert _rounding(finished) == most
+    assert agreement._rounding(finished) == most
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [
+        ({"full_ranking": "rerank", "rerank_topk": 5, "score_norm": "pmi"}, "pmi"),
+        ({"full_ranking": "exact_topk", "topk": [3], "valid_metric": "NDCG@3", "score_norm": "mean"}, "mean"),
+    ],
+)
+def test_orders_without_scores(place: Path, given_settings: dict[str, Any], changes: dict[str, Any], unit: str) -> None:
+    """Re-ranking and a search tell an order: shown are the LLM's scores, and agreement goes by these."""
+    folder = run(place, given_settings, **changes, epochs=1, eval_args={"mode": {"valid": "uni9", "test": "full"}})
+    finished = FinishedRun(folder)
+    for user in users_of(folder)[:3]:
+        found = explain_user(finished, user, k=8)
+        assert found.agrees and found.k == (3 if unit == "mean" else 8)
+        history = finished.history(finished.row_of(user))
+        for title in found.titles:
+            item = int(np.flatnonzero(finished.item_tokens == title.item)[0])
+            alone = finished.answer_logps([()], [item])[0, 0]
+            wanted = title.logp / len(title.tokens) if unit == "mean" else title.logp - alone
+            assert title.score == pytest.approx(wanted, abs=1e-4)
+            assert title.score == pytest.approx(finished.scores(history, [item])[0], abs=1e-4)
+        row = finished.row_of(user)
+        ranked, target = finished.ranking(row), finished.rows.relevant[row].tolist()
+        order, own = ranked.items.tolist(), finished.scores(history, ranked.items.tolist())
+        for place_of in (0, 1, 2):  # were another title the target: its neighbours' ranks, as near as scores are
+            item = order[place_of]
+            assert agrees(finished, row, ranked, [item], place_of + 1)
+            gap = np.abs(own[: 3 if unit == "mean" else 5] - own[place_of])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("recbole_llm.explain.agreement.ROUNDING", float(gap.max()) + 1e-3)
+                assert agrees(finished, row, ranked, [item], 3)
+            # What comes behind a search's last is unknown: it may be as near as can be.
+            assert agrees(finished, row, ranked, [item], len(order)) == (unit == "mean" and place_of == 2)
+        assert agrees(finished, row, ranked, target, found.stored_rank)
+
+
+def test_titles_in_several_passes(finished: FinishedRun) -> None:
+    """However few tokens a pass may have; the same log-probs."""
+    history, items = finished.history(0), list(range(1, 9))
+    model, asked = finished.model, [finished.history(0), finished.history(0)[2:]]
+    whole, parts = (
+        answer_token_logps(model.policy, model.prompt, asked, items, token_budget=tokens) for tokens in (4096, 8)
+    )
+    assert len(history) > 2 and len(parts) == 2 and len(parts[0]) == len(items)
+    for some, other in zip(whole, parts, strict=True):
+        for one, two in zip(some, other, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
 
 def test_what_moves_the_order_is_in_its_unit(explained: Explanation) -> None:

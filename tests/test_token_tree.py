@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from recbole_llm.llm.attention import additive_mask
-from recbole_llm.llm.logps import batch_logps, completion_logps
+from recbole_llm.llm.logps import batch_logps, completion_logps, token_logps
 from recbole_llm.llm.tiny import tiny_llm
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder, batch_trees, batches_by_budget
 
@@ -147,3 +150,18 @@ def test_batches_keep_to_the_budget(sizes: list[int], budget: int) -> None:
     # No two groups could be one.
     totals = sorted(sum(sizes[i] for i in group) for group in groups)
     assert len(totals) < 2 or totals[0] + totals[1] > budget
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sure_tokens_in_half_precision(dtype: torch.dtype) -> None:
+    """As log-softmax of the rounded logits has them, none above 0; the gradient is that of the product."""
+    torch.manual_seed(0)
+    head = nn.Linear(64, 500, bias=False).to(dtype).requires_grad_(False)
+    target = torch.arange(200)
+    hidden = (8 * head.weight[target] / head.weight[target].norm(dim=1, keepdim=True) ** 2 * 2.5).requires_grad_()
+    ours = token_logps(hidden, target, target, head, SimpleNamespace())
+    plain = head(hidden).float().log_softmax(-1)[target, target]
+    assert ours.max() <= 0 and plain.detach().exp().median() > 0.99
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+    (mine,), (wanted,) = (torch.autograd.grad(logps.sum(), hidden, retain_graph=True) for logps in (ours, plain))
+    torch.testing.assert_close(mine, wanted, atol=2e-2, rtol=2e-2)

@@ -13,6 +13,7 @@ import numpy as np
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
+from recbole_llm.explain.agreement import agrees
 from recbole_llm.explain.explanation import Explanation, Influence, Title
 from recbole_llm.explain.faithfulness import Deletion, deletion_tests, influences
 from recbole_llm.explain.finished_run import FinishedRun
@@ -21,10 +22,6 @@ from recbole_llm.explain.notes import run_notes
 from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.ranked import Ranked
 from recbole_llm.read_keys import reranks
-
-# Scores of one row alone and of the same row in a batch differ by this much at most (nats, or nats a token).
-ROUNDING = {"float32": 1e-3}
-HALF_ROUNDING = 0.1
 
 
 def explain_user(
@@ -35,7 +32,7 @@ def explain_user(
     Args:
         run: the finished run.
         user: token of a test user.
-        k: how many titles of the top.
+        k: how many titles of the top; of a search those that it found at most.
         item: token of one more item to explain.
         baseline: a run folder to read the target's rank from; None = those beside the run.
 
@@ -47,6 +44,7 @@ def explain_user(
     others = other_ranks(run.folder, run.record, user, " ".join(run.rows.target_tokens(row)), baseline)
     also = [] if item is None else [_item_id(run, row, item)]
     history, ranked = run.history(row), run.ranking(row)
+    k = min(k, run.ordered(ranked))
     relevant = list(dict.fromkeys(run.rows.relevant[row].tolist()))
     roles = _roles(int(ranked.items[0]), min(relevant, key=lambda i: ranked.rank([i]) or math.inf), also)
     shown = _shown(run, row, [*ranked.items[:k].tolist(), *roles])
@@ -61,19 +59,14 @@ def explain_user(
         prompt_tokens=tuple(decode([token]) for token in trunk),
         answers=len(ranked.items),
         titles=tuple(titles.values()),
-        k=min(k, len(ranked.items)),
+        k=k,
         stored_rank=stored,
-        agrees=ranked.may_be(relevant, stored, _rounding(run)),
+        agrees=agrees(run, row, ranked, relevant, stored),
         reference=None if run.lacks_reference else run.reference_name,
         others=tuple(others),
         influences=_influences(run, row, history, titles, roles),
         notes=tuple(run_notes(run, row, others)),
     )
-
-
-def _rounding(run: FinishedRun) -> float:
-    """How far scores may be off: a run of a GPU may have ranked in half precision, where a CPU explains it."""
-    return max(ROUNDING.get(dtype, HALF_ROUNDING) for dtype in (run.record["dtype"], run.model.llm.dtype))
 
 
 def _item_id(run: FinishedRun, row: int, item: str) -> int:
@@ -119,18 +112,19 @@ def _prompt_tokens(run: FinishedRun, history: History, shown: list[int]) -> list
 def _titles(run: FinishedRun, row: int, history: History, ranked: Ranked, shown: list[int]) -> dict[int, Title]:
     """Item -> its title as the LLM scores it."""
     (logps,) = run.token_logps([history], shown)
+    scores = run.normed(np.array([float(mine.double().sum()) for mine in logps]), shown)
     answers, decode = question(run.model.prompt, shown).answers, run.model.llm.tokenizer.decode
     titles = [
         Title(
             item=str(run.item_tokens[item]),
             text=run.model.texts[item],
             rank=ranked.rank([item]),
-            score=ranked.score(item),
+            score=None if ranked.score(item) is None else float(score),
             tokens=tuple(decode([token]) for token in answer),
             logps=tuple(mine.tolist()),
             is_target=item in run.rows.relevant[row],
         )
-        for item, answer, mine in zip(shown, answers, logps, strict=True)
+        for item, answer, mine, score in zip(shown, answers, logps, scores, strict=True)
     ]
     return dict(zip(shown, _against_reference(run, row, history, shown, titles), strict=True))
 

@@ -18,7 +18,8 @@ class Title:
 
     Attributes:
         item, text: its token in the data, and what the LLM reads.
-        rank, score: in the row, ties at their mean; None where it is no answer there.
+        rank: in the row, ties at their mean; None where it is no answer there.
+        score: the LLM's own, by ``score_norm``, also where its order is mixed or cut; None where it is no answer.
         tokens, logps: of its answer, end included ``[T]``; nats.
         reference_logp: its answer's log-prob by the reference, nats; None without one.
         reference_rank: likewise.

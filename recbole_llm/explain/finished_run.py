@@ -27,6 +27,7 @@ from recbole_llm.model.llmranker import LLMRanker
 from recbole_llm.read_keys import reranks
 from recbole_llm.recommender import train_recommender
 from recbole_llm.run_log import explained
+from recbole_llm.scoring import normalise
 from recbole_llm.transfer import eval_config_of
 
 
@@ -181,6 +182,24 @@ class FinishedRun(LLMEvaluation):
         """Log-probs of whole answers ``[H, I]``, nats."""
         found = self.token_logps(histories, items, show_progress)
         return np.array([[float(logps.double().sum()) for logps in row] for row in found])
+
+    def normed(self, logps: np.ndarray, items: Sequence[int]) -> np.ndarray:
+        """Scores of titles from their log-probs ``[I]``, by ``score_norm``, whatever re-ranks them afterwards."""
+        norm, found = self.config["score_norm"], torch.as_tensor(logps)
+        if norm == "pmi":
+            return (found - torch.as_tensor(self.answer_logps([()], items)[0])).numpy()
+        return normalise(found, items, self.model.prompt, norm, None).numpy()
+
+    def scores(self, history: History, items: Sequence[int]) -> np.ndarray:
+        """``normed`` of items after a history ``[I]``."""
+        return self.normed(self.answer_logps([history], items)[0], items)
+
+    def ordered(self, ranked: Ranked) -> int:
+        """How many of a row's answers have a place of their own: those behind the top K of exact_topk all tie."""
+        most = max(self.config["topk"])
+        if self.rows.mode != "full" or self.config["full_ranking"] != "exact_topk" or len(ranked.items) <= most:
+            return len(ranked.items)
+        return int((ranked.scores > ranked.scores[-1]).sum())
 
     # ---- what it was before
 

@@ -13,6 +13,7 @@ from recbole_llm.data.prompt import Prompt
 from recbole_llm.llm.logps import completion_logps
 from recbole_llm.llm.token_tree import TokenTree, TreeBuilder
 from recbole_llm.progress import bar
+from recbole_llm.scoring import candidate_chunks
 
 History = tuple[int, ...]  # item ids, oldest first
 
@@ -60,11 +61,18 @@ def answer_token_logps(
         model: a causal LM in evaluation mode.
         histories: already cut to fit, repeats allowed.
         items: of a pair prompt its two candidates as they are listed.
-        token_budget: tokens of one forward pass; histories that do not fit one tree go into several.
+        token_budget: tokens of one forward pass; histories that do not fit one tree go into several, items too.
 
     Returns:
         For each history and item ``[T]``, nats, float32 on the CPU.
     """
+    chunks = candidate_chunks(prompt, max(histories, key=len), items, token_budget)
+    if len(chunks) > 1:
+        told = [
+            answer_token_logps(model, prompt, histories, chunk, token_budget=token_budget, show_progress=show_progress)
+            for chunk in chunks
+        ]
+        return [[logps for part in parts for logps in part] for parts in zip(*told, strict=True)]
     asked, distinct = question(prompt, items), sorted(set(histories))
     groups = _groups(prompt, distinct, asked.size(), token_budget)
     rows = []

@@ -91,8 +91,8 @@ def token_logps(
     if plain:
         normaliser = _LogSumExp.apply(hidden, head.weight, isinstance(head, OneDNNLinear) and head.suits(hidden))
         chunks = zip(row.split(TARGETS_AT_ONCE), target.split(TARGETS_AT_ONCE), strict=True)
-        logits = [(hidden[r].float() * head.weight[t].float()).sum(-1) for r, t in chunks]
-        return torch.cat(logits) - normaliser[row]
+        logits = torch.cat([(hidden[r].float() * head.weight[t].float()).sum(-1) for r, t in chunks])
+        return _rounded(logits, head.weight.dtype) - normaliser[row]
     parts, at_once = [], head_rows_at_once(hidden.device)
     for first in range(0, len(hidden), at_once):
         mine = (row >= first) & (row < first + at_once)
@@ -104,6 +104,15 @@ def token_logps(
     for mine, part in parts:
         logps = logps.masked_scatter(mine, part)
     return logps
+
+
+def _rounded(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a product of this dtype keeps of logits; the gradient is as before.
+
+    The normaliser is of such logits: where a token is sure, two roundings cancel, and one alone puts its log-prob
+    above 0.
+    """
+    return logits + (logits.to(dtype).float() - logits).detach()
 
 
 def _chunk_logps(

@@ -20,7 +20,7 @@ from recbole_llm.data.pair_prompt import PairPrompt, make_prompt
 from recbole_llm.data.prompt import Prompt, Window, plain_tokens
 from recbole_llm.data.template import load_template
 from recbole_llm.errors import UserError
-from recbole_llm.full_ranking import ExactRanking, check_search
+from recbole_llm.full_ranking import ExactRanking, check_search, users_together
 from recbole_llm.llm.budget import TokenBudget
 from recbole_llm.llm.pretrained import load_llm
 from recbole_llm.llm.sharded import is_sharded
@@ -69,7 +69,6 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
 
     input_type = InputType.POINTWISE
     trainer_class = LLMTrainer
-    users_at_once = 16
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
@@ -98,7 +97,7 @@ class LLMRanker(WindowPolicy, SequentialRecommender):
         self._remembered: dict[Any, torch.Tensor] | None = None
         if config["full_ranking"] == "exact_topk" and "full" in asked_modes(config):
             check_search(config, self.policy)
-            self.users_at_once = 64  # searches share passes, and one that ends makes room for the next
+        self.users_at_once = users_together(config)
         self.rank_items_of(self.read_items(config, dataset))
 
     def read_items(self, config: Config, dataset: Dataset) -> Catalogue:
