@@ -112,6 +112,13 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
         for key, default in keys.NOT_OF_LLMS.items()
         if settings.get(key, default) != default
     ]
+    negatives = settings.get("train_neg_sample_args")
+    drawn = isinstance(negatives, dict) and (negatives.get("distribution", "uniform"), negatives.get("sample_num", 1))
+    if drawn and drawn != ("uniform", 1):
+        problems.append(
+            f"--train_neg_sample_args={negatives}: the training of an LLM does not read it. Set --rejected and "
+            "--rejected_num; give it to the models that read it by per_model, or by --recommender_config."
+        )
     base = settings["rerank_model"]
     if base in OWN_MODELS:
         problems.append(
@@ -209,6 +216,8 @@ def _wrong_training(settings: Mapping[str, Any]) -> dict[str, bool]:
         "--fsdp=True: 4-bit weights cannot be spread over processes; drop --quantization, or --fsdp.": settings["fsdp"]
         and quantized,
         "--quantization: --llm=tiny cannot be quantised; leave it out.": quantized and settings["llm"] == "tiny",
+        "--dtype=float16: weights of this type become no numbers when they are trained themselves; set --dtype=float32 "
+        "or bfloat16, or --finetune=lora.": finetune == "full" and settings["dtype"] == "float16",
         "--learner=sparse_adam: gradients of an LLM are not sparse; use adamw.": str(settings["learner"]).lower()
         == "sparse_adam",
     }
@@ -226,5 +235,5 @@ def _wrong_switches(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--chosen_num={settings['chosen_num']}: {loss} takes one chosen item; set --loss=MultDPO.")
     most = settings["smoothing_max"] if settings["smoothing"] == "oracle" else settings["smoothing"]
     if settings["robust"] and np.float32(most) >= 0.5:  # the type of the loss
-        problems.append("--robust=True divides by 1 - 2 epsilon; set --smoothing_max=0.49, or a --smoothing below 0.5.")
+        problems.append("--robust=True divides by 1 - 2 epsilon; set --smoothing_max=0.4, or a --smoothing below 0.5.")
     return problems

@@ -78,8 +78,9 @@ def check_moved(model: WindowPolicy, before: Standing, stage: Stage, steps: int,
         return
     raise UserError(
         f"--{key}={stage.learning_rate:g}: {steps} steps of {stage.loss} trained nothing ({found}), and what was not "
-        "trained is not evaluated. The learning rate may be too small for the type of the weights, the windows may "
-        "hold nothing to learn from, or --lora_target_modules may name layers that this LLM does not use."
+        "trained is not evaluated. The learning rate may be too small for the type of the weights, --warmup_ratio may "
+        "leave it at 0, the windows may hold nothing to learn from, or --lora_target_modules may name layers that this "
+        "LLM does not use."
     )
 
 

@@ -207,15 +207,18 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
     settings = {key: _as_trained(config, key) for key in named_by}
-    selected_on = protocol.valid.digest if config["eval_step"] else None
+    # Histories too: settings that the stage does not read may change them.
+    asked = [protocol.valid.digest, [history.tolist() for history in protocol.valid.history]]
+    selected_on = content_hash(asked) if config["eval_step"] else None
     return _folder("SFT", config, settings, base, content_hash([w.told() for w in windows]), selected_on)
 
 
 def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     """``<checkpoint_dir>/stages/<loss>-<hash>`` of all that is read but how the trained model is asked."""
-    read = _sometimes(config, protocol)
+    read, others = _sometimes(config, protocol), [protocol.valid.digest]
     if {"oracle_model", "from_model"} & set(needed_recommenders(config)):  # which validate, whether or not we do
         read += ["recommender_config", "worker", "valid_metric", "metric_decimal_place"]
+        others.append(config["device"].type)  # a GPU trains another recommender
     chooses_by_text = "semantic" in config["rejected"].split("+")
     read += ["encoder"] if chooses_by_text else []
     left_out = NOT_IN_HASH | ASKS_TEST | LAST_BITS | unread(config.final_config_dict) | (SOMETIMES - set(read))
@@ -223,7 +226,7 @@ def preference_folder(config: Config, protocol: Protocol, base: str) -> Path:
     if chooses_by_text:
         settings["encoder weights"] = local_weights(config["encoder"])
     users = {int(user): list(map(int, items)) for user, items in protocol.training_sequences().items()}
-    return _folder(config["loss"], config, settings, base, users, protocol.valid.digest)
+    return _folder(config["loss"], config, settings, base, users, *others)
 
 
 def _folder(name: str, config: Config, settings: dict[str, Any], *others: Any) -> Path:

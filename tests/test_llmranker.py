@@ -344,6 +344,14 @@ def test_without_validation_the_last_epoch_counts(tiny: dict[str, Any]) -> None:
     assert len(record["stages"][0]["train_loss"]) == 2 and record["metrics"] == result["test_result"]
 
 
+def test_epochs_that_validation_never_sees_are_told(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    run_recbole_llm(config_dict={**tiny, "eval_step": 2, "epochs": 3})
+    assert "--eval_step=2: of 3 epochs the last 1 are never validated" in caplog.text
+    caplog.clear()
+    run_recbole_llm(config_dict={**tiny, "eval_step": 4, "epochs": 2})
+    assert "never validated" not in caplog.text
+
+
 def test_zero_shot_trains_nothing(tiny: dict[str, Any]) -> None:
     result = run_recbole_llm(config_dict={**tiny, "finetune": "none"})
     record = json.loads((Path(result["run_folder"]) / "result.json").read_text())

@@ -137,6 +137,18 @@ def test_several_chosen_are_the_target_and_those_that_follow() -> None:
 
 
 @pytest.mark.parametrize("family", ["stream", "instruct"])
+def test_several_chosen_are_different_titles(family: str) -> None:
+    """What is met again counts once; a position with fewer others behind it is left out, and what follows it too."""
+    prompt = make_prompt(load_template(family, PROPERTIES), TEXTS, tiny_llm()[1])
+    sequence = {1: [1, 2, 2, 3, 2, 4, 2, 2]}
+    told = training_windows(sequence, prompt, history=10, last=0, most_tokens=500, chosen=3)
+    pairs = [(window.items[t], also) for window in told for t, also in zip(window.targets, window.also, strict=True)]
+    assert pairs == [(2, (3, 4)), (2, (3, 4)), (3, (2, 4))]
+    alone = training_windows(sequence, prompt, history=10, last=0, most_tokens=500)
+    assert [w.items[t] for w in alone for t in w.targets] == [2, 2, 3, 2, 4, 2, 2]
+
+
+@pytest.mark.parametrize("family", ["stream", "instruct"])
 def test_several_chosen_equal_one_sequence_at_a_time(family: str) -> None:
     """Log-probs of target, also chosen and rejected titles equal those of plain sequences."""
     model, tokenizer = tiny_llm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,31 @@ def test_what_does_not_train_names_no_stage(pairs: dict[str, Any], shared: Any, 
 def test_what_trains_names_its_stage(pairs: dict[str, Any], shared: Any, changed: Any, sft_too: bool) -> None:
     before, after = stage_names({**pairs, **shared}), stage_names({**pairs, **shared, **changed})
     assert before[1] != after[1] and (before[0] != after[0]) == sft_too
+
+
+def test_validation_histories_name_the_sft_stage(pairs: dict[str, Any]) -> None:
+    """They select its epoch, and may differ where users, targets and candidates do not."""
+    config = LLMConfig(config_dict=pairs)
+    protocol = prepare_data(config)
+    names = [sft_folder(config, protocol, "base", []).name]
+    for eval_step in (1, 0):
+        config["eval_step"] = eval_step
+        for shorter in (False, True):
+            kept = [history[shorter:] for history in protocol.valid.history]
+            asked = replace(protocol, valid=replace(protocol.valid, history=kept))
+            names.append(sft_folder(config, asked, "base", []).name)
+    assert names[0] == names[1] != names[2] and names[3] == names[4]
+
+
+def test_the_device_of_recommenders_names_a_preference_stage(pairs: dict[str, Any]) -> None:
+    """A GPU trains another recommender, whose top is rejected; of uniform titles the device moves last bits alone."""
+    for rejected, same in (("uniform", True), ("from_model", False)):
+        config = LLMConfig(config_dict={**pairs, "rejected": rejected, "dtype": "float32", "token_budget": 512})
+        protocol, names = prepare_data(config), []
+        for device in ("cpu", "cuda:0"):
+            config.final_config_dict |= {"device": torch.device(device)}
+            names.append(preference_folder(config, protocol, "base").name)
+        assert (names[0] == names[1]) == same
 
 
 def test_processes_that_draw_negatives_name_a_run(toy: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ class RejectedItems:
         windows = [liked for w in windows if (liked := self.liked(w)).targets]
         if not windows:
             raise UserError(
-                f"--rating_threshold={self.config['rating_threshold']}: no training interaction is rated above it."
+                f"--rating_threshold={self.config['rating_threshold']}: no training position has liked items "
+                "to choose, rated above it and with a history before them."
             )
         for user in dict.fromkeys(w.user for w in windows):
             could = self._free(user)
@@ -137,9 +138,10 @@ class RejectedItems:
         return windows
 
     def _too_few(self, user: int, number: int) -> UserError:
+        instead = "set a smaller number" if number else "leave out users who met all items"
         return UserError(
             f"--rejected_num={self.number}: user {self.user_tokens[user]} has only {number} items that could be "
-            "rejected; set a smaller number."
+            f"rejected; {instead}."
         )
 
     def _disliked(self, user: int) -> np.ndarray:

@@ -30,22 +30,29 @@ def training_windows(
         history: items of history at most (RecBole's MAX_ITEM_LIST_LENGTH).
         last: train only the last so many positions of a user; 0 = all.
         most_tokens: tokens of a prompt with its answer at most; oldest items go first.
-        chosen: items chosen for each position, the target and those after it; positions with fewer are left out.
+        chosen: items chosen for each position, the target and the next others after it, each once; positions with
+            fewer are left out.
     """
     windows: list[Window] = []
     longest = max(map(len, prompt.answers))
     for user, sequence in sequences.items():
         all_items = tuple(int(i) for i in sequence)
-        items = all_items[: max(0, len(all_items) - chosen + 1)]
+        # Before an item that is followed by enough others each item is, too.
+        items = tuple(item for at, item in enumerate(all_items) if len(_also(all_items, at, chosen)) == chosen - 1)
         first = max(1, len(items) - last) if last else 1
         if prompt.every_position:
             windows += _stretches(user, items, first, history, prompt, most_tokens - longest, all_items, chosen)
         else:
             for target in range(first, len(items)):
                 kept = prompt.fit(items[max(0, target - history) : target], most_tokens)
-                also = (all_items[target + 1 : target + chosen],)
+                also = (_also(all_items, target, chosen),)
                 windows.append(Window(user, (*kept, items[target]), (len(kept),), also=also))
     return windows
+
+
+def _also(items: tuple[int, ...], at: int, chosen: int) -> tuple[int, ...]:
+    """What is chosen beside the item at a place: the next ``chosen - 1`` others, or as many as there are."""
+    return tuple(item for item in dict.fromkeys(items[at + 1 :]) if item != items[at])[: chosen - 1]
 
 
 def _stretches(
@@ -66,7 +73,7 @@ def _stretches(
         while start < end - 1 and len(prompt.trunk(items[start:end])) > room:
             start += 1
         targets = tuple(t for t in range(1, end - start + 1) if start + t >= first)
-        also = tuple(all_items[start + t + 1 : start + t + chosen] for t in targets)
+        also = tuple(_also(all_items, start + t, chosen) for t in targets)
         windows.append(Window(user, items[start : end + 1], targets, also=also))
         end = start
     return windows[::-1]
