@@ -28,9 +28,10 @@ PACKAGES = (
     "scipy",
     "safetensors",
     "tokenizers",
+    "scikit-learn",
 )
 # What a bug report names beside them; no result depends on these, and so no run's name does.
-ALSO = ("huggingface_hub", "scikit-learn", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
+ALSO = ("huggingface_hub", "gguf", "tensorboard", "tabulate", "tqdm", "psutil", "pyyaml", "wandb")
 ONLY_SHOWS = ("report/", "cli.py", "explain/", "plan", "preview.py", "progress.py", "__main__.py")
 
 

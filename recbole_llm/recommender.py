@@ -132,15 +132,23 @@ def recommender_config(config: LLMConfig, name: str) -> LLMConfig:
         ConfigError: what is wrong with ``recommender_config`` for this model.
     """
     shared = {k: v for k, v in shared_settings(config).items() if k not in ("log_wandb", "look_alikes", "encoder")}
-    # It is never tested, so how the test asks must not name it: runs that differ in that share it.
-    if not _test_draws_users(config):
-        asked = config["eval_args"]["mode"]["valid"]
-        shared["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
     metric, _, top = config["valid_metric"].partition("@")
     shared |= {"metrics": [metric], "topk": [int(top)] if top else config["topk"]}
+    own = config["recommender_config"] or {}
+    return LLMConfig(name, config["dataset"], None, {**shared, **never_tested(config), **own})
+
+
+def never_tested(config: LLMConfig) -> dict[str, Any]:
+    """Settings of what is validated alone: how the test asks must not name it, so that runs that differ in that share
+    it.
+    """
+    found: dict[str, Any] = {}
+    if not _test_draws_users(config):
+        asked = config["eval_args"]["mode"]["valid"]
+        found["eval_args"] = {**config["eval_args"], "mode": {"valid": asked, "test": asked}}
     if config["valid_users"] and not config["disjoint_users"]:  # where who is tested says who is not validated
-        shared["eval_users"] = config["valid_users"]
-    return LLMConfig(name, config["dataset"], None, {**shared, **(config["recommender_config"] or {})})
+        found["eval_users"] = config["valid_users"]
+    return found
 
 
 def _test_draws_users(config: LLMConfig) -> bool:

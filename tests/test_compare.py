@@ -389,6 +389,37 @@ def test_table_that_cannot_be_written(toy: dict[str, Any], monkeypatch: pytest.M
     assert list(Path(toy["checkpoint_dir"]).glob("Pop-*/result.json"))
 
 
+@pytest.mark.parametrize("name", ["table.tex", "report.html", "plots/cost.pdf"])
+def test_files_of_something_else_are_not_overwritten(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "paper" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=f"--out=.*: {name} there would be overwritten"):
+        compare("Pop", None, {**toy, "out": str(tmp_path / "paper")})
+    assert file.read_text() == "mine" and not list(tmp_path.glob("saved/Pop*"))
+
+
+def test_what_an_earlier_comparison_left_goes(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Its trials and plots, where this one has none; the user's own files stay."""
+    out = tmp_path / "out"
+    compare("BPR", None, {**toy, "out": str(out), "tune": 2, "epochs": 1, "plots": True})
+    (out / "notes.txt").write_text("mine")
+    (out / "plots" / "mine.png").write_text("mine")
+    assert (out / "trials.csv").is_file() and (out / "plots" / "metric.png").is_file()
+    compare("Pop", None, {**toy, "out": str(out), "plots": False})
+    assert not (out / "trials.csv").exists() and (out / "notes.txt").is_file()
+    assert [file.name for file in (out / "plots").iterdir()] == ["mine.png"]
+
+
+def test_lines_of_the_same_runs_and_a_baseline_that_failed_are_told(toy: dict[str, Any]) -> None:
+    told = compare(
+        ["BPR[learning_rate=1e30]", "Pop", "Pop[]"], None, {**toy, "epochs": 2, "train_batch_size": 64, "plots": False}
+    )
+    assert "Pop and Pop[] are the same runs, and count twice." in told["markdown"]
+    assert "No test against BPR[learning_rate=1e30]: no run of it finished." in told["markdown"]
+    assert "are the same runs" not in compare("Pop,BPR", None, {**toy, "epochs": 1, "plots": False})["markdown"]
+
+
 def test_seeds_and_out(toy: dict[str, Any], tmp_path: Path) -> None:
     """One run a seed; the table has their mean and spread, by hand; the folder is the one asked for."""
     done = compare("Pop,BPR", None, {**toy, "seeds": "1,2,3", "out": str(tmp_path / "DIR"), "epochs": 2})

@@ -308,4 +308,6 @@ def test_code_that_changed_meanwhile_is_told(toy: dict[str, Any], tmp_path: Path
     asked = jobs._asked(cell, 1) | {"folder": str(cell.folder.with_name("Pop-toy-0123456789"))}
     error = jobs.run_apart(asked)
     assert error is not None and "changed since the comparison began" in error
+    here = jobs.run_once(cell.folder.with_name("Pop-toy-0123456789"), "Pop", "toy", cell.settings)
+    assert here == error
     assert not list(tmp_path.glob("saved/*/result.json"))

@@ -170,3 +170,23 @@ def grid_of(lines: list[str], given: dict[str, Any]) -> tuple[list[Cell], Option
     entries = parse_models(lines)
     options, shared = split_options(given)
     return cells(entries, options, shared), options
+
+
+def test_how_the_test_asks_names_no_trial(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Other modes, test users or harm metrics read the trials that are there, a mode that cannot be asked too."""
+    toy |= {"tune": 3, "out": "out", "plots": False, "epochs": 1, "valid_users": 9, "eval_users": 8}
+    toy["eval_args"] = {"mode": {"valid": "uni9", "test": "uni9"}}
+    compare("BPR", None, toy)
+    before = {file.name for file in Path(toy["checkpoint_dir"]).glob("trials/*.json")}
+    assert len(before) == 3
+    capsys.readouterr()
+    for changed in ({"modes": "uni999,full"}, {"modes": "uni5"}, {"eval_users": 10}, {"look_alikes": 5}):
+        done = compare("BPR", None, {**toy, **changed})
+        assert {file.name for file in Path(toy["checkpoint_dir"]).glob("trials/*.json")} == before
+        assert "no trial succeeded" not in done["markdown"]
+    assert {file.name for file in Path("out").glob("*.csv")} == {"table.csv", "tests.csv", "trials.csv"}
+
+
+def test_what_nothing_searches_is_told(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    compare("Pop", None, {**toy, "search": "nowhere.yaml", "tuned_from": {"BPR": "Pop"}, "plots": False})
+    assert "--search and --tuned_from: nothing is searched without --tune; passed over." in capsys.readouterr().out

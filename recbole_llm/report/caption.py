@@ -59,8 +59,17 @@ def caption(
             f"metric, significant below {options.alpha:g}: {_marks(against, letters)}"
         )
         parts += _two_sided(columns, options)
+    parts += [f"{told} are the same runs, and count twice." for told in _same(results)]
     parts += [*untested(columns, tests), "Best in bold, second underlined."]
     return " ".join(parts)
+
+
+def _same(results: Results) -> list[str]:
+    """Lines of the very same runs, apart by what nothing reads."""
+    by_runs: dict[tuple[str, ...], list[str]] = {}
+    for line in results.finished:
+        by_runs.setdefault(tuple(run["run_hash"] for run in line.runs), []).append(line.label)
+    return [" and ".join(labels) for labels in by_runs.values() if len(labels) > 1]
 
 
 def untested(columns: Sequence[str], tests: pd.DataFrame) -> list[str]:

@@ -23,6 +23,7 @@ from recbole_llm.report.formats import html_table, latex_file, markdown
 from recbole_llm.report.grid import Cell, cells
 from recbole_llm.report.jobs import run_cells
 from recbole_llm.report.page import page
+from recbole_llm.report.plot_files import drop_plots, plots_in
 from recbole_llm.report.report import report
 from recbole_llm.report.results import GENERATED, Results, collect
 from recbole_llm.report.significance import baselines, check_resamples, comparisons
@@ -32,6 +33,7 @@ from recbole_llm.report.tune import Tuned, trials_frame, tuned_frame
 from recbole_llm.report.tune_lines import builds_on, check_tuned_from, tune_all
 from recbole_llm.transfer import eval_config_of
 
+WRITTEN = ("table.md", "table.tex", "table.csv", "tests.csv", "table.html", "costs.md", "report.html")
 TUNED = (
     "Every model had as many trials as its space holds, up to the same number, on validation alone (docs/tuning.md)."
 )
@@ -88,7 +90,7 @@ def _check_names(entries: Sequence[Entry], options: Options) -> None:
 
 
 def _check_out(options: Options) -> None:
-    """Raises ConfigError where no tables can be written."""
+    """Raises ConfigError where no tables can be written, or where files of the same names are of something else."""
     if not options.out:  # beside the runs, which try their folders
         return
     folder = Path(options.out)
@@ -97,6 +99,15 @@ def _check_out(options: Options) -> None:
         raise ConfigError([f"--out={options.out}: {there} is a file; name a folder."])
     if not os.access(there, os.W_OK):
         raise ConfigError([f"--out={options.out}: {there} cannot be written to; name another folder."])
+    others = [name for name in WRITTEN if (folder / name).exists()]
+    others += [f"plots/{name}" for name in plots_in(folder / "plots")]
+    if others and not (folder / "table.json").exists():
+        raise ConfigError(
+            [
+                f"--out={options.out}: {', '.join(others)} there would be overwritten, and no comparison left them; "
+                "name another folder, or move them away."
+            ]
+        )
 
 
 def _check_metrics(grid: Sequence[Cell], options: Options) -> None:
@@ -169,9 +180,12 @@ def write_comparison(
     comparison = Comparison(grid, records, every, tests, against, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # First: it says whose the others are, should this be stopped before the last.
+        write_json(folder / "table.json", frames.as_json(every, tests, options.resamples))
         for name, text in texts.items():
             write_text(folder / name, text)
-        write_json(folder / "table.json", frames.as_json(every, tests, options.resamples))
+        if not searched:  # of a comparison that was tuned
+            (folder / "trials.csv").unlink(missing_ok=True)
         plots = _plots(every, options, folder)
         files = [*texts, "table.json"]
         write_text(folder / "report.html", report(comparison, tables, costs, plots, folder, files))
@@ -207,6 +221,7 @@ def _searches(tuned: Sequence[tuple[str, str, Tuned]], options: Options) -> tupl
 def _plots(every: Sequence[Results], options: Options, folder: Path) -> list[Any]:
     """Drawn and saved, or none."""
     if not options.plots:
+        drop_plots(folder / "plots")
         return []
     from recbole_llm.report.plot import save_plots  # matplotlib takes a second to load, and no run needs it
 

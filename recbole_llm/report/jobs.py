@@ -9,12 +9,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError, UserError
 from recbole_llm.files import make_stage_folder, only_here
 from recbole_llm.progress import WholeRun
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.report.apart import Children, Outcome, apart, in_processes, threads_each
 from recbole_llm.report.grid import Cell
+from recbole_llm.run_folder import run_folder_of
 
 CONNECT_SECONDS = 20
 RETRIES = 3  # of a run whose worker died
@@ -97,11 +99,26 @@ def in_a_line(error: Exception) -> str:
 
 def run_once(folder: Path, model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
     """Do a run unless another process does it meanwhile, which is waited for; what went wrong in one line, or None."""
+    what = (model, dataset, settings)
     try:
         with only_here(folder):
-            return None if _finished(folder) else run_or_error(model, dataset, settings)
+            return None if _finished(folder) else _changed(folder, *what) or run_or_error(*what)
     except (UserError, OSError) as error:  # no folder, or none that can be written
         return in_a_line(error)
+
+
+def _changed(folder: Path, model: str, dataset: str | None, settings: dict[str, Any]) -> str | None:
+    """Why the run would land in another folder than the one that is waited for; None where it would not."""
+    try:
+        config = LLMConfig(model, settings.get("dataset", dataset), None, settings)
+    except UserError:
+        return None  # told by the run
+    if run_folder_of(config).name == folder.name:
+        return None
+    return (
+        "the code, the data or a package changed since the comparison began (give the same command again), or this "
+        "worker computes on another kind of device"
+    )
 
 
 def _asked(cell: Cell, threads: int | None) -> dict[str, Any]:

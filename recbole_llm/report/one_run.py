@@ -12,12 +12,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.config import LLMConfig
-from recbole_llm.errors import UserError
 from recbole_llm.files import write_json
 from recbole_llm.report.jobs import run_once
 from recbole_llm.report.trials import trial_once
-from recbole_llm.run_folder import run_folder_of
 
 
 def main(asked: Path, outcome: Path) -> None:
@@ -28,22 +25,8 @@ def main(asked: Path, outcome: Path) -> None:
         error = trial_once(told["model"], told["dataset"], told["settings"], told["values"])
     else:
         folder = Path(told["folder"])
-        error = _changed(told, folder) or run_once(folder, told["model"], told["dataset"], told["settings"])
+        error = run_once(folder, told["model"], told["dataset"], told["settings"])
     write_json(outcome, {"error": error})
-
-
-def _changed(told: dict[str, Any], folder: Path) -> str | None:
-    """Why the run would land in another folder than the one that is waited for; None where it would not."""
-    try:
-        config = LLMConfig(told["model"], told["settings"].get("dataset", told["dataset"]), None, told["settings"])
-    except UserError:
-        return None  # told by the run
-    if run_folder_of(config).name == folder.name:
-        return None
-    return (
-        "the code, the data or a package changed since the comparison began (give the same command again), or this "
-        "worker computes on another kind of device"
-    )
 
 
 def _end_with_parent() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from matplotlib.lines import Line2D
 from recbole_llm.report import plot_data
 from recbole_llm.report.entries import Options
 from recbole_llm.report.plot_curves import TRAIT_TEXTS, few_shot, training, users
+from recbole_llm.report.plot_files import drop_plots
 from recbole_llm.report.plot_marks import INTERVAL, legend_of, magnitudes, point, spoken, titles, whisker
 from recbole_llm.report.plot_style import (
     CHARACTER,
@@ -29,7 +29,6 @@ from recbole_llm.report.results import Results, metric_name
 from recbole_llm.report.table import primary_metric
 
 LABEL_WIDTH = 26  # characters
-OURS = re.compile(r"(metric|few_shot|cost|history_length|item_popularity|popularity_lift|training-\d+)\.(png|pdf)")
 
 
 def save_plots(every: Sequence[Results], options: Options, folder: Path) -> list[Plot]:
@@ -39,9 +38,7 @@ def save_plots(every: Sequence[Results], options: Options, folder: Path) -> list
         plots = list(draw(every, options))
         for plot in plots:
             save(plot.figure, folder, plot.name)
-    for old in folder.iterdir():  # of a comparison that had more data
-        if OURS.fullmatch(old.name) and old.stem not in {plot.name for plot in plots}:
-            old.unlink()
+    drop_plots(folder, {plot.name for plot in plots})
     return plots
 
 

@@ -68,6 +68,7 @@ def results_table(
     told = caption(results, columns, tests, tested, options, used)
     lacks = [m for m in options.table_metrics or () if results.records and m.lower() not in map(str.lower, columns)]
     notes = [f"{m}: not every run has it." for m in lacks] + _notes(results)
+    notes += [f"No test against {b}: no run of it finished." for b in against if results.finished and b not in tested]
     return Table(f"results-{number}", results.title, told, header, rows, notes=notes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from recbole_llm.config import LLMConfig
 from recbole_llm.errors import ConfigError
 from recbole_llm.progress import guessed_seconds, told_time
+from recbole_llm.recommender import never_tested
 from recbole_llm.report.ahead import Search, trials_ahead
 from recbole_llm.report.entries import Entry, Options
 from recbole_llm.report.grid import Cell, Setting
@@ -34,6 +35,9 @@ def tune_all(
         ConfigError: search spaces of all lines that are wrong, before the first trial.
     """
     if not options.tune:
+        unread = [f"--{key}" for key in ("search", "tuned_from") if getattr(options, key)]
+        if unread:
+            print(f"[tune] {' and '.join(unread)}: nothing is searched without --tune; passed over.", flush=True)
         return {}, []
     first: dict[Key, Cell] = {}
     for cell in grid:
@@ -75,7 +79,18 @@ def _search(cell: Cell, taken: dict[str, Any], options: Options) -> Search:
     several = len(options.datasets or ()) > 1
     axes = replace(cell.setting, dataset=cell.setting.dataset if several else None, mode=None)
     label = replace(cell, setting=axes, seed=None).label
-    return Search(label, cell.entry.model, cell.setting.dataset, cell.settings | taken)
+    return Search(label, cell.entry.model, cell.setting.dataset, _without_test(cell, taken))
+
+
+def _without_test(cell: Cell, taken: dict[str, Any]) -> dict[str, Any]:
+    """A line's settings for its trials, which modes, numbers of test users and harm metrics of the test share."""
+    settings = cell.settings | taken
+    asked = {key: value for key, value in settings.items() if key != "look_alikes"} | never_tested(cell.config)
+    try:
+        LLMConfig(cell.entry.model, cell.setting.dataset, None, asked)
+    except ConfigError:  # what the test alone could use
+        return settings
+    return asked
 
 
 def _key(cell: Cell) -> Key:
