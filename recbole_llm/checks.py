@@ -112,13 +112,6 @@ def wrong_together(settings: Mapping[str, Any]) -> list[str]:
         for key, default in keys.NOT_OF_LLMS.items()
         if settings.get(key, default) != default
     ]
-    negatives = settings.get("train_neg_sample_args")
-    drawn = isinstance(negatives, dict) and (negatives.get("distribution", "uniform"), negatives.get("sample_num", 1))
-    if drawn and drawn != ("uniform", 1):
-        problems.append(
-            f"--train_neg_sample_args={negatives}: the training of an LLM does not read it. Set --rejected and "
-            "--rejected_num; give it to the models that read it by per_model, or by --recommender_config."
-        )
     base = settings["rerank_model"]
     if base in OWN_MODELS:
         problems.append(
