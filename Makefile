@@ -41,6 +41,8 @@ sbom: .venv-release/.ready ## dist/sbom.json: what a release stands on (CycloneD
 
 # Files of properties/compare, each laid over the one before, and a folder of results.
 compare = $(BIN)/recbole-llm compare --jobs=$(JOBS) --config_files="$(1:%=properties/compare/%.yaml)" --out=results/$(2)
+# The lines of full-llm-ml-100k.yaml that rank by themselves.
+FULL_LLM = "--models=Pop,ItemKNN,EASE,BPR,LLMRanker,LLMRanker[loss=DPO,rejected_num=1,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=DMPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=SDPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=RosePO,rejected=self_hard+semantic+popularity,smoothing=0.2,preference_learning_rate=0.0001,beta=1.0]"
 
 results: .venv/.ready ## the main tables of results/ (days on two cores; what is finished is kept): make results DATA=<folder with amazon-games/> JOBS=2
 	@test -d "$(DATA)/amazon-games" || { echo 'make results: DATA=<the folder that holds amazon-games/>' >&2; exit 2; }
@@ -60,8 +62,8 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,full-ml-100k,full-ml-100k)
 	$(call compare,full-ml-100k full-ranking-ml-100k,full-ranking-ml-100k)
 	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-ml-100k)
-	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-uni99) --modes=uni99 \
-	  "--models=Pop,ItemKNN,EASE,BPR,LLMRanker,LLMRanker[loss=DPO,rejected_num=1,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=DMPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=SDPO,preference_learning_rate=0.0003,beta=1.0],LLMRanker[loss=RosePO,rejected=self_hard+semantic+popularity,smoothing=0.2,preference_learning_rate=0.0001,beta=1.0]"
+	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-uni99) --modes=uni99 $(FULL_LLM)
+	$(call compare,full-ml-100k full-llm-ml-100k,full-llm-seed1) --modes=uni99,full --seeds=1 $(FULL_LLM)
 	$(call compare,transfer-to-games,transfer-to-games) --data_path=$(DATA)
 	$(call compare,transfer-to-films,transfer-to-films) --data_path=$(DATA)
 	$(call compare,model-size,model-size)
