@@ -68,7 +68,7 @@ def _same(results: Results) -> list[str]:
     """Lines of the very same runs, apart by what nothing reads."""
     by_runs: dict[tuple[str, ...], list[str]] = {}
     for line in results.finished:
-        by_runs.setdefault(tuple(run["run_hash"] for run in line.runs), []).append(line.label)
+        by_runs.setdefault(tuple(run.get("run_hash", line.label) for run in line.runs), []).append(line.label)
     return [" and ".join(labels) for labels in by_runs.values() if len(labels) > 1]
 
 
