@@ -45,6 +45,10 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(answer if status == 200 else refusal).encode()
         if not status:
             return
+        keep = {key: body.get(key) for key in ("model", "seed", "temperature", "top_p", "max_tokens")}
+        line = json.dumps({**keep, "status": status, "question": question})
+        with WRITES:  # before the answer, after which a test may end this process
+            print(line, flush=True)
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0")
@@ -52,10 +56,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-        keep = {key: body.get(key) for key in ("model", "seed", "temperature", "top_p", "max_tokens")}
-        line = json.dumps({**keep, "status": status, "question": question})
-        with WRITES:
-            print(line, flush=True)
 
     def log_message(self, *args: object) -> None:
         """Nothing."""
