@@ -176,11 +176,8 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
         same_everywhere("training windows", lambda: content_hash([w.told() for w in stage.windows]))
         self.stage, self.epochs, self.start_epoch, self.cur_step = stage, stage.epochs, 0, 0
         self.eval_step = min(self.config["eval_step"], stage.epochs)
-        if valid_data and self.eval_step and (unseen := stage.epochs % self.eval_step):
-            self.logger.warning(
-                f"--eval_step={self.eval_step}: of {stage.epochs} epochs the last {unseen} are never validated, so "
-                "they are trained and not kept; make the epochs a multiple of it."
-            )
+        if valid_data:
+            self._tell_unvalidated(stage)
         self.best_valid_score, self.best_valid_result = (-np.inf if self.valid_metric_bigger else np.inf), None
         self.train_loss_dict: dict[int, float] = {}  # RecBole keeps it by epoch, and each stage counts its own
         self.optimizer = self._build_optimizer(learning_rate=stage.learning_rate)
@@ -225,6 +222,13 @@ class LLMTrainer(WindowSteps, LLMEvaluation, Trainer):
             self._tell_standstill(stage, still)
         from_first(partial(self._end_stage, stage, record))
         return best, record
+
+    def _tell_unvalidated(self, stage: Stage) -> None:
+        if self.eval_step and (unseen := stage.epochs % self.eval_step):
+            self.logger.warning(
+                f"--eval_step={self.eval_step}: of {stage.epochs} epochs the last {unseen} are never validated, so "
+                "they are trained and not kept; make the epochs a multiple of it."
+            )
 
     def _schedule(self, steps: int) -> Any:
         """The learning rate over so many steps."""

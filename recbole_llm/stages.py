@@ -207,9 +207,9 @@ def sft_folder(config: Config, protocol: Protocol, base: str, windows: list[Wind
     """``<checkpoint_dir>/stages/SFT-<hash of everything that determines the stage>``."""
     named_by = {*SFT_KEYS, *_sometimes(config, protocol)} - unread(config.final_config_dict)
     settings = {key: _as_trained(config, key) for key in named_by}
-    # Histories too: settings that the stage does not read may change them.
-    asked = [protocol.valid.digest, [history.tolist() for history in protocol.valid.history]]
-    selected_on = content_hash(asked) if config["eval_step"] else None
+    selected_on = None
+    if config["eval_step"]:  # histories too: settings that the stage does not read may change them
+        selected_on = content_hash([protocol.valid.digest, [history.tolist() for history in protocol.valid.history]])
     return _folder("SFT", config, settings, base, content_hash([w.told() for w in windows]), selected_on)
 
 

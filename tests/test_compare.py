@@ -389,7 +389,7 @@ def test_table_that_cannot_be_written(toy: dict[str, Any], monkeypatch: pytest.M
     assert list(Path(toy["checkpoint_dir"]).glob("Pop-*/result.json"))
 
 
-@pytest.mark.parametrize("name", ["table.tex", "report.html", "plots/cost.pdf"])
+@pytest.mark.parametrize("name", ["table.tex", "trials.csv", "report.html", "plots/cost.pdf"])
 def test_files_of_something_else_are_not_overwritten(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
     file = tmp_path / "paper" / name
     file.parent.mkdir(parents=True)

@@ -52,7 +52,13 @@ def training_windows(
 
 def _also(items: tuple[int, ...], at: int, chosen: int) -> tuple[int, ...]:
     """What is chosen beside the item at a place: the next ``chosen - 1`` others, or as many as there are."""
-    return tuple(item for item in dict.fromkeys(items[at + 1 :]) if item != items[at])[: chosen - 1]
+    others: dict[int, None] = {}
+    place = at + 1
+    while len(others) < chosen - 1 and place < len(items):  # no further: histories may be long
+        if items[place] != items[at]:
+            others[items[place]] = None
+        place += 1
+    return tuple(others)
 
 
 def _stretches(

@@ -27,9 +27,17 @@ def agrees(run: FinishedRun, row: int, ranked: Ranked, relevant: Sequence[int], 
     """
     if reranks(run.config, run.rows.mode):
         return _may_be_reordered(run, row, ranked, relevant, stored)
-    if (ordered := run.ordered(ranked)) < len(ranked.items):
-        return _may_be_found(run, row, ranked.scores[:ordered], relevant, stored, len(ranked.items))
+    if (found := ordered(run, ranked)) < len(ranked.items):
+        return _may_be_found(run, row, ranked.scores[:found], relevant, stored, len(ranked.items))
     return ranked.may_be(relevant, stored, _rounding(run))
+
+
+def ordered(run: FinishedRun, ranked: Ranked) -> int:
+    """How many of a row's answers have a place of their own: those behind the top K of exact_topk all tie."""
+    most = max(run.config["topk"])
+    if run.rows.mode != "full" or run.config["full_ranking"] != "exact_topk" or len(ranked.items) <= most:
+        return len(ranked.items)
+    return int((ranked.scores > ranked.scores[-1]).sum())
 
 
 def _may_be_reordered(run: FinishedRun, row: int, ranked: Ranked, relevant: Sequence[int], stored: float) -> bool:

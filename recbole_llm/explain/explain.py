@@ -13,11 +13,11 @@ import numpy as np
 from recbole_llm.data.pair_prompt import PairPrompt
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.explain.agreement import agrees
+from recbole_llm.explain.agreement import agrees, ordered
 from recbole_llm.explain.explanation import Explanation, Influence, Title
 from recbole_llm.explain.faithfulness import Deletion, deletion_tests, influences
 from recbole_llm.explain.finished_run import FinishedRun
-from recbole_llm.explain.history_logps import History, question
+from recbole_llm.explain.history_logps import History, question, summed
 from recbole_llm.explain.notes import run_notes
 from recbole_llm.explain.other_ranks import other_ranks
 from recbole_llm.explain.ranked import Ranked
@@ -44,7 +44,7 @@ def explain_user(
     others = other_ranks(run.folder, run.record, user, " ".join(run.rows.target_tokens(row)), baseline)
     also = [] if item is None else [_item_id(run, row, item)]
     history, ranked = run.history(row), run.ranking(row)
-    k = min(k, run.ordered(ranked))
+    k = min(k, ordered(run, ranked))
     relevant = list(dict.fromkeys(run.rows.relevant[row].tolist()))
     roles = _roles(int(ranked.items[0]), min(relevant, key=lambda i: ranked.rank([i]) or math.inf), also)
     shown = _shown(run, row, [*ranked.items[:k].tolist(), *roles])
@@ -112,7 +112,7 @@ def _prompt_tokens(run: FinishedRun, history: History, shown: list[int]) -> list
 def _titles(run: FinishedRun, row: int, history: History, ranked: Ranked, shown: list[int]) -> dict[int, Title]:
     """Item -> its title as the LLM scores it."""
     (logps,) = run.token_logps([history], shown)
-    scores = run.normed(np.array([float(mine.double().sum()) for mine in logps]), shown)
+    scores = run.normed(summed(logps), shown)
     answers, decode = question(run.model.prompt, shown).answers, run.model.llm.tokenizer.decode
     titles = [
         Title(

@@ -17,7 +17,7 @@ from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol, prepare_data
 from recbole_llm.data.seeds import seeded
 from recbole_llm.errors import UserError
-from recbole_llm.explain.history_logps import History, answer_token_logps
+from recbole_llm.explain.history_logps import History, answer_token_logps, summed
 from recbole_llm.explain.ranked import Ranked
 from recbole_llm.explain.run_files import read_per_user, read_record, run_settings, runs_there_are
 from recbole_llm.llm.adapter import adapter_state, load_adapter, set_adapter_state
@@ -181,7 +181,7 @@ class FinishedRun(LLMEvaluation):
     ) -> np.ndarray:
         """Log-probs of whole answers ``[H, I]``, nats."""
         found = self.token_logps(histories, items, show_progress)
-        return np.array([[float(logps.double().sum()) for logps in row] for row in found])
+        return np.array([summed(row) for row in found])
 
     def normed(self, logps: np.ndarray, items: Sequence[int]) -> np.ndarray:
         """Scores of titles from their log-probs ``[I]``, by ``score_norm``, whatever re-ranks them afterwards."""
@@ -193,13 +193,6 @@ class FinishedRun(LLMEvaluation):
     def scores(self, history: History, items: Sequence[int]) -> np.ndarray:
         """``normed`` of items after a history ``[I]``."""
         return self.normed(self.answer_logps([history], items)[0], items)
-
-    def ordered(self, ranked: Ranked) -> int:
-        """How many of a row's answers have a place of their own: those behind the top K of exact_topk all tie."""
-        most = max(self.config["topk"])
-        if self.rows.mode != "full" or self.config["full_ranking"] != "exact_topk" or len(ranked.items) <= most:
-            return len(ranked.items)
-        return int((ranked.scores > ranked.scores[-1]).sum())
 
     # ---- what it was before
 

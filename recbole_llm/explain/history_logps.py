@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -83,6 +84,11 @@ def answer_token_logps(
     by_history = torch.cat(rows).view(len(distinct), sum(lengths))
     found = {history: list(row.split(lengths)) for history, row in zip(distinct, by_history, strict=True)}
     return [found[history] for history in histories]
+
+
+def summed(answers: Sequence[torch.Tensor]) -> np.ndarray:
+    """Log-probs of whole answers ``[I]`` from those of their tokens, nats."""
+    return np.array([float(logps.double().sum()) for logps in answers])
 
 
 def history_tree(prompt: Prompt | PairPrompt, histories: Sequence[History], asked: Question) -> TokenTree:

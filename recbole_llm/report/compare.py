@@ -33,7 +33,7 @@ from recbole_llm.report.tune import Tuned, trials_frame, tuned_frame
 from recbole_llm.report.tune_lines import builds_on, check_tuned_from, tune_all
 from recbole_llm.transfer import eval_config_of
 
-WRITTEN = ("table.md", "table.tex", "table.csv", "tests.csv", "table.html", "costs.md", "report.html")
+WRITTEN = ("table.md", "table.tex", "table.csv", "tests.csv", "table.html", "costs.md", "trials.csv", "report.html")
 TUNED = (
     "Every model had as many trials as its space holds, up to the same number, on validation alone (docs/tuning.md)."
 )
