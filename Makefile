@@ -69,6 +69,7 @@ results: .venv/.ready ## the main tables of results/ (days on two cores; what is
 	$(call compare,model-size,model-size)
 	$(call compare,dpo4rec dpo4rec-texts,dpo4rec-ml-100k)
 	$(call compare,dpo4rec-few-shot,dpo4rec-few-shot)
+	$(call compare,dpo4rec-full,dpo4rec-full)
 
 bench: .venv/.ready-dev ## hold our speed against other ways to do it (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/train_preference.py

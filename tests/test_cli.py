@@ -132,8 +132,8 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
         "prompt: instruct, instruct_games, pair, reasoning, stream, stream_games" in told and "dataset: ml-100k" in told
     )
     assert (
-        "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-texts, few-shot-games, few-shot-games-uni99, "
-        "few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, "
+        "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-full, dpo4rec-texts, few-shot-games, "
+        "few-shot-games-uni99, few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, "
         "full-ranking-ml-100k, losses-games, losses-games-uni99, losses-ml-100k, losses-prompt-games, model-size, "
         "prompts-games, quick, rerank_lists, rosepo-games, rosepo-ml-100k, rosepo-seeds, transfer-to-films, "
         "transfer-to-games\n"
