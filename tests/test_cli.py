@@ -133,10 +133,10 @@ def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert (
         "compare: dmpo, dpo4rec, dpo4rec-few-shot, dpo4rec-full, dpo4rec-texts, few-shot-games, "
-        "few-shot-games-uni99, few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, full-ranking-losses, "
-        "full-ranking-ml-100k, losses-games, losses-games-uni99, losses-ml-100k, losses-prompt-games, model-size, "
-        "prompts-games, quick, rerank_lists, rosepo-games, rosepo-ml-100k, rosepo-seeds, transfer-to-films, "
-        "transfer-to-games\n"
+        "few-shot-games-uni99, few-shot-ml-100k, full-llm-ml-100k, full-ml-100k, full-ranking-few-shot, "
+        "full-ranking-losses, full-ranking-ml-100k, losses-games, losses-games-uni99, losses-ml-100k, "
+        "losses-prompt-games, model-size, prompts-games, quick, rerank_lists, rosepo-games, rosepo-ml-100k, "
+        "rosepo-seeds, transfer-to-films, transfer-to-games\n"
         in told
         and "search: BERT4Rec, BPR, " in told
     )
