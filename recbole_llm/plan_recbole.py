@@ -13,6 +13,7 @@ from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import ModelType, get_trainer
 
+from recbole_llm.allocator import freed_memory_kept
 from recbole_llm.config import LLMConfig
 from recbole_llm.data.protocol import prepare_data
 from recbole_llm.memory import machine_name
@@ -59,13 +60,14 @@ def batch_seconds(model: Any, batches: Iterable[Interaction], count: int = 5) ->
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=0.0) if weights else None
     clocks = []
-    for batch in islice(batches, count + 1):
-        clock = time.perf_counter()
-        parts = model.calculate_loss(batch.to(model.device))
-        loss: Any = sum(parts) if isinstance(parts, tuple) else parts
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        clocks.append(time.perf_counter() - clock)
+    with freed_memory_kept():  # as in training
+        for batch in islice(batches, count + 1):
+            clock = time.perf_counter()
+            parts = model.calculate_loss(batch.to(model.device))
+            loss: Any = sum(parts) if isinstance(parts, tuple) else parts
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            clocks.append(time.perf_counter() - clock)
     return median(clocks[1:] or clocks)

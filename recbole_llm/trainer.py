@@ -24,6 +24,7 @@ from recbole.utils import get_trainer
 from scipy.sparse import csc_matrix, csr_matrix, lil_matrix
 from torch.nn import Module
 
+from recbole_llm.allocator import freed_memory_kept
 from recbole_llm.data.candidates import EvalRows
 from recbole_llm.data.protocol import Protocol
 from recbole_llm.distributed import is_first
@@ -52,6 +53,7 @@ class ProtocolEvaluation(_Trainer):
     protocol: Protocol
     per_user: pd.DataFrame | None = None
     top: pd.DataFrame | None = None
+    keeps_freed_memory = True  # while it trains
 
     def __init__(self, config: Config, model: torch.nn.Module) -> None:
         # RecBole opens a TensorBoard file in every process; only the first one writes.
@@ -70,6 +72,11 @@ class ProtocolEvaluation(_Trainer):
     def count_earlier(self, seconds: float, cpu_seconds: float) -> None:
         """Seconds of an earlier process of this run go to the run's training."""
         self.earlier = (self.earlier[0] + seconds, self.earlier[1] + cpu_seconds)
+
+    def fit(self, *args: Any, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
+        """As RecBole's; what a batch frees is kept for the next one."""
+        with freed_memory_kept() if self.keeps_freed_memory else nullcontext():
+            return super().fit(*args, **kwargs)
 
     @torch.no_grad()
     def evaluate(
