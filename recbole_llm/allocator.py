@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Parameters of mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MOST = 2**31 - 1  # mallopt takes a C int
+# What a user may have set for the whole process.
+BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 # Where glibc's own adjusting ends once a large block was freed; setting anything turns that adjusting off.
 USUAL_MMAP = 32 * 2**20
 USUAL_TRIM = 2 * USUAL_MMAP
@@ -23,13 +26,15 @@ def freed_memory_kept() -> Iterator[bool]:
     holds its peak until the end, when all that is free is returned.
 
     Yields:
-        Whether it is so: with another C library than glibc nothing is done.
+        Whether it is so: nothing is done with another C library than glibc, or where the environment sets
+        `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` or `GLIBC_TUNABLES` (docs/plan.md: to save memory).
     """
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):  # macOS, musl
+    glibc = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")  # macOS and musl have neither
+    if not glibc or any(name in os.environ for name in BY_USER):
         yield False
         return
-    kept = library.mallopt(M_MMAP_THRESHOLD, 2**30) == 1 and library.mallopt(M_TRIM_THRESHOLD, MOST) == 1
+    kept = library.mallopt(M_MMAP_THRESHOLD, MOST) == 1 and library.mallopt(M_TRIM_THRESHOLD, MOST) == 1
     try:
         yield kept
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from recbole_llm import trainer
+from recbole_llm.allocator import BY_USER, freed_memory_kept
 from recbole_llm.quick_start import run_recbole_llm
 from tests.conftest import write_dataset
 
@@ -43,8 +44,10 @@ print(kept, plain, inside, held // 2**20, (resident().rss - start) // 2**20)
 
 
 @pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
-def test_freed_blocks_are_kept_and_returned() -> None:
+def test_freed_blocks_are_kept_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 2 x 64 MiB asks the kernel for 32,768 pages of 4 KiB, or for 64 huge ones."""
+    for name in BY_USER:
+        monkeypatch.delenv(name, raising=False)
     done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, check=True)
     kept, *counts = done.stdout.split()
     plain, inside, held, after = map(int, counts)
@@ -55,8 +58,13 @@ def test_freed_blocks_are_kept_and_returned() -> None:
 
 def test_nothing_is_done_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    from recbole_llm.allocator import freed_memory_kept
+    with freed_memory_kept() as kept:
+        assert not kept
 
+
+@pytest.mark.parametrize("name", BY_USER)
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1048576")
     with freed_memory_kept() as kept:
         assert not kept
 
